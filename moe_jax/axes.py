@@ -11,6 +11,7 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 """Mesh axes, slowest first. Groups are ordered data, fsdp, expert: that order makes the exchange one all-to-all."""
 
 Axes = tuple[str, ...]
+Layout = tuple[Axes, ...]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Rules:
     expert_embed: Axes = ("fsdp",)
     expert_mlp: Axes = ("tensor",)
     router_embed: Axes = ()
+    router_experts: Axes = ()
     position: Axes = ()
     norm: Axes = ()
     layers: Axes = ()
@@ -41,12 +43,16 @@ class Rules:
     act_mlp: Axes = ("tensor",)
     act_vocab: Axes = ("tensor",)
 
+    def layout(self, *names: str | None) -> Layout:
+        """The mesh axes of each dimension, for logical names; None is replicated."""
+        return tuple(() if name is None else getattr(self, name) for name in names)
+
     @property
-    def token_major(self) -> tuple[Axes, ...]:
+    def token_major(self) -> Layout:
         """Layout of a dispatched tensor `[E, G, C, D]` while tokens are at home: groups sharded like the batch."""
         return ((), self.batch, (), self.act_embed)
 
     @property
-    def expert_major(self) -> tuple[Axes, ...]:
+    def expert_major(self) -> Layout:
         """Layout of a dispatched tensor `[E, G, C, D]` at its experts: the expert axes moved from G to E."""
         return (self.experts, tuple(a for a in self.batch if a not in self.experts), (), self.act_embed)

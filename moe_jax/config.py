@@ -13,8 +13,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
-from math import ceil, prod
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -145,8 +144,8 @@ class MeshConfig:
         return prod(self.shape)
 
     def over(self, axes: Sequence[str]) -> int:
-        """Number of shards over several mesh axes."""
-        return prod(getattr(self, axis) for axis in axes)
+        """Number of shards over several mesh axes; unknown ones count as 1, `rules.validate` reports them."""
+        return prod(getattr(self, axis, 1) for axis in axes)
 
     def __str__(self) -> str:
         named = [f"{a}={n}" for a, n in zip(MESH_AXES, self.shape, strict=True) if n > 1]
@@ -432,17 +431,6 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
 # Impossible combinations
 
 
-def capacity(cfg: MoEConfig, tokens: int, factor: float | None) -> int:
-    """Slots C of one expert in a group of S tokens: `max(min_capacity, ceil(K*S*f/E))`, S at most; S when dropless.
-
-    The factor is taken as the decimal that was written, so that no rounding of binary fractions adds a slot.
-    """
-    if factor is None:
-        return tokens
-    slots = ceil(Fraction(str(factor)) * cfg.top_k * tokens / cfg.experts)
-    return min(tokens, max(cfg.min_capacity, slots))
-
-
 def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
     """Impossible combinations inside the mixture of experts."""
     out = []
@@ -511,18 +499,13 @@ def _check_groups(cfg: Config) -> list[Problem]:
 
 
 def check(cfg: Config) -> list[Problem]:
-    """Every impossible combination of a config (the mesh against parameter shapes is checked in `rules.validate`)."""
+    """Every impossible combination of a config (`rules.validate` holds the rules and the mesh against the shapes)."""
     out = check_model(cfg.model)
     mesh, data, train, moe = cfg.mesh, cfg.data, cfg.train, cfg.model.moe
 
     def no(name: str, reason: str, remedy: str) -> None:
         out.append(Problem(name, reason, remedy))
 
-    for axis in sorted({a for f in dataclasses.fields(Rules) for a in getattr(cfg.rules, f.name)} - set(MESH_AXES)):
-        names = [f.name for f in dataclasses.fields(Rules) if axis in getattr(cfg.rules, f.name)]
-        no(f"rules.{names[0]}", f"names the unknown mesh axis {axis!r}", f"use {', '.join(MESH_AXES)}")
-    if out:
-        return out
     shards = mesh.over(cfg.rules.batch)
     if data.batch % train.microbatches:
         no(

@@ -1,0 +1,92 @@
+"""Causal multi-head and grouped-query attention (Vaswani et al. 2017, section 3.2; Ainslie et al. 2023)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.axes import Rules
+from moe_jax.cache import LayerCache, write
+from moe_jax.config import ModelConfig
+from moe_jax.layers.common import fan_in, lay, param, product
+from moe_jax.layers.positions import rotary
+
+QUERY_BLOCK = 64  # least rows of a query block
+QUERY_BLOCKS = 8  # most blocks, so that compile time does not grow with the length
+
+
+def weighted_values(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(N)) v with the softmax in float32.
+
+    Args:
+        q: [B, J, R, L, N], R query heads to each of the J key/value heads; k, v: [B, J, M, N]; mask: [B, L, M] bool.
+    """
+    scores = jnp.einsum("bjrln,bjmn->bjrlm", q, k, preferred_element_type=jnp.float32) * fan_in(q.shape[-1])
+    scores = jnp.where(mask[:, None, None], scores, -1e30)  # finite: a row of padding sees nothing, and must not be NaN
+    return jnp.einsum("bjrlm,bjmn->bjrln", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    """Attention of each token to the earlier ones of its segment, in query blocks that skip the future.
+
+    Args:
+        q: [B, J, R, L, N]; k, v: [B, J, L, N]; segments: [B, L] int32, 0 for padding.
+    """
+    L = q.shape[-2]
+    size = max(QUERY_BLOCK, -(-L // QUERY_BLOCKS))
+    out = []
+    for begin in range(0, L, size):
+        end = min(begin + size, L)
+        causal = jnp.arange(begin, end)[:, None] >= jnp.arange(end)[None]
+        mask = causal[None] & (segments[:, begin:end, None] == segments[:, None, :end])  # [B, rows, end]
+        out.append(weighted_values(q[..., begin:end, :], k[..., :end, :], v[..., :end, :], mask))
+    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=-2)
+
+
+class Attention(nnx.Module):
+    """Projections to H query and J key/value heads of width N, attention, projection back to D. H*N is free of D."""
+
+    def __init__(self, m: ModelConfig, rules: Rules | None, rngs: nnx.Rngs):
+        self.m, self.rules = m, rules
+        D, H, J, N = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim
+        self.w_query = param(rngs, (D, H, N), ("embed", "heads", "head"), fan_in(D))
+        self.w_key = param(rngs, (D, J, N), ("embed", "kv_heads", "head"), fan_in(D))
+        self.w_value = param(rngs, (D, J, N), ("embed", "kv_heads", "head"), fan_in(D))
+        self.w_out = param(rngs, (H, N, D), ("heads", "head", "embed"), fan_in(H * N))
+
+    def heads(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """x [B, L, D] -> [B, heads, L, N]."""
+        h = product(x, w.reshape(w.shape[0], -1)).reshape(*x.shape[:-1], *w.shape[1:])  # [B,L,heads,N]
+        h = lay(h, self.rules, names=("batch", "length", "act_heads", None))
+        return h.transpose(0, 2, 1, 3)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        cache: LayerCache | None = None,
+        place: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """x [B, L, D] -> ([B, L, D], cache).
+
+        Args:
+            positions: [B, L] int32; segments: [B, L] int32, 0 for padding. With a cache and L = 1, segments [B, M]
+                say which places hold tokens.
+            cache: k and v [B, J, M, N]; keys and values are written from `place` on.
+        """
+        m = self.m
+        B, L, _ = x.shape
+        q, k, v = (self.heads(x, w[...]) for w in (self.w_query, self.w_key, self.w_value))
+        if m.positions == "rotary":
+            q, k = rotary(q, positions, m.rope_theta), rotary(k, positions, m.rope_theta)
+        J = k.shape[1]
+        q = q.reshape(B, J, -1, L, q.shape[-1])  # [B,J,R,L,N]
+        if cache is not None:
+            cache = write(cache, k, v, place)
+        if cache is not None and L == 1:
+            y = weighted_values(q, cache.k, cache.v, segments[:, None, :] > 0)
+        else:
+            y = causal_attention(q, k, v, segments)
+        y = y.reshape(B, -1, L, y.shape[-1]).transpose(0, 2, 1, 3)  # [B,L,H,N]
+        w = self.w_out[...]
+        return product(y.reshape(B, L, -1), w.reshape(-1, w.shape[-1])), cache

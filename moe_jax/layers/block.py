@@ -1,0 +1,73 @@
+"""One transformer layer: attention and a feed-forward layer, dense or MoE, with residuals and norms."""
+
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from moe_jax.axes import Rules
+from moe_jax.balance import Stats
+from moe_jax.cache import LayerCache
+from moe_jax.config import ModelConfig
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.common import dropout, split
+from moe_jax.layers.ffn import FFN
+from moe_jax.layers.moe import MoELayer
+from moe_jax.layers.norm import Norm
+
+
+class Context(NamedTuple):
+    """What every layer of a call shares."""
+
+    positions: jax.Array  # [B, L] int32
+    segments: jax.Array  # [B, L] int32, 0 for padding
+    visible: jax.Array  # segments, or [B, M] for one step of decoding: the places that hold tokens
+    place: jax.Array | None  # [] int32, where the cache is written
+
+
+class Block(nnx.Module):
+    """pre-norm: x + f(norm(x)); post-norm: norm(x + f(x)) (Xiong et al. 2020)."""
+
+    def __init__(self, m: ModelConfig, kind: str, rules: Rules | None, rngs: nnx.Rngs):
+        self.m = m
+        self.attention_norm = Norm(m.norm, m.d_model, m.norm_eps)
+        self.attention = Attention(m, rules, rngs)
+        self.ffn_norm = Norm(m.norm, m.d_model, m.norm_eps)
+        self.ffn: FFN | MoELayer
+        if kind == "moe":
+            assert m.moe is not None
+            self.ffn = MoELayer(m.moe, m.d_model, d_ff=m.d_ff, ffn=m.ffn, rules=rules, rngs=rngs)
+        else:
+            self.ffn = FFN(m.ffn, m.d_model, m.d_ff, rules, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        context: Context,
+        *,
+        train: bool,
+        key: jax.Array | None,
+        cache: LayerCache | None,
+        capacity_factor: float | None,
+    ) -> tuple[jax.Array, Stats | None, LayerCache | None]:
+        """x [B, L, D] -> (x, statistics of an MoE layer, cache)."""
+        pre = self.m.norm_order == "pre"
+        first_key, second_key, ffn_key = split(key, 3)
+
+        with jax.named_scope("attention"):
+            h = self.attention_norm(x) if pre else x
+            h, cache = self.attention(h, context.positions, context.visible, cache, context.place)
+            x = x + dropout(h, self.m.dropout, first_key)
+            x = x if pre else self.attention_norm(x)
+
+        with jax.named_scope("ffn"):
+            h = self.ffn_norm(x) if pre else x
+            stats = None
+            if isinstance(self.ffn, MoELayer):
+                mask = context.segments > 0
+                h, stats = self.ffn(h, mask=mask, train=train, key=ffn_key, capacity_factor=capacity_factor)
+            else:
+                h = self.ffn(h)
+            x = x + dropout(h, self.m.dropout, second_key)
+            x = x if pre else self.ffn_norm(x)
+        return x, stats, cache

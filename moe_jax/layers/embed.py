@@ -1,0 +1,38 @@
+"""Token embedding, positions and the head."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.axes import Rules
+from moe_jax.config import ModelConfig
+from moe_jax.layers.common import fan_in, lay, param
+from moe_jax.layers.positions import sinusoidal
+
+
+class Embedding(nnx.Module):
+    """A [V, D] table; with tied heads it also makes the logits. Learned positions are a [max_length, D] table."""
+
+    def __init__(self, m: ModelConfig, rules: Rules | None, rngs: nnx.Rngs):
+        self.m, self.rules = m, rules
+        V, D = m.vocab, m.d_model
+        self.table = param(rngs, (V, D), ("vocab", "embed"), fan_in(D))
+        learned = m.positions == "learned"
+        self.positions = param(rngs, (m.max_length, D), ("position", "embed"), 0.02) if learned else None
+        self.head = None if m.tied_head else param(rngs, (D, V), ("embed", "vocab"), fan_in(D))
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """tokens, positions [B, L] int32 -> [B, L, D] in the compute type."""
+        x = self.table[...][tokens]  # [B,L,D]
+        if self.positions is not None:
+            x = x + self.positions[...][positions]
+        if self.m.positions == "sinusoidal":
+            x = x + sinusoidal(positions, self.m.d_model)
+        return lay(x.astype(self.m.dtype), self.rules, names=("batch", "length", "act_embed"))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """x [B, L, D] -> [B, L, V] float32."""
+        w = self.table[...].T if self.head is None else self.head[...]
+        flat = x.reshape(-1, x.shape[-1])
+        out = jnp.matmul(flat, w.astype(x.dtype), preferred_element_type=jnp.float32)
+        return lay(out.reshape(*x.shape[:-1], -1), self.rules, names=("batch", "length", "act_vocab"))

@@ -1,0 +1,189 @@
+"""The mixture-of-experts layer: logits, routing, slots, dispatch, experts, combine."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from moe_jax import balance, config
+from moe_jax.axes import Rules
+from moe_jax.capacity import Slots, assign, capacity
+from moe_jax.config import MoEConfig
+from moe_jax.dispatch import DISPATCHERS
+from moe_jax.layers.common import ACTIVATIONS, dropout, fan_in, lay, param, split
+from moe_jax.layers.ffn import FFN
+from moe_jax.routing import Noise, Routing, draw, route
+from moe_jax.rules import current_mesh, spec
+
+FROM_CONFIG: Any = "the config's capacity factor"
+DROPLESS_GROUP = 128  # without a limit the group size changes no result, and small groups have small masks
+
+
+class Experts(nnx.Module):
+    """E feed-forward networks side by side, on buffers [E, G, C, D]."""
+
+    def __init__(self, moe: MoEConfig, kind: str, d_model: int, d_ff: int, rules: Rules | None, rngs: nnx.Rngs):
+        self.kind, self.rules = kind, rules
+        E, D, F = moe.experts, d_model, d_ff
+        up, down = ("experts", "expert_embed", "expert_mlp"), ("experts", "expert_mlp", "expert_embed")
+        self.w_gate = param(rngs, (E, D, F), up, fan_in(D)) if kind == "swiglu" else None
+        self.w_up = param(rngs, (E, D, F), up, fan_in(D))
+        self.w_down = param(rngs, (E, F, D), down, fan_in(F))
+
+    def __call__(self, x: jax.Array, *, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+        """[E, G, C, D] -> [E, G, C, D], expert e working on row e."""
+        E, G, C, D = x.shape
+        x = x.reshape(E, G * C, D)  # one batched product; the groups keep their sharding
+        up, act = self.w_up[...].astype(x.dtype), ACTIVATIONS[self.kind]
+        h = x @ up  # [E, G*C, F]
+        h = act(h) if self.w_gate is None else act(x @ self.w_gate[...].astype(x.dtype)) * h
+        if self.rules is not None:
+            experts, groups, _, _ = self.rules.expert_major
+            h = lay(h, self.rules, (experts, groups, self.rules.expert_mlp))
+        h = dropout(h, rate, key)
+        return (h @ self.w_down[...].astype(x.dtype)).reshape(E, G, C, D)
+
+
+class MoELayer(nnx.Module):
+    """A mixture of experts in place of a feed-forward layer (Shazeer et al. 2017; Lepikhin et al. 2020, section 2.2).
+
+    Args:
+        moe: experts, router, capacity and dispatch; `MoEConfig(experts=8, top_k=2, d_ff=1024)` is enough.
+        d_model: width D of the tokens.
+        d_ff: hidden width F of an expert where `moe.d_ff` is unset.
+        ffn: `relu`, `gelu` (two matrices) or `swiglu` (three).
+        rules: logical axis -> mesh axis; calls then need `jax.set_mesh`. None: no sharding at all.
+        rngs: `nnx.Rngs(params=seed)`.
+    Raises:
+        ConfigError: settings that contradict one another, with the remedy.
+    """
+
+    def __init__(
+        self,
+        moe: MoEConfig,
+        d_model: int,
+        *,
+        d_ff: int | None = None,
+        ffn: str = "swiglu",
+        rules: Rules | None = None,
+        rngs: nnx.Rngs,
+    ):
+        problems = config.check_moe(moe, "moe")
+        width = moe.d_ff or d_ff
+        if width is None:
+            problems.append(config.Problem("moe.d_ff", "is unset", "give moe.d_ff or MoELayer(d_ff=...)"))
+        if problems:
+            raise config.ConfigError(*problems)
+        assert width is not None
+        self.moe, self.rules = moe, rules
+        # A small router starts near uniform (Switch, section 2.4: smaller initialisation trains more stably).
+        self.router = param(rngs, (d_model, moe.experts), ("router_embed", "router_experts"), 0.1 * fan_in(d_model))
+        self.experts = Experts(moe, ffn, d_model, width, rules, rngs)
+        shared = moe.shared_experts * width
+        self.shared = FFN(ffn, d_model, shared, rules, rngs) if shared else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        train: bool = False,
+        key: jax.Array | None = None,
+        capacity_factor: float | None = FROM_CONFIG,
+    ) -> tuple[jax.Array, balance.Stats]:
+        """x [B, L, D] -> (y [B, L, D], statistics of the routing).
+
+        Args:
+            mask: [B, L] bool, False for padding: such tokens take no slot, count in no statistic and come out as 0
+                from the routed experts.
+            train: use the training capacity, noise and dropout; needs `key` where the config asks for noise.
+            key: random key of this layer and step.
+            capacity_factor: overrides the config's; None is dropless.
+        Raises:
+            ValueError: a group size that does not fit [B, L], or training noise without a key.
+        """
+        B, L, D = x.shape
+        if capacity_factor is FROM_CONFIG:
+            capacity_factor = self.moe.capacity_factor if train else self.moe.eval_capacity_factor
+        S = self.group_size(B, L, capacity_factor)
+        C = capacity(self.moe, S, capacity_factor)
+        noise_key, drop_key, shared_key = split(key if train else None, 3)
+        self.check_key(train, key)
+
+        tokens = lay(x.reshape(-1, S, D), self.rules, names=("batch", None, "act_embed"))  # [G,S,D]
+        mask = jnp.ones((B, L), bool) if mask is None else mask
+        mask = mask.reshape(-1, S)  # [G,S]
+        with jax.named_scope("routing"):
+            routing, slots = self.route(tokens, mask, noise_key, C)
+            stats = balance.statistics(routing, slots, self.moe, mask)
+        make_plan, dispatch, combine = DISPATCHERS[self.moe.dispatch]
+        with jax.named_scope("dispatch"):
+            plan = make_plan(routing, slots, C, x.dtype)
+            buffers = self.exchange(dispatch(tokens, plan), to_experts=True)  # [E,G,C,D]
+            buffers = checkpoint_name(buffers, "dispatched")
+        with jax.named_scope("experts"):
+            out = self.experts(buffers, rate=self.moe.expert_dropout, key=drop_key)
+        with jax.named_scope("combine"):
+            out = checkpoint_name(self.exchange(out, to_experts=False), "expert_out")
+            y = combine(out, plan).reshape(B, L, D)
+        if self.shared is not None:
+            with jax.named_scope("shared_experts"):
+                y = y + self.shared(x, rate=self.moe.expert_dropout, key=shared_key)
+        return lay(y, self.rules, names=("batch", "length", "act_embed")), stats
+
+    def route(self, tokens: jax.Array, mask: jax.Array, key: jax.Array | None, slots: int) -> tuple[Routing, Slots]:
+        """Route and queue each group; everything here is local to a group."""
+        logits = jnp.einsum(
+            "gsd,de->gse",
+            tokens.astype(jnp.float32),
+            self.router[...],
+            precision=jax.lax.Precision.HIGHEST,  # Switch, section 2.4: selective precision
+        )
+        noise = draw(key, self.moe, logits.shape)  # drawn outside shard_map: the same on every mesh
+
+        def local(logits: jax.Array, mask: jax.Array, noise: Noise) -> tuple[Routing, Slots]:
+            routing = route(logits, self.moe, mask, noise)
+            return routing, assign(routing, self.moe, slots, noise)
+
+        return self.per_group(local)(logits, mask, noise)
+
+    def per_group(self, f: Callable) -> Callable:
+        """`f` over shards of groups. The compiler would gather the groups for a top-k or a sort."""
+        if self.rules is None:
+            return f
+        current_mesh()
+        groups: PartitionSpec = spec((self.rules.batch,))
+        return jax.shard_map(f, in_specs=groups, out_specs=groups)
+
+    def exchange(self, buffers: jax.Array, *, to_experts: bool) -> jax.Array:
+        """Move buffers [E, G, C, D] between their home groups and their experts: one all-to-all.
+
+        Both layouts are stated: with only one of them the compiler gathers instead.
+        """
+        if self.rules is None:
+            return buffers
+        layouts = (self.rules.token_major, self.rules.expert_major)
+        for layout in layouts if to_experts else reversed(layouts):
+            buffers = lay(buffers, self.rules, layout)
+        return buffers
+
+    def group_size(self, B: int, L: int, factor: float | None) -> int:
+        """Tokens S of a group for a call on [B, L]."""
+        if factor is None:
+            return next(s for s in range(min(L, DROPLESS_GROUP), 0, -1) if L % s == 0)
+        S = self.moe.group_size or L
+        if (L % S and S % L) or B * L % S:
+            raise ValueError(
+                f"moe.group_size={S} fits no [B={B}, L={L}]: use a divisor of L, or a multiple dividing B*L"
+            )
+        return S
+
+    def check_key(self, train: bool, key: jax.Array | None) -> None:
+        moe = self.moe
+        noisy = moe.router.second != "always" or moe.priority == "random" or moe.expert_dropout > 0
+        if train and noisy and key is None:
+            raise ValueError("this layer's config draws noise in training: pass key=jax.random.key(...)")

@@ -1,0 +1,41 @@
+"""The device mesh: built from the config over real or fake devices; `jax.set_mesh(build(...))` enters it."""
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from moe_jax.axes import MESH_AXES
+from moe_jax.config import MeshConfig, Problem, Refused
+
+
+def prepare_devices(mesh: MeshConfig, fake_devices: int | None) -> None:
+    """Set the number of fake CPU devices; call it before anything asks JAX for a device.
+
+    Without `fake_devices` a CPU offers as many devices as the mesh has places; accelerators are untouched.
+
+    Raises:
+        Refused: the number of fake devices is not the number of places in the mesh.
+    """
+    if fake_devices is None:
+        jax.config.update("jax_num_cpu_devices", mesh.size)
+        return
+    if fake_devices != mesh.size:
+        why = f"{fake_devices} fake devices for a mesh of {mesh.size} ({mesh})"
+        remedy = f"use --fake-devices {mesh.size}, or mesh sizes whose product is {fake_devices}"
+        raise Refused(Problem("--fake-devices", why, remedy))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", fake_devices)
+
+
+def build(mesh: MeshConfig, devices: list | None = None) -> Mesh:
+    """A mesh of all four axes, Auto on each, over all devices there are.
+
+    Raises:
+        Refused: the mesh and the devices differ in number.
+    """
+    devices = jax.devices() if devices is None else devices
+    if len(devices) != mesh.size:
+        sizes = " x ".join(f"{a}={n}" for a, n in zip(MESH_AXES, mesh.shape, strict=True) if n > 1) or "1"
+        why = f"{sizes} needs {mesh.size} devices, and {len(devices)} ({devices[0].platform}) are here"
+        remedy = f"choose mesh.<axis> sizes whose product is {len(devices)}, or try it with --fake-devices {mesh.size}"
+        raise Refused(Problem("mesh", why, remedy))
+    return jax.make_mesh(mesh.shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)

@@ -1,0 +1,206 @@
+"""The decoder transformer: dense and MoE layers in a pattern, scanned and rematerialised."""
+
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import config
+from moe_jax.axes import Rules
+from moe_jax.balance import Stats
+from moe_jax.cache import Cache, LayerCache, empty_layer
+from moe_jax.config import ModelConfig
+from moe_jax.layers.block import Block, Context
+from moe_jax.layers.common import dropout, lay
+from moe_jax.layers.embed import Embedding
+from moe_jax.layers.moe import FROM_CONFIG
+from moe_jax.layers.norm import Norm
+
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "exchange": jax.checkpoint_policies.save_only_these_names("dispatched", "expert_out"),
+}
+
+
+class Output(NamedTuple):
+    """What a call of the transformer returns."""
+
+    logits: jax.Array  # [B, L, V] float32
+    stats: Stats | None  # leading axis: MoE layers, bottom first; None for a dense model
+    cache: Cache | None
+
+
+def pattern(kinds: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
+    """Layer kinds as runs of a repeated period: dense, (dense, moe) x 6 is `[(("dense", "moe"), 6)]`.
+
+    Each run is one loop. The period is the shortest that repeats from the bottom after equal leading layers.
+    """
+    for size in range(1, len(kinds)):
+        repeats = len(kinds) // size
+        if size * repeats == len(kinds) and kinds == kinds[:size] * repeats:
+            return [(kinds[:size], repeats)]
+    runs = [(kind, len(list(group))) for kind, group in groupby(kinds)]
+    if len(runs) <= 2:
+        return [((kind,), n) for kind, n in runs]
+    head, rest = runs[0], kinds[runs[0][1] :]  # leading equal layers by themselves
+    period = rest[: runs[1][1] + runs[2][1]]
+    repeats = 0
+    while rest[repeats * len(period) : (repeats + 1) * len(period)] == period:
+        repeats += 1
+    tail = rest[repeats * len(period) :]
+    return [((head[0],), head[1]), (period, repeats), *(pattern(tail) if tail else [])]
+
+
+class Period(nnx.Module):
+    """The layers of one period of a stack."""
+
+    def __init__(self, m: ModelConfig, kinds: tuple[str, ...], rules: Rules | None, rngs: nnx.Rngs):
+        self.blocks = nnx.List([Block(m, kind, rules, rngs) for kind in kinds])
+
+    def __call__(self, x, context: Context, keys: jax.Array | None, caches: tuple, **options):
+        stats, out = [], []
+        for i, block in enumerate(self.blocks):
+            key = None if keys is None else keys[i]
+            x, s, cache = block(x, context, key=key, cache=caches[i], **options)
+            stats += [] if s is None else [s]
+            out.append(cache)
+        return x, (tuple(stats), tuple(out))
+
+
+def stacked(m: ModelConfig, kinds: tuple[str, ...], repeats: int, rules: Rules | None, rngs: nnx.Rngs) -> Period:
+    """`repeats` periods with their parameters stacked along a leading `layers` axis."""
+
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(key):
+        return Period(m, kinds, rules, nnx.Rngs(params=key))
+
+    period = create(jax.random.split(rngs.params(), repeats))
+    for _, variable in nnx.to_flat_state(nnx.state(period, nnx.Param)):
+        variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
+    return period
+
+
+class Transformer(nnx.Module):
+    """A causal language model.
+
+    Args:
+        m: the model's config.
+        rules: logical axis -> mesh axis; calls then need `jax.set_mesh`. None: no sharding at all.
+        rngs: `nnx.Rngs(params=seed)`; only parameters use it, all other keys are passed to the call.
+    Raises:
+        ConfigError: settings that contradict one another, with the remedy.
+    """
+
+    def __init__(self, m: ModelConfig, *, rules: Rules | None = None, rngs: nnx.Rngs):
+        problems = config.check_model(m)
+        if problems:
+            raise config.ConfigError(*problems)
+        self.m, self.rules = m, rules
+        self.runs = tuple(pattern(m.layer_kinds))
+        self.embedding = Embedding(m, rules, rngs)
+        self.stacks = nnx.List([stacked(m, kinds, n, rules, rngs) for kinds, n in self.runs])
+        self.final_norm = Norm(m.norm, m.d_model, m.norm_eps) if m.final_norm else None
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        train: bool = False,
+        key: jax.Array | None = None,
+        cache: Cache | None = None,
+        capacity_factor: float | None = FROM_CONFIG,
+    ) -> Output:
+        """tokens [B, L] int32 -> logits [B, L, V] float32, routing statistics, cache.
+
+        Args:
+            segments: [B, L] int32, tokens attend within their segment; 0 is padding. Default: all ones.
+            positions: [B, L] int32. Default: 0, 1, 2, ... from each row's first token.
+            train: dropout, noise and the training capacity; needs `key` where the config asks for noise.
+            cache: from `empty_cache`; a call with L > 1 fills it from the start, one with L = 1 extends it.
+            capacity_factor: of every MoE layer; default the config's for training or evaluation, None is dropless.
+        """
+        B, L = tokens.shape
+        if L > self.m.max_length:
+            raise ValueError(f"{L} tokens exceed model.max_length={self.m.max_length}")
+        segments = jnp.ones((B, L), jnp.int32) if segments is None else segments
+        if cache is None:
+            positions = jnp.broadcast_to(jnp.arange(L), (B, L)) if positions is None else positions
+            context = Context(positions, segments, segments, None)
+        else:
+            context = self.cached_context(cache, segments, L)
+        embed_key, layers_key = (None, None) if key is None or not train else jax.random.split(key)
+
+        with jax.named_scope("embed"):
+            x = dropout(self.embedding(tokens, context.positions), self.m.dropout, embed_key)
+        stats, layers = [], []
+        for i, stack in enumerate(self.stacks):
+            run_key = None if layers_key is None else jax.random.fold_in(layers_key, i)
+            caches = None if cache is None else cache.layers[i]
+            x, s, c = self.run(stack, i, x, context, run_key, caches, train=train, capacity_factor=capacity_factor)
+            stats += [] if s is None else [s]
+            layers.append(c)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        with jax.named_scope("head"):
+            logits = self.embedding.logits(x)
+        merged = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats) if stats else None
+        if cache is not None:
+            cache = Cache(tuple(layers), cache.start, cache.filled + L)
+        return Output(logits, merged, cache)
+
+    def run(self, stack: Period, i: int, x, context: Context, key, caches, **options):
+        """One stack of `repeats` equal periods as a loop, unrolled where `model.scan` is off."""
+        kinds, repeats = self.runs[i]
+        keys = None if key is None else jax.random.split(key, (repeats, len(kinds)))
+        caches = (None,) * len(kinds) if caches is None else caches
+        graph, params = nnx.split(stack)
+
+        def body(x, layer: tuple[Any, Any, Any]):
+            params, keys, caches = layer
+            x, out = nnx.merge(graph, params)(x, context, keys, caches, **options)
+            return lay(x, self.rules, names=("batch", "length", "act_embed")), out
+
+        if self.m.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT[self.m.remat], prevent_cse=not self.m.scan)
+        unroll = 1 if self.m.scan else repeats
+        x, (stats, caches) = jax.lax.scan(body, x, (params, keys, caches), length=repeats, unroll=unroll)
+        if not stats:
+            return x, None, caches
+        # m MoE layers a period, each [repeats, ...] -> [repeats * m, ...] in the order of the layers
+        merged = jax.tree.map(lambda *s: jnp.stack(s, 1).reshape(-1, *s[0].shape[1:]), *stats)
+        return x, merged, caches
+
+    def empty_cache(self, batch: int, places: int, lengths: jax.Array | None = None, width: int | None = None) -> Cache:
+        """A cache of `places` for a batch of prompts whose right ends are aligned at `width` tokens.
+
+        Args:
+            lengths: [B] int32 tokens of each prompt; default: all `width`.
+        """
+        if places > self.m.max_length:
+            raise ValueError(f"a cache of {places} places exceeds model.max_length={self.m.max_length}")
+        start = jnp.zeros((batch,), jnp.int32) if lengths is None else (width - lengths).astype(jnp.int32)
+        layers = []
+        for kinds, repeats in self.runs:
+            one = empty_layer(self.m, batch, places, repeats)
+            names = ("layers", "batch", "kv_heads", None, None)
+            one = LayerCache(*(lay(a, self.rules, names=names) for a in one))
+            layers.append((one,) * len(kinds))
+        return Cache(tuple(layers), start, jnp.zeros((), jnp.int32))
+
+    def cached_context(self, cache: Cache, segments: jax.Array, L: int) -> Context:
+        """Positions count from each row's own start; a decoding step sees the places filled so far."""
+        place = (cache.filled + jnp.arange(L))[None]  # [1,L]
+        positions = jnp.maximum(place - cache.start[:, None], 0)  # [B,L]
+        real = (place >= cache.start[:, None]) & (segments > 0)
+        segments = real.astype(jnp.int32)
+        if L > 1:
+            return Context(positions, segments, segments, cache.filled)
+        M = cache.layers[0][0].k.shape[-2]
+        slot = jnp.arange(M)[None]
+        seen = (slot >= cache.start[:, None]) & (slot <= cache.filled)  # [B,M]
+        return Context(positions, segments, seen.astype(jnp.int32), cache.filled)

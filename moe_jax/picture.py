@@ -1,0 +1,245 @@
+"""The picture of a run: loss, expert load, balance and drops in one PNG of 1500x900 pixels."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.metrics import Record, dropped_fraction, load_max_over_mean
+
+# Okabe and Ito's palette, told apart by colour-blind readers and in grey.
+BLUE, ORANGE, GREEN, INK, GREY, FAINT = "#0072B2", "#D55E00", "#009E73", "#222222", "#6B6B6B", "#E4E4E4"
+INCHES, DPI = (15, 9), 100
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
+    "font.size": 11,
+    "text.usetex": False,
+    "text.color": INK,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "axes.labelsize": 11,
+    "axes.titlesize": 12.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "legend.frameon": False,
+    "legend.fontsize": 11,
+    "agg.path.chunksize": 10000,  # else a noisy line of a long run overflows the renderer
+}
+
+
+def _series(records: Sequence[Record], name: str) -> np.ndarray:
+    """A field over the records; NaN, which draws as a gap, where it is absent or not finite."""
+    values = np.array([np.nan if r.get(name) is None else r[name] for r in records], float)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def smooth(values: np.ndarray, half: int) -> np.ndarray:
+    """Mean over `half` neighbours on either side, fewer at the ends and at gaps; the gaps stay."""
+    good = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(good)])
+    i = np.arange(len(values))
+    # At the start, where losses fall steeply, the reach is the same on both sides, so that the curve is not bent.
+    # At the end it is not, so that the last number told is a mean and not the noise of one batch.
+    reach = np.minimum(half, i)
+    low, high = i - reach, np.minimum(i + reach + 1, len(values))
+    return np.where(good, (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1), np.nan)
+
+
+def final_shares(records: Sequence[Record]) -> np.ndarray | None:
+    """Share of each layer's choices per expert over the last 10 percent of the steps, [layers, E]; None when dense."""
+    loads = [r["load"] for r in records[-max(1, round(len(records) / 10)) :] if r.get("load")]
+    if not loads:
+        return None
+    total = np.sum([np.asarray(load, float) for load in loads], axis=0)
+    sums = total.sum(axis=1, keepdims=True)
+    return np.where(sums > 0, total / np.where(sums > 0, sums, 1), np.nan)
+
+
+def _line(ax: Any, x: np.ndarray, y: np.ndarray, **kw: Any) -> None:
+    """A line whose lonely points, which a line does not show, are dots."""
+    good = np.pad(np.isfinite(y), 1)
+    lonely = good[1:-1] & ~good[:-2] & ~good[2:]
+    ax.plot(x, y, solid_joinstyle="round", solid_capstyle="round", **kw)
+    if lonely.any():
+        ax.plot(x[lonely], y[lonely], ".", color=kw["color"], alpha=kw.get("alpha", 1), zorder=kw.get("zorder", 2))
+
+
+def _axes(ax: Any, steps: np.ndarray, title: str, ylabel: str) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    ax.set_title(title)
+    ax.set_ylabel(ylabel)
+    ax.grid(axis="y", color=FAINT, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(length=0)
+    ax.spines["left"].set_visible(False)
+    ax.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+    low, high = steps.min(), steps.max()
+    room = 0.02 * (high - low) or 1
+    ax.set_xlim(low - room, high + room)
+
+
+def _loss(ax: Any, train: Sequence[Record], evals: Sequence[Record], bigram: float | None) -> None:
+    from matplotlib.patheffects import withStroke
+
+    steps, loss = _series(train, "step"), _series(train, "loss")
+    trend = smooth(loss, len(loss) // 60)
+    held_steps, held = _series(evals, "step"), _series(evals, "eval_loss")
+    _axes(ax, np.concatenate([steps, held_steps]), "Loss", "cross entropy (nats/token)")
+    ax.set_xlabel("step")
+
+    def last(values: np.ndarray) -> float:
+        return float(np.append(np.nan, values[np.isfinite(values)])[-1])
+
+    _line(ax, steps, loss, color=BLUE, alpha=0.3, linewidth=0.9)
+    _line(ax, steps, trend, color=BLUE, linewidth=2.4, label=f"training (smoothed)  {last(trend):.3f}", zorder=3)
+    if np.isfinite(held).any():
+        look = {"s": 46, "color": ORANGE, "edgecolor": "white", "linewidth": 1.2, "zorder": 4}
+        ax.scatter(held_steps, held, label=f"held-out  {last(held):.3f}", clip_on=False, **look)
+    if bigram is not None and np.isfinite(bigram):
+        ax.axhline(bigram, color=INK, linewidth=1.2, dashes=(5, 4), zorder=2.5)
+        below = last(trend) > bigram  # on the side of the line where the curve has not ended
+        ax.annotate(
+            f"bigram model  {bigram:.3f}",
+            xy=(1, bigram),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -6 if below else 5),
+            textcoords="offset points",
+            ha="right",
+            va="top" if below else "bottom",
+            path_effects=[withStroke(linewidth=4, foreground="white")],
+            zorder=5,
+        )
+    ax.margins(y=0.06)
+    # Above the panel, where no curve can pass behind it.
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 0.995), ncols=2, borderpad=0.2, handlelength=1.6, columnspacing=1.6)
+
+
+def _load(ax: Any, shares: np.ndarray) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.ticker import MaxNLocator
+
+    layers, experts = shares.shape
+    colours = LinearSegmentedColormap.from_list("load", ["#084B78", "#4C9CCB", "#F7F7F5", "#E8925A", "#9E3F00"])
+    colours = colours.with_extremes(bad="#BBBBBB")
+    # One scale for every run: white is the fair share, so that a healthy run looks pale and a collapsed one does not.
+    relative = shares * experts
+    image = ax.imshow(relative, aspect="auto", cmap=colours, vmin=0, vmax=2, interpolation="nearest")
+    ax.set_title("Expert load at the end of training")
+    ax.set_xlabel("expert")
+    ax.set_ylabel("MoE layer")
+    ax.xaxis.set_major_locator(MaxNLocator(16, steps=[1, 2, 4, 8, 10], integer=True, min_n_ticks=1))
+    ax.yaxis.set_major_locator(MaxNLocator(12, steps=[1, 2, 4, 8, 10], integer=True, min_n_ticks=1))
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    wide, tall = 500 / experts, 283 / layers  # pixels of a cell, about
+    if wide >= 6 and tall >= 6:
+        ax.set_xticks(np.arange(experts + 1) - 0.5, minor=True)
+        ax.set_yticks(np.arange(layers + 1) - 0.5, minor=True)
+        ax.grid(which="minor", color="white", linewidth=1.5 if wide >= 16 and tall >= 12 else 0.6)
+        ax.tick_params(which="minor", length=0)
+    if wide >= 30 and tall >= 16:
+        text = "{:.1f}%" if wide >= 46 else "{:.0f}%"
+        for (i, j), share in np.ndenumerate(shares):
+            if np.isfinite(share):
+                ink = "white" if abs(relative[i, j] - 1) > 0.62 else INK
+                size = 10 if tall >= 20 and wide >= 46 else 8.5
+                ax.text(j, i, text.format(100 * share), ha="center", va="center", fontsize=size, color=ink)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02, aspect=18, extend="max" if experts > 2 else "neither")
+    fair = 100 / experts
+    bar.set_ticks([0, 0.5, 1, 1.5, 2], labels=["0", "", f"fair share\n{fair:.3g}%", "", f"{2 * fair:.3g}%"])
+    bar.ax.tick_params(length=0)
+    bar.outline.set_visible(False)
+
+
+def _balance(ax: Any, steps: np.ndarray, train: Sequence[Record]) -> None:
+    balance, title = _series(train, "balance"), "Balance loss (1.0 is perfect)"
+    if not np.isfinite(balance).any():
+        balance = _series([{"x": load_max_over_mean(r.get("load") or [])} for r in train], "x")
+        title = "Busiest expert over the mean (1.0 is perfect)"
+    _axes(ax, steps, title, "ratio")
+    ax.axhline(1.0, color=INK, linewidth=1.2, dashes=(5, 4))
+    _line(ax, steps, balance, color=GREEN, linewidth=1.8, zorder=3)
+    top = np.nanmax(balance, initial=1.05)
+    low = np.nanmin(balance, initial=1.0)
+    ax.set_ylim(low - 0.08 * (top - low), top + 0.08 * (top - low))
+    ax.tick_params(labelbottom=False)
+
+
+def _dropped(ax: Any, steps: np.ndarray, train: Sequence[Record]) -> None:
+    percent = 100 * _series([{"x": dropped_fraction(r)} for r in train], "x")
+    _axes(ax, steps, "Choices dropped", "% of choices")
+    good = np.isfinite(percent)
+    ax.fill_between(steps, np.where(good, percent, 0), where=good, color=ORANGE, alpha=0.18, linewidth=0)
+    _line(ax, steps, percent, color=ORANGE, linewidth=1.8, zorder=3, clip_on=False)
+    ax.set_ylim(0, max(1.0, 1.1 * np.nanmax(percent, initial=0)))
+    ax.set_xlabel("step")
+
+
+def _summary(train: Sequence[Record], shares: np.ndarray | None) -> str:
+    tokens, speed = np.nansum(_series(train, "tokens")), _series(train, "tokens_per_second")
+    steps = int(train[-1]["step"])
+    parts = [f"{steps:,} step{'s'[: steps != 1]}"]
+    if tokens:
+        power = next(((n, s) for n, s in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if tokens >= n), (1, ""))
+        parts.append(f"{tokens / power[0]:,.3g}{power[1]} tokens" if power[0] > 1 else f"{tokens:,.0f} tokens")
+    if shares is not None:
+        layers, experts = shares.shape
+        parts.append(f"{experts} expert{'s'[: experts > 1]} in {layers} MoE layer{'s'[: layers > 1]}")
+    if np.isfinite(speed).any():
+        parts.append(f"{np.nanmedian(speed):,.0f} tokens/s")
+    return "   ·   ".join(parts)
+
+
+def draw_run(
+    train_records: Sequence[Record],
+    eval_records: Sequence[Record],
+    path: str | Path,
+    *,
+    title: str,
+    bigram: float | None = None,
+) -> Path:
+    """Draws a run into the PNG `path` and returns it; a dense model has the loss alone.
+
+    `bigram` is the loss of the bigram model in nats/token, a dashed line. Records are those of `metrics.read_metrics`.
+
+    Raises:
+        ValueError: there is no train record.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not train_records:
+        raise ValueError("a picture needs at least one train record, and there is none; train a step first")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shares, steps = final_shares(train_records), _series(train_records, "step")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=INCHES, dpi=DPI, facecolor="white")
+        FigureCanvasAgg(figure)
+        figure.text(0.024, 0.962, title, fontsize=19, fontweight="bold", va="center", parse_math=False)
+        figure.text(0.024, 0.922, _summary(train_records, shares), fontsize=12, color=GREY, va="center")
+        area = {"top": 0.85, "bottom": 0.075, "left": 0.065}
+        if shares is None:
+            _loss(figure.add_gridspec(1, 1, right=0.975, **area).subplots(), train_records, eval_records, bigram)
+        else:
+            _loss(figure.add_gridspec(1, 1, right=0.5, **area).subplots(), train_records, eval_records, bigram)
+            right = {"left": 0.57, "right": 0.975}
+            _load(figure.add_gridspec(1, 1, top=0.85, bottom=0.535, **right).subplots(), shares)
+            below = figure.add_gridspec(2, 1, top=0.425, bottom=0.075, hspace=0.5, **right).subplots()
+            _balance(below[0], steps, train_records)
+            _dropped(below[1], steps, train_records)
+        temporary = path.with_name(path.name + ".tmp")
+        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+    os.replace(temporary, path)
+    return path

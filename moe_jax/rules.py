@@ -1,0 +1,119 @@
+"""Logical axis -> mesh axis: shardings of arrays, validation before any compile, and `constrain`.
+
+`constrain` is the only caller of sharding constraints in the library. It raises without a mesh, so that a layer that
+was given rules never runs unsharded by accident.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax.axes import MESH_AXES, Layout, Rules
+from moe_jax.config import Problem, Refused
+
+
+def spec(layout: Layout) -> PartitionSpec:
+    """A layout as JAX's partition spec."""
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in layout))
+
+
+def current_mesh() -> jax.sharding.AbstractMesh:
+    """The mesh entered with `jax.set_mesh`.
+
+    Raises:
+        RuntimeError: no mesh was entered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty:
+        raise RuntimeError(
+            "a layer with sharding rules was called without a mesh: enter one with `with jax.set_mesh(mesh):`, "
+            "or build the layer with rules=None to run it on one device"
+        )
+    return mesh
+
+
+def constrain(x: jax.Array, layout: Layout) -> jax.Array:
+    """`x` laid out over the current mesh.
+
+    Args:
+        layout: the mesh axes of each dimension of `x`, from `Rules.layout`, `token_major` or `expert_major`.
+    Raises:
+        RuntimeError: no mesh was entered with `jax.set_mesh`.
+        ValueError: the layout has another number of dimensions than `x`.
+    """
+    current_mesh()
+    if len(layout) != x.ndim:
+        raise ValueError(f"a layout of {len(layout)} dimensions {layout} for an array of shape {x.shape}")
+    return jax.lax.with_sharding_constraint(x, spec(layout))
+
+
+def sharding(mesh: jax.sharding.Mesh, layout: Layout) -> NamedSharding:
+    return NamedSharding(mesh, spec(layout))
+
+
+class RulesError(Refused):
+    """Rules and mesh that cannot work together; the message is one table of all conflicts."""
+
+    def __init__(self, problems: list[Problem], mesh: Mapping[str, int]):
+        super().__init__(*problems)
+        head = f"rules and mesh ({', '.join(f'{a}={n}' for a, n in mesh.items())}) do not fit:"
+        rows = [(p.key, p.reason, p.remedy) for p in problems]
+        self.args = (head + "\n" + table(("where", "conflict", "remedy"), rows),)
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    lines = ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [head, *rows]]
+    return "\n".join([lines[0], "  " + "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def conflicts(rules: Rules, mesh: Mapping[str, int], leaves: Iterable[tuple[str, tuple[int, ...], tuple[str, ...]]]):
+    """Every conflict of the rules with the mesh and with `(name, shape, logical axes)` of arrays."""
+    out: list[Problem] = []
+    for f in fields(Rules):
+        for axis in getattr(rules, f.name):
+            if axis not in MESH_AXES:
+                why = f"unknown mesh axis {axis!r}"
+                out.append(Problem(f"rules.{f.name}", why, f"use {', '.join(MESH_AXES)}"))
+    outside = [a for a in rules.experts if a not in rules.batch and mesh.get(a, 1) > 1]
+    if outside:
+        why = f"expert axes {outside} are not among the token axes {list(rules.batch)}: no all-to-all is possible"
+        out.append(Problem("rules.experts", why, "use a subset of rules.batch"))
+    for name, shape, axes in leaves:
+        used: dict[str, str] = {}
+        for size, logical in zip(shape, axes, strict=True):
+            over = [a for a in getattr(rules, logical) if mesh.get(a, 1) > 1]
+            shards = 1
+            for a in over:
+                shards *= mesh[a]
+                if a in used:
+                    why = f"{used[a]} and {logical} are both on mesh axis {a!r}"
+                    out.append(Problem(f"{name}", why, f"change rules.{logical} or rules.{used[a]}"))
+                used[a] = logical
+            if size % shards:
+                why = f"{logical} of size {size} does not divide over {'x'.join(over)}={shards}"
+                remedy = f"set rules.{logical}=[], another size, or mesh.{over[-1]} to a divisor"
+                out.append(Problem(f"{name} {list(shape)}", why, remedy))
+    return out
+
+
+def validate(rules: Rules, mesh: Mapping[str, int], leaves) -> None:
+    """Hold rules, mesh sizes and arrays against each other, before any compile.
+
+    Args:
+        leaves: `(name, shape, logical axes)` of each parameter.
+    Raises:
+        RulesError: unknown axis, two dimensions on one mesh axis, indivisible dimensions, or expert axes outside the
+            token axes; one table of all of them.
+    """
+    problems = list(dict.fromkeys(conflicts(rules, mesh, leaves)))
+    if problems:
+        raise RulesError(problems, mesh)
+
+
+def describe(rules: Rules, leaves) -> str:
+    """A table of how each array lies on the mesh."""
+    rows = [(name, str(list(shape)), ", ".join(axes), str(spec(rules.layout(*axes)))) for name, shape, axes in leaves]
+    return table(("parameter", "shape", "logical axes", "mesh axes"), rows)
