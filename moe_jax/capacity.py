@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import MoEConfig
-from moe_jax.routing import Noise, Routing, normalized
+from moe_jax.routing import QUIET, Noise, Routing, normalized
 
 
 def capacity(cfg: MoEConfig, tokens: int, factor: float | None) -> int:
@@ -72,7 +72,7 @@ def places(expert: jax.Array, asks: jax.Array, keys: list[jax.Array]) -> jax.Arr
     return place.reshape(*lead, S, K)
 
 
-def assign(routing: Routing, moe: MoEConfig, slots: int, noise: Noise = Noise(None, None)) -> Slots:
+def assign(routing: Routing, moe: MoEConfig, slots: int, noise: Noise = QUIET) -> Slots:
     """Give each choice a slot of its expert, or none where the expert is full.
 
     Args:

@@ -13,7 +13,7 @@ from moe_jax.balance import Stats
 from moe_jax.cache import Cache, LayerCache, empty_layer
 from moe_jax.config import ModelConfig
 from moe_jax.layers.block import Block, Context
-from moe_jax.layers.common import dropout, lay
+from moe_jax.layers.common import Keys, dropout, fold, lay, row_keys
 from moe_jax.layers.embed import Embedding
 from moe_jax.layers.moe import FROM_CONFIG
 from moe_jax.layers.norm import Norm
@@ -60,11 +60,10 @@ class Period(nnx.Module):
     def __init__(self, m: ModelConfig, kinds: tuple[str, ...], rules: Rules | None, rngs: nnx.Rngs):
         self.blocks = nnx.List([Block(m, kind, rules, rngs) for kind in kinds])
 
-    def __call__(self, x, context: Context, keys: jax.Array | None, caches: tuple, **options):
+    def __call__(self, x, context: Context, keys: Keys, caches: tuple, **options):
         stats, out = [], []
         for i, block in enumerate(self.blocks):
-            key = None if keys is None else keys[i]
-            x, s, cache = block(x, context, key=key, cache=caches[i], **options)
+            x, s, cache = block(x, context, keys=fold(keys, i), cache=caches[i], **options)
             stats += [] if s is None else [s]
             out.append(cache)
         return x, (tuple(stats), tuple(out))
@@ -111,7 +110,7 @@ class Transformer(nnx.Module):
         segments: jax.Array | None = None,
         positions: jax.Array | None = None,
         train: bool = False,
-        key: jax.Array | None = None,
+        key: Keys = None,
         cache: Cache | None = None,
         capacity_factor: float | None = FROM_CONFIG,
     ) -> Output:
@@ -120,7 +119,7 @@ class Transformer(nnx.Module):
         Args:
             segments: [B, L] int32, tokens attend within their segment; 0 is padding. Default: all ones.
             positions: [B, L] int32. Default: 0, 1, 2, ... from each row's first token.
-            train: dropout, noise and the training capacity; needs `key` where the config asks for noise.
+            train: dropout, noise and the training capacity; needs `key`, one or [B], where the config asks for noise.
             cache: from `empty_cache`; a call with L > 1 fills it from the start, one with L = 1 extends it.
             capacity_factor: of every MoE layer; default the config's for training or evaluation, None is dropless.
         """
@@ -133,15 +132,16 @@ class Transformer(nnx.Module):
             context = Context(positions, segments, segments, None)
         else:
             context = self.cached_context(cache, segments, L)
-        embed_key, layers_key = (None, None) if key is None or not train else jax.random.split(key)
+        keys = row_keys(key if train else None, B)
 
         with jax.named_scope("embed"):
-            x = dropout(self.embedding(tokens, context.positions), self.m.dropout, embed_key)
+            x = dropout(self.embedding(tokens, context.positions), self.m.dropout, fold(keys, 0))
         stats, layers = [], []
         for i, stack in enumerate(self.stacks):
-            run_key = None if layers_key is None else jax.random.fold_in(layers_key, i)
             caches = None if cache is None else cache.layers[i]
-            x, s, c = self.run(stack, i, x, context, run_key, caches, train=train, capacity_factor=capacity_factor)
+            x, s, c = self.run(
+                stack, i, x, context, fold(keys, 1 + i), caches, train=train, capacity_factor=capacity_factor
+            )
             stats += [] if s is None else [s]
             layers.append(c)
         if self.final_norm is not None:
@@ -153,22 +153,21 @@ class Transformer(nnx.Module):
             cache = Cache(tuple(layers), cache.start, cache.filled + L)
         return Output(logits, merged, cache)
 
-    def run(self, stack: Period, i: int, x, context: Context, key, caches, **options):
+    def run(self, stack: Period, i: int, x, context: Context, keys: Keys, caches, **options):
         """One stack of `repeats` equal periods as a loop, unrolled where `model.scan` is off."""
         kinds, repeats = self.runs[i]
-        keys = None if key is None else jax.random.split(key, (repeats, len(kinds)))
         caches = (None,) * len(kinds) if caches is None else caches
         graph, params = nnx.split(stack)
 
         def body(x, layer: tuple[Any, Any, Any]):
-            params, keys, caches = layer
-            x, out = nnx.merge(graph, params)(x, context, keys, caches, **options)
+            params, number, caches = layer
+            x, out = nnx.merge(graph, params)(x, context, fold(keys, number), caches, **options)
             return lay(x, self.rules, names=("batch", "length", "act_embed")), out
 
         if self.m.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[self.m.remat], prevent_cse=not self.m.scan)
         unroll = 1 if self.m.scan else repeats
-        x, (stats, caches) = jax.lax.scan(body, x, (params, keys, caches), length=repeats, unroll=unroll)
+        x, (stats, caches) = jax.lax.scan(body, x, (params, jnp.arange(repeats), caches), length=repeats, unroll=unroll)
         if not stats:
             return x, None, caches
         # m MoE layers a period, each [repeats, ...] -> [repeats * m, ...] in the order of the layers

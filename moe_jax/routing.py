@@ -24,21 +24,25 @@ class Routing(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Uniform numbers in [0, 1) for one layer; None where nothing is drawn."""
+    """Uniform numbers in [0, 1), with the leading dimensions of the logits; None where nothing is drawn."""
 
     second: jax.Array | None  # [..., S] (gshard random) or [..., S, E] (gshard sample)
     priority: jax.Array | None  # [..., S, K]
 
 
+QUIET = Noise(None, None)
+
+
 def draw(key: jax.Array | None, moe: MoEConfig, shape: tuple[int, ...]) -> Noise:
-    """The noise of one layer for logits of `shape` [..., S, E]; nothing without a key."""
+    """The noise for logits of `shape` [S, E] of one group; nothing without a key."""
     if key is None:
-        return Noise(None, None)
+        return QUIET
+    S, E = shape
     second_key, priority_key = jax.random.split(key)
     second = None
     if moe.router.kind == "gshard" and moe.router.second != "always":
-        second = jax.random.uniform(second_key, shape[:-1] if moe.router.second == "random" else shape)
-    priority = jax.random.uniform(priority_key, (*shape[:-1], moe.top_k)) if moe.priority == "random" else None
+        second = jax.random.uniform(second_key, (S,) if moe.router.second == "random" else (S, E))
+    priority = jax.random.uniform(priority_key, (S, moe.top_k)) if moe.priority == "random" else None
     return Noise(second, priority)
 
 
@@ -99,7 +103,7 @@ def softmax_topk(logits, moe: MoEConfig, uniform=None):
 ROUTERS = {"switch": switch, "gshard": gshard, "topk_softmax": topk_softmax, "softmax_topk": softmax_topk}
 
 
-def route(logits: jax.Array, moe: MoEConfig, mask: jax.Array | None = None, noise: Noise = Noise(None, None)):
+def route(logits: jax.Array, moe: MoEConfig, mask: jax.Array | None = None, noise: Noise = QUIET):
     """Route tokens to experts.
 
     Args:

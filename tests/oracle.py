@@ -66,12 +66,12 @@ def layer(x, weights, expert, kept, *, kind, k, normalize=None, ffn="swiglu"):
     gate = jax.nn.softmax(chosen) if kind == "topk_softmax" else chosen
     if normalize == "before" or (kind == "gshard" and normalize is None):
         gate = gate / gate.sum(-1, keepdims=True)
-    gate = gate * kept
+    gate = jnp.where(kept, gate, 0.0)
     if normalize == "after":
         gate = gate / (gate.sum(-1, keepdims=True) + 1e-9)
     y = jnp.zeros_like(x)
     for e in range(weights["router"].shape[1]):
         up = x @ weights["w_up"][e]
         h = jax.nn.silu(x @ weights["w_gate"][e]) * up if ffn == "swiglu" else jax.nn.relu(up)
-        y = y + (gate * (expert == e)).sum(-1, keepdims=True) * (h @ weights["w_down"][e])
+        y = y + jnp.where(expert == e, gate, 0.0).sum(-1, keepdims=True) * (h @ weights["w_down"][e])
     return y, logits, prob

@@ -87,7 +87,8 @@ def test_equals_the_loop(router, priority):
             logits = rng.normal(size=(3, S, E)).astype(np.float32)
             logits[1] = np.round(logits[1]) + 0.0  # ties; no -0.0, which a sort puts below 0.0
             mask = rng.random((3, S)) > np.array([[0.0], [0.3], [1.0]])
-            noise = draw(jax.random.key(int(rng.integers(1 << 30))), moe, logits.shape)
+            keys = jax.random.split(jax.random.key(int(rng.integers(1 << 30))), 3)
+            noise = jax.vmap(lambda k, moe=moe, shape=logits.shape[1:]: draw(k, moe, shape))(keys)
             C = capacity(moe, S, 1.0)
             routing, slots, _ = routed(jnp.asarray(logits), jnp.asarray(mask), noise, moe=moe, slots=C)
             for g in range(3):

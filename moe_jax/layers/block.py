@@ -10,7 +10,7 @@ from moe_jax.balance import Stats
 from moe_jax.cache import LayerCache
 from moe_jax.config import ModelConfig
 from moe_jax.layers.attention import Attention
-from moe_jax.layers.common import dropout, split
+from moe_jax.layers.common import Keys, dropout, fold
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.moe import MoELayer
 from moe_jax.layers.norm import Norm
@@ -46,18 +46,17 @@ class Block(nnx.Module):
         context: Context,
         *,
         train: bool,
-        key: jax.Array | None,
+        keys: Keys,
         cache: LayerCache | None,
         capacity_factor: float | None,
     ) -> tuple[jax.Array, Stats | None, LayerCache | None]:
         """x [B, L, D] -> (x, statistics of an MoE layer, cache)."""
         pre = self.m.norm_order == "pre"
-        first_key, second_key, ffn_key = split(key, 3)
 
         with jax.named_scope("attention"):
             h = self.attention_norm(x) if pre else x
             h, cache = self.attention(h, context.positions, context.visible, cache, context.place)
-            x = x + dropout(h, self.m.dropout, first_key)
+            x = x + dropout(h, self.m.dropout, fold(keys, 0))
             x = x if pre else self.attention_norm(x)
 
         with jax.named_scope("ffn"):
@@ -65,9 +64,9 @@ class Block(nnx.Module):
             stats = None
             if isinstance(self.ffn, MoELayer):
                 mask = context.segments > 0
-                h, stats = self.ffn(h, mask=mask, train=train, key=ffn_key, capacity_factor=capacity_factor)
+                h, stats = self.ffn(h, mask=mask, train=train, key=fold(keys, 2), capacity_factor=capacity_factor)
             else:
                 h = self.ffn(h)
-            x = x + dropout(h, self.m.dropout, second_key)
+            x = x + dropout(h, self.m.dropout, fold(keys, 1))
             x = x if pre else self.ffn_norm(x)
         return x, stats, cache

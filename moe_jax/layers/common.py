@@ -41,17 +41,27 @@ def product(x: jax.Array, w: jax.Array) -> jax.Array:
     return (x.reshape(-1, x.shape[-1]) @ w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[-1])
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; without a key (evaluation) or rate, `x` itself."""
-    if key is None or rate == 0.0:
+Keys = jax.Array | None
+"""One random key a row [B], or None where nothing is drawn. Noise is drawn row by row, so that it does not depend on
+how many rows a microbatch or a device holds."""
+
+
+def row_keys(key: Keys, rows: int) -> Keys:
+    """Keys [B] from one key; [B] keys and None stay what they are."""
+    return key if key is None or key.ndim == 1 else jax.random.split(key, rows)
+
+
+def fold(keys: Keys, number: int | jax.Array) -> Keys:
+    """Other keys [B], for the purpose or layer `number`."""
+    return None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
+
+
+def dropout(x: jax.Array, rate: float, keys: Keys) -> jax.Array:
+    """Inverted dropout of x [B, ...]; without keys (evaluation) or rate, `x` itself."""
+    if keys is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
-
-
-def split(key: jax.Array | None, n: int) -> tuple[jax.Array | None, ...]:
-    """n keys of one, or n times None."""
-    return (None,) * n if key is None else tuple(jax.random.split(key, n))
 
 
 def lay(

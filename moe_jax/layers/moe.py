@@ -14,13 +14,22 @@ from moe_jax.axes import Rules
 from moe_jax.capacity import Slots, assign, capacity
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import DISPATCHERS
-from moe_jax.layers.common import ACTIVATIONS, dropout, fan_in, lay, param, split
+from moe_jax.layers.common import ACTIVATIONS, Keys, dropout, fan_in, lay, fold, param, row_keys
 from moe_jax.layers.ffn import FFN
-from moe_jax.routing import Noise, Routing, draw, route
+from moe_jax.routing import QUIET, Noise, Routing, draw, route
 from moe_jax.rules import current_mesh, spec
 
 FROM_CONFIG: Any = "the config's capacity factor"
 DROPLESS_GROUP = 128  # without a limit the group size changes no result, and small groups have small masks
+
+
+def group_keys(rows: Keys, L: int, S: int) -> Keys:
+    """Keys [G] of groups of S tokens from keys [B] of rows of L tokens, whatever rows share the call."""
+    if rows is None or S == L:
+        return rows
+    if S > L:
+        return rows[:: S // L]
+    return jax.vmap(lambda k: jax.vmap(lambda j: jax.random.fold_in(k, j))(jnp.arange(L // S)))(rows).reshape(-1)
 
 
 class Experts(nnx.Module):
@@ -34,8 +43,8 @@ class Experts(nnx.Module):
         self.w_up = param(rngs, (E, D, F), up, fan_in(D))
         self.w_down = param(rngs, (E, F, D), down, fan_in(F))
 
-    def __call__(self, x: jax.Array, *, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
-        """[E, G, C, D] -> [E, G, C, D], expert e working on row e."""
+    def __call__(self, x: jax.Array, *, rate: float = 0.0, keys: Keys = None) -> jax.Array:
+        """[E, G, C, D] -> [E, G, C, D], expert e working on row e; `keys` [G] draw the dropout of the hidden layer."""
         E, G, C, D = x.shape
         x = x.reshape(E, G * C, D)  # one batched product; the groups keep their sharding
         up, act = self.w_up[...].astype(x.dtype), ACTIVATIONS[self.kind]
@@ -44,7 +53,9 @@ class Experts(nnx.Module):
         if self.rules is not None:
             experts, groups, _, _ = self.rules.expert_major
             h = lay(h, self.rules, (experts, groups, self.rules.expert_mlp))
-        h = dropout(h, rate, key)
+        if keys is not None and rate > 0.0:
+            by_group = h.reshape(E, G, C, -1).swapaxes(0, 1)  # [G,E,C,F]
+            h = dropout(by_group, rate, keys).swapaxes(0, 1).reshape(h.shape)
         return (h @ self.w_down[...].astype(x.dtype)).reshape(E, G, C, D)
 
 
@@ -101,7 +112,7 @@ class MoELayer(nnx.Module):
             mask: [B, L] bool, False for padding: such tokens take no slot, count in no statistic and come out as 0
                 from the routed experts.
             train: use the training capacity, noise and dropout; needs `key` where the config asks for noise.
-            key: random key of this layer and step.
+            key: random key of this layer and step, or one key a row, [B].
             capacity_factor: overrides the config's; None is dropless.
         Raises:
             ValueError: a group size that does not fit [B, L], or training noise without a key.
@@ -111,14 +122,15 @@ class MoELayer(nnx.Module):
             capacity_factor = self.moe.capacity_factor if train else self.moe.eval_capacity_factor
         S = self.group_size(B, L, capacity_factor)
         C = capacity(self.moe, S, capacity_factor)
-        noise_key, drop_key, shared_key = split(key if train else None, 3)
         self.check_key(train, key)
+        rows = row_keys(key if train else None, B)
+        groups = group_keys(rows, L, S)
 
         tokens = lay(x.reshape(-1, S, D), self.rules, names=("batch", None, "act_embed"))  # [G,S,D]
         mask = jnp.ones((B, L), bool) if mask is None else mask
         mask = mask.reshape(-1, S)  # [G,S]
         with jax.named_scope("routing"):
-            routing, slots = self.route(tokens, mask, noise_key, C)
+            routing, slots = self.route(tokens, mask, fold(groups, 0), C)
             stats = balance.statistics(routing, slots, self.moe, mask)
         make_plan, dispatch, combine = DISPATCHERS[self.moe.dispatch]
         with jax.named_scope("dispatch"):
@@ -126,16 +138,16 @@ class MoELayer(nnx.Module):
             buffers = self.exchange(dispatch(tokens, plan), to_experts=True)  # [E,G,C,D]
             buffers = checkpoint_name(buffers, "dispatched")
         with jax.named_scope("experts"):
-            out = self.experts(buffers, rate=self.moe.expert_dropout, key=drop_key)
+            out = self.experts(buffers, rate=self.moe.expert_dropout, keys=fold(groups, 1))
         with jax.named_scope("combine"):
             out = checkpoint_name(self.exchange(out, to_experts=False), "expert_out")
             y = combine(out, plan).reshape(B, L, D)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
-                y = y + self.shared(x, rate=self.moe.expert_dropout, key=shared_key)
+                y = y + self.shared(x, rate=self.moe.expert_dropout, keys=fold(rows, 2))
         return lay(y, self.rules, names=("batch", "length", "act_embed")), stats
 
-    def route(self, tokens: jax.Array, mask: jax.Array, key: jax.Array | None, slots: int) -> tuple[Routing, Slots]:
+    def route(self, tokens: jax.Array, mask: jax.Array, keys: Keys, slots: int) -> tuple[Routing, Slots]:
         """Route and queue each group; everything here is local to a group."""
         logits = jnp.einsum(
             "gsd,de->gse",
@@ -143,7 +155,7 @@ class MoELayer(nnx.Module):
             self.router[...],
             precision=jax.lax.Precision.HIGHEST,  # Switch, section 2.4: selective precision
         )
-        noise = draw(key, self.moe, logits.shape)  # drawn outside shard_map: the same on every mesh
+        noise = QUIET if keys is None else jax.vmap(lambda k: draw(k, self.moe, logits.shape[1:]))(keys)
 
         def local(logits: jax.Array, mask: jax.Array, noise: Noise) -> tuple[Routing, Slots]:
             routing = route(logits, self.moe, mask, noise)

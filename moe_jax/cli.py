@@ -1,0 +1,203 @@
+"""The command line: `moe-jax train | eval | generate`.
+
+Only the standard library is imported before the arguments are read, so that `--help` answers at once.
+Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 130 interrupted twice.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+STARTED = time.perf_counter()
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="moe-jax",
+        description="Train, evaluate and run sharded mixture-of-experts transformers.",
+        epilog="CONFIG is a name in configs/ or a .toml file; key.path=value overrides follow it. "
+        "All keys: configs/README.md.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", help="print one JSON object last on standard output")
+        sub.add_argument("--quiet", action="store_true", help="no progress on standard error")
+        sub.add_argument("--fake-devices", type=int, metavar="N", help="run on N fake CPU devices (default: what the mesh needs)")
+        return sub
+
+    train = add("train", "train a model; goes on where a run in the same workdir stopped")
+    train.add_argument("config", metavar="CONFIG")
+    train.add_argument("overrides", nargs="*", metavar="key.path=value")
+    train.add_argument("--workdir", type=Path, metavar="DIR", help="default: a new folder runs/CONFIG-DATE-TIME")
+    train.set_defaults(run=run_train)
+
+    evaluate = add("eval", "loss of a trained model on held-out text, dropless and at capacity")
+    evaluate.add_argument("workdir", type=Path, metavar="DIR")
+    evaluate.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example mesh.expert=2")
+    evaluate.add_argument("--batches", type=int, metavar="N", help="batches to read (default: all held-out text)")
+    evaluate.set_defaults(run=run_eval)
+
+    generate = add("generate", "continue a prompt with a trained model")
+    generate.add_argument("workdir", type=Path, metavar="DIR")
+    generate.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example mesh.expert=2")
+    generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
+    generate.add_argument("--tokens", type=int, default=100, metavar="N", help="new tokens (default 100)")
+    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the most probable token (default 0.8)")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K most probable (default: all)")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=run_generate)
+    return top
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand before, between and after the options."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    for text in rest:
+        if text.startswith("-") or "=" not in text:
+            top.error(f"unrecognized argument {text!r}: options are listed by `moe-jax {args.command} --help`, "
+                      "overrides are written key.path=value")
+    args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def keep_memory() -> None:
+    """Let the allocator keep what it freed. XLA on CPU takes one large buffer a step, and glibc would return it to the
+    kernel each time, at tens of thousands of page faults a step. Elsewhere this does nothing."""
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8
+    mallopt(arena_max, 1)
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+
+
+def quiet_libraries() -> None:
+    """Libraries log to standard error what no user can act on."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
+def run_train(args: argparse.Namespace) -> dict[str, Any]:
+    from moe_jax import config, mesh
+
+    cfg = config.load(args.config, args.overrides)
+    workdir = args.workdir or Path("runs") / f"{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    mesh.prepare_devices(cfg.mesh, args.fake_devices)
+    from moe_jax.train.loop import Run
+
+    return Run(cfg, workdir, started=STARTED, quiet=args.quiet)()
+
+
+class Trained:
+    """A trained model opened for reading: its config with overrides, mesh, text and parameters."""
+
+    def __init__(self, args: argparse.Namespace):
+        from moe_jax import config, mesh
+        from moe_jax.checkpoint import open_workdir
+        from moe_jax.data import open_prepared
+
+        checkpoints = open_workdir(args.workdir)
+        tree = checkpoints.info()["config"]
+        for text in args.overrides:
+            tree = config.override(tree, text)
+        self.cfg = config.from_dict(tree)
+        mesh.prepare_devices(self.cfg.mesh, args.fake_devices)
+        self.mesh = mesh.build(self.cfg.mesh)
+        from moe_jax.train.state import Model, placed
+
+        self.model = Model.of(self.cfg)
+        self.model.validate()
+        self.corpus = open_prepared(args.workdir / "tokens", self.cfg.data)
+        self.step = checkpoints.newest()
+        self.params = checkpoints.restore_params(placed(self.model.shapes, self.model.param_shardings(self.mesh)))
+
+
+def run_eval(args: argparse.Namespace) -> dict[str, Any]:
+    from moe_jax.config import Problem, Refused
+
+    if args.batches is not None and args.batches < 1:
+        raise Refused(Problem("--batches", f"is {args.batches}", "give 1 or more"))
+    trained = Trained(args)
+    from moe_jax.train.evaluate import Evaluator
+
+    evaluator = Evaluator(trained.model, trained.mesh, trained.corpus)
+    report = evaluator.report(trained.params, args.batches or sys.maxsize, at_capacity=True)
+    report.pop("load", None)
+    lines = [f"held-out loss {report['eval_loss']:.4f} nats a token, {report['bits_per_byte']:.4f} bits a byte"]
+    if report.get("capacity_factor") is not None:
+        lines.append(
+            f"at capacity factor {report['capacity_factor']}: {report['eval_loss_at_capacity']:.4f} nats, "
+            f"{report['dropped']:,} of {report['routed']:,} choices dropped"
+        )
+    say(args, *lines, f"{report['tokens']:,} tokens, step {trained.step}")
+    return {"workdir": str(args.workdir), "step": trained.step, **report}
+
+
+def run_generate(args: argparse.Namespace) -> dict[str, Any]:
+    from moe_jax.config import Problem, Refused
+
+    limits = [("--tokens", args.tokens, 1), ("--temperature", args.temperature, 0), ("--top-k", args.top_k, 0), ("--seed", args.seed, 0)]
+    problems = [Problem(name, f"is {value}", f"give {least} or more") for name, value, least in limits if not value >= least]
+    if problems:
+        raise Refused(*problems)
+    trained = Trained(args)
+    from moe_jax.generate import Generator, Sampling
+
+    tokenizer = trained.corpus.tokenizer
+    sampling = Sampling(args.temperature, args.top_k, args.seed)
+    generator = Generator(trained.model, trained.mesh, tokenizer.size, tokenizer.eos, sampling)
+    out = generator(trained.params, [tokenizer.encode(p) for p in args.prompt], args.tokens)
+    texts = [prompt + tokenizer.decode(new) for prompt, new in zip(args.prompt, out.tokens, strict=True)]
+    if not args.json:
+        print("\n\n".join(texts))
+    speeds = out._asdict()
+    del speeds["tokens"]
+    say(args, ", ".join(f"{name.split('_')[0]} {value:,.0f} tokens/s" for name, value in speeds.items()))
+    return {"workdir": str(args.workdir), "step": trained.step, "text": texts[0], "texts": texts, **speeds}
+
+
+def say(args: argparse.Namespace, *lines: str) -> None:
+    if not args.quiet:
+        print(*lines, sep="\n", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. Refusals and failures are one message on standard error."""
+    args = parse(argv)
+    keep_memory()
+    quiet_libraries()
+    from moe_jax.config import Refused
+
+    try:
+        report = args.run(args)
+    except Refused as e:
+        print(f"moe-jax {args.command}: refused\n{e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"moe-jax {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as e:
+        if type(e).__name__ not in ("CheckpointFailed", "Overflow") and not isinstance(e, OSError):
+            raise
+        print(f"moe-jax {args.command}: failed\n{e}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(report), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Loss on held-out text, dropless and at capacity."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax.data import Corpus, Windows, heldout_batches
+from moe_jax.rules import sharding
+from moe_jax.train.state import Model
+from moe_jax.train.step import Sums, make_eval_step
+
+
+def to_devices(batch: dict[str, np.ndarray], model: Model, mesh: Mesh) -> dict[str, jax.Array]:
+    """The rows of this process [B_local, L] as arrays [B, L] sharded over the token axes."""
+    rows = sharding(mesh, (model.cfg.rules.batch, ()))
+    return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
+
+
+class Evaluator:
+    """Held-out loss of a model on a mesh; each kind of pass is compiled once."""
+
+    def __init__(self, model: Model, mesh: Mesh, corpus: Corpus):
+        self.model, self.mesh, self.corpus = model, mesh, corpus
+        self.steps: dict[float | None, Callable[[Any, Any], Sums]] = {}
+
+    def batches(self, count: int) -> Iterable[dict[str, np.ndarray]]:
+        data = self.model.cfg.data
+        windows = Windows(self.corpus.heldout, data.length, data.packing)
+        place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        return heldout_batches(windows, batch=data.batch, count=count, **place)
+
+    def sums(self, params: Any, count: int, capacity_factor: float | None) -> Sums:
+        """Sums over the first `count` batches of held-out text, on the host."""
+        if capacity_factor not in self.steps:
+            self.steps[capacity_factor] = jax.jit(make_eval_step(self.model, capacity_factor))
+        total = None
+        with jax.set_mesh(self.mesh):
+            for batch in self.batches(count):
+                sums = self.steps[capacity_factor](params, to_devices(batch, self.model, self.mesh))
+                # float64 and Python integers on the host: no count is rounded, whatever the number of batches
+                host = jax.tree.map(lambda x: np.asarray(x, np.int64 if x.dtype == np.int32 else np.float64), sums)
+                total = host if total is None else jax.tree.map(np.add, total, host)
+        assert total is not None
+        return total
+
+    def report(self, params: Any, count: int, *, at_capacity: bool = False) -> dict[str, Any]:
+        """`eval_loss` (nats a token, dropless), `bits_per_byte`, `tokens`, and counts of the routing.
+
+        Args:
+            at_capacity: also `eval_loss_at_capacity` with the drops at the training capacity factor; the counts are
+                then of that pass.
+        """
+        exact = self.sums(params, count, self.model.cfg.model.moe and self.model.cfg.model.moe.eval_capacity_factor)
+        loss = float(exact.nats / exact.targets)
+        bits = loss / math.log(2) / self.corpus.bytes_per_token
+        out = {"eval_loss": loss, "bits_per_byte": bits, "tokens": int(exact.targets)}
+        moe, counted = self.model.cfg.model.moe, exact
+        if moe is not None and at_capacity:
+            counted = self.sums(params, count, moe.capacity_factor)
+            out["eval_loss_at_capacity"] = float(counted.nats / counted.targets)
+            out["capacity_factor"] = moe.capacity_factor
+        if counted.stats is not None:
+            routed, kept = int(counted.stats.routed.sum()), int(counted.stats.kept.sum())
+            out |= {"routed": routed, "kept": kept, "dropped": routed - kept, "load": counted.stats.load.tolist()}
+        return out

@@ -1,0 +1,269 @@
+"""The training run: from a config and a folder to checkpoints, a log, a picture and a report."""
+
+import contextlib
+import importlib.metadata
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from moe_jax import config
+from moe_jax import mesh as meshes
+from moe_jax.axes import MESH_AXES
+from moe_jax.checkpoint import Checkpoints, check_workdir
+from moe_jax.config import Config, Problem, Refused
+from moe_jax.data import Windows, batches, bigram_loss, prepare
+from moe_jax.generate import Generator
+from moe_jax.metrics import MetricsLog, Progress, load_max_over_mean, read_metrics
+from moe_jax.picture import draw_run
+from moe_jax.rules import sharding
+from moe_jax.train.evaluate import Evaluator, to_devices
+from moe_jax.train.resume import Stop, changes, claimed
+from moe_jax.train.state import Model, State
+from moe_jax.train.step import make_train_step
+
+IN_FLIGHT = 1  # steps dispatched ahead of the one whose metrics are read
+WRITTEN_BY = ("jax", "flax", "optax", "orbax-checkpoint", "moe-jax")
+
+
+class Overflow(Exception):
+    """A token found no slot, and model.moe.overflow is `error`."""
+
+
+class Run:
+    """One training run. Creating it checks everything that needs no data; calling it trains.
+
+    Args:
+        workdir: where checkpoints, log and picture go; a run already there goes on.
+        started: `time.perf_counter()` when the process began.
+    Raises:
+        Refused: anything that cannot work, before it writes.
+    """
+
+    def __init__(self, cfg: Config, workdir: Path, *, started: float, quiet: bool = False):
+        self.cfg, self.workdir, self.started = cfg, workdir, started
+        self.main = jax.process_index() == 0
+        self.quiet = quiet or not self.main
+        self.mesh: Mesh = meshes.build(cfg.mesh)
+        self.model = Model.of(cfg)
+        self.model.validate()
+        check_workdir(workdir)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", cfg.train.keep)
+        self.resumed_at = self.checkpoints.newest() if self.checkpoints.steps() else None
+        self.changed: list[str] = []
+        if self.resumed_at is not None:
+            self.changed = changes(self.checkpoints.info(self.resumed_at)["config"], cfg)
+        self.timing: dict[str, float] = {}
+
+    def __call__(self) -> dict[str, Any]:
+        """Train, and return the report of the run."""
+        with claimed(self.workdir):
+            self.corpus = prepare(self.cfg.data, self.workdir / "tokens")
+            self.check_vocabulary()
+        data = self.cfg.data
+        self.windows = Windows(self.corpus.train, data.length, data.packing)
+        heldout = Windows(self.corpus.heldout, data.length, data.packing)
+        self.bigram = bigram_loss(self.windows, heldout, self.cfg.model.vocab)
+        self.evaluator = Evaluator(self.model, self.mesh, self.corpus)
+        state = self.start()
+        try:
+            with self.open_screen() as self.screen, self.open_log() as self.log, Stop() as stop:
+                self.introduce()
+                state, step = self.train(state, self.resumed_at or 0, stop)
+                if stop.signal:
+                    where = f"step {step} of {self.cfg.train.steps}"
+                    self.screen.note(f"{stop.signal}: saved at {where}; the same command goes on from there")
+        finally:
+            self.checkpoints.close()
+        report = self.report(step)
+        if self.main:
+            self.finish(state, report)
+        return report
+
+    def train(self, state: State, first: int, stop: Stop) -> tuple[State, int]:
+        """The loop. It dispatches a step ahead and reads the metrics of the step before, so it never waits for them."""
+        train = self.cfg.train
+        if first == 0:
+            self.evaluate(state, 0)
+        if first >= train.steps:
+            self.screen.note(f"nothing to do: the checkpoint is at step {first} of {train.steps}")
+            return state, first
+        seed = jax.random.key(train.seed)
+        pending: list[tuple[int, dict[str, jax.Array]]] = []
+        with jax.set_mesh(self.mesh), contextlib.closing(self.rows(first)) as rows:
+            train_step = self.compile(state, seed)
+            self.clock = time.perf_counter()
+            for step in range(first + 1, train.steps + 1):
+                state, metrics = train_step(state, to_devices(next(rows), self.model, self.mesh), seed)
+                pending.append((step, metrics))
+                last = step == train.steps or stop.signal is not None
+                saves = last or (train.checkpoint_every is not None and step % train.checkpoint_every == 0)
+                evaluates = step == train.steps or (train.eval_every is not None and step % train.eval_every == 0)
+                while len(pending) > (0 if saves or evaluates else IN_FLIGHT):
+                    self.record(*pending.pop(0))
+                if evaluates:
+                    self.evaluate(state, step)
+                if saves:
+                    self.checkpoints.save(step, state, self.info(step))
+                if last:
+                    break
+                if saves or evaluates:
+                    self.clock = time.perf_counter()  # their time is not the next step's
+        return state, step
+
+    # Before the loop
+
+    def check_vocabulary(self) -> None:
+        size, vocab = self.corpus.tokenizer.size, self.cfg.model.vocab
+        if size > vocab:
+            raise Refused(Problem("model.vocab", f"{vocab} is smaller than the tokenizer's {size}", f"set it to {size}"))
+
+    def start(self) -> State:
+        """A new state in its shards, or the newest checkpoint placed on this mesh."""
+        if self.resumed_at is None:
+            return self.model.create(self.mesh)
+        return self.checkpoints.restore(self.model.targets(self.mesh), self.resumed_at)[0]
+
+    def open_screen(self) -> Progress:
+        return Progress(
+            self.cfg.train.steps,
+            log_every=self.cfg.train.log_every,
+            bytes_per_token=self.corpus.bytes_per_token,
+            bigram=self.bigram,
+            quiet=self.quiet,
+        )
+
+    def open_log(self) -> contextlib.AbstractContextManager[MetricsLog | None]:
+        """The log of process 0; others write none."""
+        if not self.main:
+            return contextlib.nullcontext()
+        return MetricsLog(self.workdir, tensorboard=self.cfg.train.tensorboard, resume_step=self.resumed_at)
+
+    def rows(self, first: int) -> Iterator[dict[str, np.ndarray]]:
+        """The rows of this process from step `first` on."""
+        place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        return batches(self.windows, batch=self.cfg.data.batch, seed=self.cfg.data.seed, start_step=first, **place)
+
+    def introduce(self) -> None:
+        """Say what is about to run, and where."""
+        total, active = self.model.count()
+        note = self.screen.note
+        note(f"{self.cfg.name}: {total:,} parameters, {active:,} of them active for a token")
+        note(f"mesh {self.shape()} on {jax.device_count()} {jax.devices()[0].platform} device(s); workdir {self.workdir}")
+        note(f"text {self.cfg.data.path}: {len(self.corpus.train):,} tokens, {len(self.corpus.heldout):,} held out")
+        if self.resumed_at is not None:
+            note(f"goes on from the checkpoint at step {self.resumed_at}")
+        for line in self.changed:
+            note(f"changed since that checkpoint: {line}")
+
+    def shape(self) -> str:
+        """The mesh in words."""
+        return " x ".join(f"{a}={n}" for a, n in zip(MESH_AXES, self.cfg.mesh.shape, strict=True) if n > 1) or "of one"
+
+    def compile(self, state: State, seed: jax.Array) -> Any:
+        """The train step for these shapes; the old state's memory is reused for the new one."""
+        data = self.cfg.data
+        rows = sharding(self.mesh, (self.cfg.rules.batch, ()))
+        names = {n: np.int32 for n in ("tokens", "targets", "segments", "positions")} | {"weights": np.float32}
+        batch = {n: jax.ShapeDtypeStruct((data.batch, data.length), t, sharding=rows) for n, t in names.items()}
+        begun = time.perf_counter()
+        step = jax.jit(make_train_step(self.model), donate_argnums=0, out_shardings=(self.model.shardings(self.mesh), None))
+        compiled = step.lower(state, batch, seed).compile()
+        self.timing["compile_seconds"] = time.perf_counter() - begun
+        self.screen.note(f"compiled the train step in {self.timing['compile_seconds']:.1f} s")
+        return compiled
+
+    # In the loop
+
+    def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Write the numbers of one step. Waits for that step only."""
+        host = jax.tree.map(lambda x: np.asarray(x).tolist(), metrics)
+        now = time.perf_counter()
+        self.timing.setdefault("time_to_first_step_seconds", now - self.started)
+        seconds, tokens = now - self.clock, self.cfg.data.batch * self.cfg.data.length
+        self.clock = now
+        if "routed" in host:
+            host["dropped"] = host["routed"] - host["kept"]
+        record = {"step": step, **host, "tokens": tokens, "step_seconds": seconds, "tokens_per_second": tokens / seconds}
+        if self.log is not None:
+            self.log.train(record)
+        self.screen.step(record)
+        moe = self.cfg.model.moe
+        if moe is not None and moe.overflow == "error" and host["dropped"]:
+            remedy = "raise model.moe.capacity_factor, or set model.moe.overflow=drop"
+            raise Overflow(f"step {step}: {host['dropped']} of {host['routed']} choices found no slot; {remedy}")
+
+    def evaluate(self, state: State, step: int) -> None:
+        record = {"step": step, **self.evaluator.report(state.params, self.cfg.train.eval_batches)}
+        record.pop("load", None)
+        if self.log is not None:
+            self.log.eval(record)
+        self.screen.eval(record)
+
+    def info(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself: the config, the position in the data, the versions that wrote it."""
+        versions = {name: importlib.metadata.version(name) for name in WRITTEN_BY}
+        cfg = config.to_dict(self.cfg)
+        return {"config": cfg, "data_position": step, "text": self.corpus.fingerprint, "versions": versions}
+
+    # After the loop
+
+    def report(self, step: int) -> dict[str, Any]:
+        """The JSON of `moe-jax train`. Routing counts are sums over the last tenth of the steps."""
+        train, evals = read_metrics(self.workdir / "metrics.jsonl") if self.main else ([], [])
+        if not train:
+            return {"step": step, "workdir": str(self.workdir)}
+        mine = [r for r in train if r["step"] > (self.resumed_at or 0)] or train
+        total, active = self.model.count()
+        speed = statistics.median(r["step_seconds"] for r in mine[1:] or mine)
+        tail = train[-max(1, len(train) // 10) :]
+        out = {
+            "config": self.cfg.name,
+            "step": step,
+            "finished": step >= self.cfg.train.steps,
+            "loss": train[-1]["loss"],
+            "eval_loss": evals[-1]["eval_loss"] if evals else None,
+            "first_eval_loss": evals[0]["eval_loss"] if evals else None,
+            "bigram_loss": self.bigram,
+            "tokens_per_second": train[-1]["tokens"] / speed,
+            "step_seconds_median": speed,
+            "time_to_first_step_seconds": self.timing.get("time_to_first_step_seconds"),
+            "compile_seconds": self.timing.get("compile_seconds"),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "params_total": total,
+            "params_active": active,
+            "mesh": {a: n for a, n in zip(MESH_AXES, self.cfg.mesh.shape, strict=True) if n > 1},
+            "devices": jax.device_count(),
+            "platform": jax.devices()[0].platform,
+            "workdir": str(self.workdir),
+        }
+        counts = {k: sum(r.get(k, 0) for r in tail) for k in ("routed", "kept", "dropped")}
+        return out | counts | {"load_max_over_mean": load_max_over_mean(train[-1]["load"]) if "load" in train[-1] else None}
+
+    def finish(self, state: State, report: dict[str, Any]) -> None:
+        """The picture, and a sample if the run is complete."""
+        if "loss" not in report:
+            return
+        train, evals = read_metrics(self.workdir / "metrics.jsonl")
+        path = draw_run(train, evals, self.workdir / "run.png", title=self.cfg.name, bigram=self.bigram)
+        report["picture"] = str(path)
+        self.say(f"picture {path}")
+        prompt = self.cfg.train.sample
+        if prompt and report["finished"]:
+            tokenizer = self.corpus.tokenizer
+            generator = Generator(self.model, self.mesh, tokenizer.size, tokenizer.eos)
+            room = self.cfg.model.max_length - len(tokenizer.encode(prompt))
+            new = generator(state.params, [tokenizer.encode(prompt)], min(self.cfg.train.sample_tokens, room))
+            report["sample"] = prompt + tokenizer.decode(new.tokens[0])
+            self.say(f"sample:\n{report['sample']}")
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)

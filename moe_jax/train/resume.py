@@ -1,0 +1,76 @@
+"""What makes a run safe to stop and start again: signals, the claim on a folder, and which keys may change."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moe_jax import config
+from moe_jax.checkpoint import MARKER, check_workdir, claim_workdir
+from moe_jax.config import Config, Problem, Refused
+
+FREE = ("name", "mesh.", "rules.", "train.", "model.scan", "model.remat", "model.moe.eval_capacity_factor")
+"""Keys that a resumed run may change: where and how it computes, not what."""
+
+
+class Stop:
+    """SIGTERM and SIGINT ask the loop to save and end; a second signal interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def __enter__(self) -> "Stop":
+        self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+    def handle(self, number: int, frame: object) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path) -> Iterator[None]:
+    """Claim the workdir; if the run is refused inside, nothing that the claim created stays."""
+    check_workdir(workdir)
+    fresh = not (workdir / MARKER).exists()
+    created = [p for p in (workdir, *workdir.parents) if not p.exists()]  # innermost first
+    claim_workdir(workdir)
+    try:
+        yield
+    except Refused:
+        if fresh:
+            (workdir / MARKER).unlink()
+            for path in created:
+                path.rmdir()
+        raise
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as `{"a.b.c": value}`."""
+    out: dict[str, Any] = {}
+    for k, v in tree.items():
+        out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return out
+
+
+def changes(saved: dict, cfg: Config) -> list[str]:
+    """Keys in which a resumed run differs from the config saved with its checkpoint, in words.
+
+    Raises:
+        ConfigError: a key that would make it another run, such as the model, the data or the seed.
+    """
+    now, before = flat(config.to_dict(cfg)), flat(saved)
+    keys = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
+    fixed = [k for k in keys if not k.startswith(FREE) or k == "train.seed"]
+    if fixed:
+        remedy = "set it back, or train in another --workdir"
+        began = "and the run in this workdir began with"
+        why = {k: f"is {now.get(k, 'unset')!r}, {began} {before.get(k, 'unset')!r}" for k in fixed}
+        raise config.ConfigError(*(Problem(k, why[k], remedy) for k in fixed))
+    return [f"{k}: {before.get(k, 'unset')} -> {now.get(k, 'unset')}" for k in keys if k != "name"]

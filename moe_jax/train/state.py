@@ -1,0 +1,127 @@
+"""The train state: abstract first, then created directly in its shards, a plain pytree throughout."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.axes import MESH_AXES
+from moe_jax.config import Config
+from moe_jax.model import Transformer
+from moe_jax.rules import sharding, validate
+from moe_jax.train import optimizer
+
+
+class State(NamedTuple):
+    """What a checkpoint holds."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array  # [] int32, optimizer steps done
+
+
+def text_keys(tree: Any) -> Any:
+    """A pure dict with string keys throughout: list positions of NNX become "0", "1", ..."""
+    return {str(k): text_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def nnx_keys(tree: Any) -> Any:
+    """The inverse of `text_keys`."""
+    if not isinstance(tree, dict):
+        return tree
+    return {int(k) if k.isdigit() else k: nnx_keys(v) for k, v in tree.items()}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A config's transformer without its numbers: how to rebuild it, and shape and logical axes of each parameter."""
+
+    cfg: Config
+    graph: Any
+    shapes: Any  # tree of ShapeDtypeStruct
+    axes: Any  # tree of tuples of logical axes
+
+    @classmethod
+    def of(cls, cfg: Config) -> "Model":
+        """Traced without computing anything."""
+        abstract = nnx.eval_shape(lambda: Transformer(cfg.model, rules=cfg.rules, rngs=nnx.Rngs(params=0)))
+        graph, state = nnx.split(abstract)
+        axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        return cls(cfg, graph, text_keys(nnx.to_pure_dict(state)), text_keys(nnx.to_pure_dict(axes)))
+
+    def module(self, params: Any) -> Transformer:
+        """The Flax module with these parameters."""
+        return nnx.merge(self.graph, nnx_keys(params))
+
+    def leaves(self) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+        """`(name, shape, logical axes)` of every parameter."""
+        shapes = jax.tree_util.tree_leaves_with_path(self.shapes)
+        axes = jax.tree.leaves(self.axes, is_leaf=optimizer.is_axes)
+        return [(".".join(optimizer.names_of(p)), s.shape, a) for (p, s), a in zip(shapes, axes, strict=True)]
+
+    def validate(self) -> None:
+        """Hold the mesh and the rules against the parameters.
+
+        Raises:
+            RulesError: one table of all conflicts.
+        """
+        validate(self.cfg.rules, dict(zip(MESH_AXES, self.cfg.mesh.shape, strict=True)), self.leaves())
+
+    def count(self) -> tuple[int, int]:
+        """Parameters in total, and active: those that one token touches."""
+        total = active = 0
+        moe = self.cfg.model.moe
+        for _, shape, axes in self.leaves():
+            size = 1
+            for n in shape:
+                size *= n
+            total += size
+            if moe is not None and "experts" in axes:
+                size = size * moe.top_k // moe.experts
+            active += size
+        return total, active
+
+    def optimizer(self) -> optax.GradientTransformation:
+        return optimizer.build(self.cfg.train.optimizer, self.cfg.train.steps, self.axes)
+
+    def rate(self) -> optax.Schedule:
+        """Learning rate by step."""
+        return optimizer.schedule(self.cfg.train.optimizer, self.cfg.train.steps)
+
+    def param_shardings(self, mesh: Mesh) -> Any:
+        rules = self.cfg.rules
+        return jax.tree.map(lambda a: sharding(mesh, rules.layout(*a)), self.axes, is_leaf=optimizer.is_axes)
+
+    def shardings(self, mesh: Mesh) -> State:
+        """Where every leaf of the train state lives; optimizer state lies like its parameters."""
+        rules, replicated = self.cfg.rules, NamedSharding(mesh, PartitionSpec())
+        opt = jax.eval_shape(self.optimizer().init, self.shapes)
+        axes = optimizer.state_axes(opt, self.shapes, self.axes)
+        leaves = [sharding(mesh, rules.layout(*a)) for a in jax.tree.structure(opt).flatten_up_to(axes)]
+        return State(self.param_shardings(mesh), jax.tree.unflatten(jax.tree.structure(opt), leaves), replicated)
+
+    def targets(self, mesh: Mesh) -> State:
+        """Shapes with shardings, for restoring a checkpoint."""
+        opt = jax.eval_shape(self.optimizer().init, self.shapes)
+        shapes = State(self.shapes, opt, jax.ShapeDtypeStruct((), jnp.int32))
+        return placed(shapes, self.shardings(mesh))
+
+    def create(self, mesh: Mesh) -> State:
+        """Random parameters and a fresh optimizer, each array born in its shards and equal on every mesh."""
+
+        def init() -> State:
+            module = Transformer(self.cfg.model, rules=None, rngs=nnx.Rngs(params=self.cfg.train.seed))
+            params = text_keys(nnx.to_pure_dict(nnx.split(module)[1]))
+            return State(params, self.optimizer().init(params), jnp.zeros((), jnp.int32))
+
+        with jax.set_mesh(mesh):
+            return jax.jit(init, out_shardings=self.shardings(mesh))()
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shape structs with their shardings."""
+    return jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), shapes, shardings)
