@@ -263,7 +263,7 @@ class Checkpoints:
             record = {"leaves": {name: _shape(leaf) for name, leaf in _names(state).items()}, "info": info}
             sums = _sums(state)
             with _context():
-                handle = ocp.save_checkpointables_async(self.folder / str(step), {"state": state})
+                handle = ocp.save_checkpointables_async(str(self.folder / str(step)), {"state": state})
         except Exception as e:
             raise self._failed(step, e) from e
         self._running = step, self._thread.submit(self._finish, step, handle, record, sums)
@@ -368,7 +368,7 @@ class Checkpoints:
         self._check_files(step, record)
         try:
             with _context(partial):
-                state = ocp.load_checkpointables(self.folder / str(step), {"state": target})["state"]
+                state = ocp.load_checkpointables(str(self.folder / str(step)), {"state": target})["state"]
         except Exception as e:
             raise self._damaged(step, _reason(e)) from None
         now = {name: int(x) for name, x in jax.device_get(_sums(state)).items()}

@@ -30,7 +30,9 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--json", action="store_true", help="print one JSON object last on standard output")
         sub.add_argument("--quiet", action="store_true", help="no progress on standard error")
-        sub.add_argument("--fake-devices", type=int, metavar="N", help="run on N fake CPU devices (default: what the mesh needs)")
+        sub.add_argument(
+            "--fake-devices", type=int, metavar="N", help="run on N fake CPU devices (default: what the mesh needs)"
+        )
         return sub
 
     train = add("train", "train a model; goes on where a run in the same workdir stopped")
@@ -50,8 +52,12 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example mesh.expert=2")
     generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
     generate.add_argument("--tokens", type=int, default=100, metavar="N", help="new tokens (default 100)")
-    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the most probable token (default 0.8)")
-    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K most probable (default: all)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0: the most probable token (default 0.8)"
+    )
+    generate.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="choose among the K most probable (default: all)"
+    )
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=run_generate)
     return top
@@ -63,8 +69,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, rest = top.parse_known_args(argv)
     for text in rest:
         if text.startswith("-") or "=" not in text:
-            top.error(f"unrecognized argument {text!r}: options are listed by `moe-jax {args.command} --help`, "
-                      "overrides are written key.path=value")
+            top.error(
+                f"unrecognized argument {text!r}: options are listed by `moe-jax {args.command} --help`, "
+                "overrides are written key.path=value"
+            )
     args.overrides = [*args.overrides, *rest]
     return args
 
@@ -149,8 +157,15 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
 def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     from moe_jax.config import Problem, Refused
 
-    limits = [("--tokens", args.tokens, 1), ("--temperature", args.temperature, 0), ("--top-k", args.top_k, 0), ("--seed", args.seed, 0)]
-    problems = [Problem(name, f"is {value}", f"give {least} or more") for name, value, least in limits if not value >= least]
+    limits = [
+        ("--tokens", args.tokens, 1),
+        ("--temperature", args.temperature, 0),
+        ("--top-k", args.top_k, 0),
+        ("--seed", args.seed, 0),
+    ]
+    problems = [
+        Problem(name, f"is {value}", f"give {least} or more") for name, value, least in limits if not value >= least
+    ]
     if problems:
         raise Refused(*problems)
     trained = Trained(args)

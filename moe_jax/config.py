@@ -2,12 +2,13 @@
 
 `load("tiny_switch", ["train.steps=10"])` reads configs/tiny_switch.toml, applies the overrides and returns a
 `Config`, or raises `ConfigError` naming every wrong key, the reason and the remedy.
-`python -m moe_jax.config` prints the reference of all keys.
+`python -m moe_jax.config` prints the reference of all keys, which is configs/README.md.
 """
 
 import dataclasses
 import difflib
 import json
+import os
 import tomllib
 import types
 import typing
@@ -25,6 +26,7 @@ from moe_jax.axes import MESH_AXES, Rules
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Count = Annotated[int, Limit(ge=1, le=2**40)]
+Depth = Annotated[int, Limit(ge=1, le=2**16)]  # layers are listed one by one
 Whole = Annotated[int, Limit(ge=0, le=2**40)]
 Positive = Annotated[float, Limit(gt=0)]
 NonNegative = Annotated[float, Limit(ge=0)]
@@ -41,6 +43,8 @@ def key(default: Any, doc: str) -> Any:
 
 @dataclass(frozen=True)
 class RouterConfig:
+    """How tokens choose experts."""
+
     __pydantic_config__ = STRICT
     kind: Literal["switch", "gshard", "topk_softmax", "softmax_topk"] = key(
         "softmax_topk", "switch: top-1; gshard: top-2; topk_softmax: Mixtral order; softmax_topk: OLMoE order"
@@ -59,6 +63,8 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
+    """The mixture of experts of a model, or of one `MoELayer`."""
+
     __pydantic_config__ = STRICT
     experts: Count = key(8, "number of routed experts E")
     top_k: Count = key(1, "experts per token K")
@@ -85,9 +91,11 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The transformer."""
+
     __pydantic_config__ = STRICT
     vocab: Count = key(512, "vocabulary V; at least the tokenizer's size")
-    layers: Count = key(4, "number of layers")
+    layers: Depth = key(4, "number of layers")
     d_model: Count = key(128, "model width D")
     d_ff: Count = key(512, "hidden width of the dense feed-forward layers")
     heads: Count = key(4, "attention heads H")
@@ -129,6 +137,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
+    """How many devices lie along each mesh axis."""
+
     __pydantic_config__ = STRICT
     data: Count = key(1, "replicas: the batch is split, parameters are copied")
     fsdp: Count = key(1, "the batch is split, parameters and optimizer state are split too")
@@ -154,6 +164,8 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Text, tokens and batches."""
+
     __pydantic_config__ = STRICT
     path: str = key(
         "builtin:prose",
@@ -171,6 +183,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    """The optimizer and its schedule."""
+
     __pydantic_config__ = STRICT
     kind: Literal["adamw", "adafactor", "muon"] = key("adamw", "the optimizer")
     learning_rate: Positive = key(1e-3, "peak learning rate")
@@ -187,6 +201,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The run: steps, seeds, checkpoints, evaluations, logs."""
+
     __pydantic_config__ = STRICT
     steps: Count = key(300, "optimizer steps")
     seed: Whole = key(0, "seed of parameters, dropout and routing noise")
@@ -204,6 +220,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """A whole experiment; what a file in configs/ holds."""
+
     __pydantic_config__ = STRICT
     name: str = key("unnamed", "the config's name")
     model: ModelConfig = key(ModelConfig, "the transformer")
@@ -213,7 +231,7 @@ class Config:
     train: TrainConfig = key(TrainConfig, "the run")
 
 
-Rules.__pydantic_config__ = STRICT  # type: ignore[attr-defined]  # axes.py knows no pydantic
+setattr(Rules, "__pydantic_config__", STRICT)  # noqa: B010  # axes.py knows no pydantic
 
 
 @dataclass(frozen=True)
@@ -262,14 +280,14 @@ def find(name: str, beside: Path | None = None) -> Path:
     """The file of a config given by path or by name."""
     options = [Path(name)] if name.endswith(".toml") else []
     if beside is not None:
-        options.append(beside / f"{name}.toml")
+        options += [beside / name, beside / f"{name}.toml"]
     options.append(config_folder() / f"{name}.toml")
     for path in options:
-        if path.is_file():
+        if os.path.isfile(path):  # False, and no error, for a name too long for the file system
             return path
     names = config_names()
     hint = nearest(name, names) + f"the shipped configs are {', '.join(names)}; or give the path of a .toml file"
-    raise ConfigError(Problem(name, "no such config", hint))
+    raise ConfigError(Problem(name or "config", "no such config", hint))
 
 
 def read(name: str, beside: Path | None = None, above: tuple[Path, ...] = ()) -> dict:
@@ -280,17 +298,22 @@ def read(name: str, beside: Path | None = None, above: tuple[Path, ...] = ()) ->
         raise ConfigError(Problem(str(path), f"extends itself ({chain})", "take one `extends` out"))
     try:
         tree = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as e:
+    except (ValueError, OSError, RecursionError) as e:  # ValueError: TOML, UTF-8, and integers of 4300 digits
         raise ConfigError(Problem(str(path), f"not readable as TOML: {e}", "mend the file at that place")) from None
     base = tree.pop("extends", None)
     if base is None:
         return tree
     if not isinstance(base, str):
         raise ConfigError(Problem("extends", f"is {base!r}", "give the name of one config as a string"))
-    return merge(read(base, path.parent, (*above, path)), tree)
+    below = read(base, path.parent, (*above, path))
+    try:
+        return merge(below, tree)
+    except RecursionError:
+        raise ConfigError(Problem(str(path), "tables are nested too deep", "use the keys of the reference")) from None
 
 
 def merge(below: dict, above: dict) -> dict:
+    """Nested dicts with the values of `above` in place of those of `below`."""
     out = dict(below)
     for name, value in above.items():
         both = isinstance(value, dict) and isinstance(out.get(name), dict)
@@ -316,7 +339,7 @@ def override(tree: dict, text: str) -> dict:
         return out
     try:
         node[names[-1]] = tomllib.loads(f"x = {value}")["x"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         node[names[-1]] = value.strip()
     return out
 
@@ -324,15 +347,15 @@ def override(tree: dict, text: str) -> dict:
 # Strict loading
 
 
-def _dataclass_in(hint: Any) -> type | None:
+def _dataclass_in(hint: Any) -> Any:
     """The dataclass in a type such as `MoEConfig | None`."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((t for t in options if dataclasses.is_dataclass(t)), None)  # type: ignore[return-value]
+    return next((t for t in options if dataclasses.is_dataclass(t)), None)
 
 
 def keys_at(path: Sequence[str]) -> list[str]:
     """The known keys of the table at `path`."""
-    table: type = Config
+    table: Any = Config
     for name in path:
         hint = typing.get_type_hints(table).get(name)
         inner = _dataclass_in(hint) if hint is not None else None
@@ -346,7 +369,7 @@ def all_keys() -> list[tuple[str, Any, dataclasses.Field]]:
     """Every leaf key of a config with its type and field, depth first."""
     rows = []
 
-    def walk(table: type, prefix: str) -> None:
+    def walk(table: Any, prefix: str) -> None:
         hints = typing.get_type_hints(table, include_extras=True)
         for f in dataclasses.fields(table):
             inner = _dataclass_in(hints[f.name])
@@ -362,7 +385,7 @@ def all_keys() -> list[tuple[str, Any, dataclasses.Field]]:
 def _problem(error: Any) -> Problem:
     """One pydantic error in our words."""
     loc = [str(part) for part in error["loc"]]
-    path, kind, given = ".".join(loc), error["type"], error.get("input")
+    path, kind, given = ".".join(loc) or "config", error["type"], error.get("input")
     shown = repr(given) if len(repr(given)) < 80 else repr(given)[:77] + "..."
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         known = keys_at(loc[:-1])
@@ -373,6 +396,8 @@ def _problem(error: Any) -> Problem:
             hint = f"did you mean {same[0]!r}? " if same else ""
         where = ".".join(loc[:-1]) or "the top level"
         return Problem(path, "no such key", f"{hint}the keys of {where} are {', '.join(known)}")
+    if kind == "json_invalid":  # text that is no Unicode, or tables nested too deep
+        return Problem(path, f"cannot be read: {error['ctx']['error']}", "use plain TOML values")
     if kind == "literal_error":
         expected = error["ctx"]["expected"]
         options = [o.strip("' ") for o in expected.replace(" or ", ",").split(",")]
@@ -475,7 +500,7 @@ def check_model(m: ModelConfig) -> list[Problem]:
         no("d_model", f"{m.d_model} is odd, and sinusoidal positions come in pairs", "use an even d_model")
     if m.moe is not None:
         out += check_moe(m.moe)
-        if "moe" not in m.layer_kinds:
+        if m.layers < m.moe.first_dense + m.moe.every:
             why = f"first_dense={m.moe.first_dense}, every={m.moe.every} leave no MoE layer among {m.layers}"
             no("moe.every", why, "lower model.moe.every or first_dense, or raise model.layers")
     return out
@@ -535,22 +560,26 @@ def check(cfg: Config) -> list[Problem]:
 
 
 def type_name(hint: Any) -> str:
+    """A type as the reference shows it: `int >= 1, or unset`."""
     if typing.get_origin(hint) is Annotated:
         base, limit = typing.get_args(hint)
-        parts = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
-        bounds = [
-            f"{parts[type(m).__name__]} {list(vars(m).values())[0]:g}"
-            if hasattr(m, "__dict__") and vars(m)
-            else f"{parts[type(m).__name__]} {getattr(m, type(m).__name__.lower()):g}"
-            for m in limit.metadata
-            if type(m).__name__ in parts and getattr(m, type(m).__name__.lower()) != 2**40
-        ]
+        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+        limits = [(sign, getattr(m, name, None)) for m in limit.metadata for name, sign in signs.items()]
+        bounds = [f"{sign} {n:g}" for sign, n in limits if n is not None and n != 2**40]
         return f"{base.__name__} {', '.join(bounds)}".strip()
     if typing.get_origin(hint) is Literal:
         return " / ".join(map(str, typing.get_args(hint)))
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return ", or ".join("unset" if t is type(None) else type_name(t) for t in typing.get_args(hint))
     return "mesh axes" if typing.get_origin(hint) is tuple else hint.__name__
+
+
+HEADING = """# Configurations
+
+One TOML file a model or experiment; `extends = "NAME"` takes over the values of another. Every key is optional, and
+`key.path=value` on the command line overrides it. This page is written by `python -m moe_jax.config`.
+
+"""
 
 
 def reference() -> str:
@@ -564,4 +593,4 @@ def reference() -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    print(HEADING + reference(), end="")

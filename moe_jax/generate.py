@@ -23,6 +23,9 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
+SAMPLING = Sampling()
+
+
 class Generated(NamedTuple):
     """New tokens of each prompt, up to its stop token, and the speed of both phases."""
 
@@ -47,7 +50,7 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling, known: int) -
 class Generator:
     """Compiled generation for one model, mesh and shape."""
 
-    def __init__(self, model: Model, mesh: Mesh, known: int, stop: int, sampling: Sampling = Sampling()):
+    def __init__(self, model: Model, mesh: Mesh, known: int, stop: int, sampling: Sampling = SAMPLING):
         self.model, self.mesh, self.known, self.stop, self.sampling = model, mesh, known, stop, sampling
 
     def keys(self, step: jax.Array, rows: int) -> jax.Array:
@@ -55,7 +58,9 @@ class Generator:
         base = jax.random.fold_in(jax.random.key(self.sampling.seed), step)
         return jax.random.split(base, rows)
 
-    def prefill(self, params: Any, tokens: jax.Array, lengths: jax.Array, places: int) -> tuple[jax.Array, Cache]:
+    def prefill(
+        self, params: Any, tokens: jax.Array, lengths: jax.Array, places: int
+    ) -> tuple[jax.Array, Cache | None]:
         """tokens [B, L], right-aligned prompts -> next tokens [B] and the filled cache."""
         module = self.model.module(params)
         B, L = tokens.shape

@@ -181,7 +181,7 @@ class _Board:
 
     def __init__(self, folder: Path, purge_step: int):
         from tensorboardX import FileWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing-module-member]  # made by protoc
 
         # A file is named by the second, and one of the same name would be overwritten: two quick starts need a suffix.
         suffix = f".{purge_step:09d}.{os.getpid()}.{sum(1 for _ in folder.glob('events*'))}"
@@ -190,7 +190,7 @@ class _Board:
         self.writer.add_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def _add(self, scalars: Record, step: int) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.summary_pb2 import Summary  # ty: ignore[missing-module-member]  # made by protoc
 
         numbers = {tag: v for tag, v in scalars.items() if isinstance(v, int | float | np.number)}
         values = [Summary.Value(tag=tag, simple_value=float(v)) for tag, v in numbers.items()]

@@ -164,17 +164,20 @@ class Transformer(nnx.Module):
             x, out = nnx.merge(graph, params)(x, context, fold(keys, number), caches, **options)
             return lay(x, self.rules, names=("batch", "length", "act_embed")), out
 
+        loop_body: Any = body
         if self.m.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT[self.m.remat], prevent_cse=not self.m.scan)
+            loop_body = jax.checkpoint(body, policy=REMAT[self.m.remat], prevent_cse=not self.m.scan)
         unroll = 1 if self.m.scan else repeats
-        x, (stats, caches) = jax.lax.scan(body, x, (params, jnp.arange(repeats), caches), length=repeats, unroll=unroll)
+        x, (stats, caches) = jax.lax.scan(
+            loop_body, x, (params, jnp.arange(repeats), caches), length=repeats, unroll=unroll
+        )
         if not stats:
             return x, None, caches
         # m MoE layers a period, each [repeats, ...] -> [repeats * m, ...] in the order of the layers
         merged = jax.tree.map(lambda *s: jnp.stack(s, 1).reshape(-1, *s[0].shape[1:]), *stats)
         return x, merged, caches
 
-    def empty_cache(self, batch: int, places: int, lengths: jax.Array | None = None, width: int | None = None) -> Cache:
+    def empty_cache(self, batch: int, places: int, lengths: jax.Array | None = None, width: int = 0) -> Cache:
         """A cache of `places` for a batch of prompts whose right ends are aligned at `width` tokens.
 
         Args:

@@ -12,7 +12,7 @@ from moe_jax.metrics import Record, dropped_fraction, load_max_over_mean
 # Okabe and Ito's palette, told apart by colour-blind readers and in grey.
 BLUE, ORANGE, GREEN, INK, GREY, FAINT = "#0072B2", "#D55E00", "#009E73", "#222222", "#6B6B6B", "#E4E4E4"
 INCHES, DPI = (15, 9), 100
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
     "font.size": 11,
     "text.usetex": False,
@@ -236,9 +236,9 @@ def draw_run(
             _loss(figure.add_gridspec(1, 1, right=0.5, **area).subplots(), train_records, eval_records, bigram)
             right = {"left": 0.57, "right": 0.975}
             _load(figure.add_gridspec(1, 1, top=0.85, bottom=0.535, **right).subplots(), shares)
-            below = figure.add_gridspec(2, 1, top=0.425, bottom=0.075, hspace=0.5, **right).subplots()
-            _balance(below[0], steps, train_records)
-            _dropped(below[1], steps, train_records)
+            below = figure.add_gridspec(2, 1, top=0.425, bottom=0.075, hspace=0.5, **right).subplots(squeeze=False)
+            _balance(below[0, 0], steps, train_records)
+            _dropped(below[1, 0], steps, train_records)
         temporary = path.with_name(path.name + ".tmp")
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
     os.replace(temporary, path)

@@ -2,7 +2,8 @@
 
 A router is one function and one row of `ROUTERS`. Each takes float32 logits `[..., S, E]` and its settings and returns
 the chosen experts, best first, their gates and the probabilities that the balance loss uses. Noise comes in as uniform
-numbers drawn from an explicit key by `draw`; without it a router is deterministic, as in evaluation.
+numbers drawn from an explicit key by `draw`; without it a router is deterministic, as in evaluation. Experts are chosen
+by their logits, which keep their order where probabilities underflow.
 """
 
 from typing import NamedTuple
@@ -59,7 +60,7 @@ def normalized(gate: jax.Array) -> jax.Array:
 def switch(logits, moe: MoEConfig, uniform=None):
     """Top-1; the gate is the softmax probability, which carries the router's gradient (Fedus et al. 2021, eq. 1-2)."""
     prob = jax.nn.softmax(logits)
-    expert = jnp.argmax(prob, -1, keepdims=True)  # [..., S, 1]
+    expert = jnp.argmax(logits, -1, keepdims=True)  # [..., S, 1]
     return expert, pick(prob, expert), jnp.ones(expert.shape, bool), prob
 
 
@@ -70,9 +71,9 @@ def gshard(logits, moe: MoEConfig, uniform=None):
     its weight by the Gumbel-max trick. Without `uniform` (evaluation) it is the second best and always kept.
     """
     prob = jax.nn.softmax(logits)
-    first = jnp.argmax(prob, -1, keepdims=True)  # [..., S, 1]
+    first = jnp.argmax(logits, -1, keepdims=True)  # [..., S, 1]
     experts = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    score = jnp.log(prob)
+    score = logits
     if moe.router.second == "sample" and uniform is not None:
         score = logits - jnp.log(-jnp.log(jnp.clip(uniform, 1e-20, 1.0 - 1e-7)))  # logits + Gumbel noise
     second = jnp.argmax(jnp.where(experts == first, -jnp.inf, score), -1, keepdims=True)
@@ -94,7 +95,8 @@ def topk_softmax(logits, moe: MoEConfig, uniform=None):
 def softmax_topk(logits, moe: MoEConfig, uniform=None):
     """The K best of the softmax over all experts (Muennighoff et al. 2024, OLMoE); normalised if asked."""
     prob = jax.nn.softmax(logits)
-    gate, expert = jax.lax.top_k(prob, moe.top_k)  # [..., S, K]
+    expert = jax.lax.top_k(logits, moe.top_k)[1]  # [..., S, K]
+    gate = pick(prob, expert)
     if moe.router.normalize == "before":
         gate = normalized(gate)
     return expert, gate, jnp.ones(expert.shape, bool), prob

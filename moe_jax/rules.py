@@ -4,7 +4,7 @@
 was given rules never runs unsharded by accident.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
 import jax
@@ -63,7 +63,8 @@ class RulesError(Refused):
         self.args = (head + "\n" + table(("where", "conflict", "remedy"), rows),)
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows under their head, in aligned columns."""
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     lines = ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [head, *rows]]
     return "\n".join([lines[0], "  " + "  ".join("-" * w for w in widths), *lines[1:]])
@@ -77,6 +78,10 @@ def conflicts(rules: Rules, mesh: Mapping[str, int], leaves: Iterable[tuple[str,
             if axis not in MESH_AXES:
                 why = f"unknown mesh axis {axis!r}"
                 out.append(Problem(f"rules.{f.name}", why, f"use {', '.join(MESH_AXES)}"))
+        if len(set(getattr(rules, f.name))) < len(getattr(rules, f.name)):
+            out.append(
+                Problem(f"rules.{f.name}", f"a mesh axis twice in {list(getattr(rules, f.name))}", "name it once")
+            )
     outside = [a for a in rules.experts if a not in rules.batch and mesh.get(a, 1) > 1]
     if outside:
         why = f"expert axes {outside} are not among the token axes {list(rules.batch)}: no all-to-all is possible"

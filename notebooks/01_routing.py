@@ -56,6 +56,7 @@ jax.config.update("jax_default_matmul_precision", "float32")  # GPUs and TPUs ro
 print(f"{len(devices)} devices of kind {devices[0].platform}")
 
 # %%
+import functools
 import re
 
 import jax.numpy as jnp
@@ -213,7 +214,8 @@ for e, w in enumerate(W):
     left.annotate("", w, (0, 0), arrowprops=dict(arrowstyle="-|>", color=COLORS[e], lw=2, shrinkA=0, shrinkB=0))
     left.text(*(1.2 * w), f"$w_{e}$", ha="center", va="center", fontsize=13)
 gate = np.asarray(choose(jnp.asarray(grid @ W.T, jnp.float32)).gate)[..., 0]
-image = right.imshow(gate, cmap="cividis", vmin=1 / 3, vmax=1, **span)
+image = right.contourf(*grid.transpose(2, 0, 1), gate, levels=np.linspace(0.3, 1, 15), cmap="cividis")
+right.set_aspect("equal")
 right.set_title("gate of the chosen expert")
 fig.colorbar(image, ax=right, label="gate (probability)")
 for style, ((i, j), points) in zip(("-", "--", ":"), borders.items()):
@@ -393,6 +395,7 @@ for (name, K, S), z in worst.items():
 # (1 is not a strict minimum: `f` and `P` are not the same average, and the loss can dip below 1 by a little.)
 
 # %%
+@functools.partial(jax.jit, static_argnames="moe")
 def statistics(logits, moe):
     """Balance statistics of one dropless group."""
     routing = route(logits, moe)
@@ -452,7 +455,7 @@ for e in range(E):
     style = dict(color=COLORS[e], marker="os^Dv<>P"[e], markevery=(2 * e, 20), markersize=5)
     left.plot(loads[:, e], **style, label=f"expert {e}")
 left.axhline(1, color="black", lw=1, ls="--")
-left.text(STEPS, 1.04, "fair share", ha="right", va="bottom", fontsize=9)
+left.text(STEPS, 1.07, "fair share", ha="right", va="bottom", fontsize=9)
 left.set(xlabel="step of gradient descent", ylabel="load / fair share", ylim=(0, None), title="load of each expert")
 left.legend(ncols=2, fontsize=8.5)
 right.plot(losses, color=COLORS[0], lw=2)
@@ -464,6 +467,9 @@ assert before > 2 and after < 1.1 and loads[-1].min() > 0.9, (before, after, loa
 print(f"largest load / fair share: {before:.2f} -> {after:.2f}; balance loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 
 # %% [markdown]
+# The least popular experts come back last: the gradient on a logit is proportional to its probability, which is small
+# for them. A collapsed router is slow to mend, so the loss should be there from the first step.
+#
 # ## 6. One MoE layer in your own model
 #
 # `MoELayer` is a Flax NNX module. It takes `[B, L, D]` and returns `[B, L, D]` and the statistics from above. Nothing
@@ -486,7 +492,7 @@ class Model(nnx.Module):
 
 
 x = jax.random.normal(jax.random.key(1), (16, 32, 16))  # [B, L, 16]
-one, one_stats = Model(None, nnx.Rngs(params=0))(x)
+one, one_stats = nnx.jit(lambda model, x: model(x))(Model(None, nnx.Rngs(params=0)), x)
 print(f"{one.shape}, kept {int(one_stats.kept)} of {int(one_stats.routed)} choices on one device")
 
 # %% [markdown]

@@ -247,7 +247,6 @@ def test_noise_does_not_depend_on_rows_or_mesh(where):
     keys = jax.random.split(jax.random.key(5), 16)
     plain = MoELayer(moe, D, rngs=nnx.Rngs(params=0))
     whole, _ = nnx.jit(lambda m, x, k: m(x, train=True, key=k))(plain, x, keys)
-    graph, state = nnx.split(plain)
     with entered(MESHES[where]):
         layer = MoELayer(moe, D, rules=Rules(), rngs=nnx.Rngs(params=0))
         call = nnx.jit(lambda m, x, k: m(x, train=True, key=k)[0])

@@ -242,3 +242,11 @@ def test_positions_need_no_room():
     np.testing.assert_array_equal(large.position, small.position)
     assert int(small.kept.sum()) == 20 and int(large.kept.sum()) == 36
     assert bool((large.kept | ~small.kept).all())
+
+
+@pytest.mark.parametrize("kind", ["gshard", "topk_softmax", "softmax_topk"])
+def test_choices_survive_underflow(kind):
+    """Logits 200 apart: the probabilities of all but one expert are 0 in float32, and their order still counts."""
+    moe = MoEConfig(experts=3, top_k=2, router=RouterConfig(kind))
+    routing = route(jnp.array([[200.0, 0.0, 50.0]]), moe)
+    assert routing.expert.tolist() == [[0, 2]] and bool(jnp.isfinite(routing.gate).all())

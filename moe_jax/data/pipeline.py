@@ -5,7 +5,7 @@ step.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     prefetch: int = 2,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Endless batches of a process from a step on, each a dict of arrays [B/P, L].
 
     Row r of step n is item n*B + r of an endless list that shuffles the windows anew in each epoch: every window once
@@ -79,7 +79,7 @@ def batches(
     return _read(windows, batch, rows, seed, start_step, prefetch)
 
 
-def _read(windows: Windows, batch: int, rows: range, seed: int, start: int, prefetch: int) -> Iterator[Batch]:
+def _read(windows: Windows, batch: int, rows: range, seed: int, start: int, prefetch: int) -> Generator[Batch]:
     import grain  # takes seconds, and the commands that only look at a corpus need none of it
     from grain.experimental import index_shuffle
 

@@ -81,7 +81,7 @@ class Attention(nnx.Module):
             q, k = rotary(q, positions, m.rope_theta), rotary(k, positions, m.rope_theta)
         J = k.shape[1]
         q = q.reshape(B, J, -1, L, q.shape[-1])  # [B,J,R,L,N]
-        if cache is not None:
+        if cache is not None and place is not None:
             cache = write(cache, k, v, place)
         if cache is not None and L == 1:
             y = weighted_values(q, cache.k, cache.v, segments[:, None, :] > 0)

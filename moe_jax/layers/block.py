@@ -52,6 +52,8 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Stats | None, LayerCache | None]:
         """x [B, L, D] -> (x, statistics of an MoE layer, cache)."""
         pre = self.m.norm_order == "pre"
+        if train and self.m.dropout and keys is None:
+            raise ValueError(f"model.dropout={self.m.dropout} draws noise in training: pass key=jax.random.key(...)")
 
         with jax.named_scope("attention"):
             h = self.attention_norm(x) if pre else x

@@ -14,7 +14,7 @@ from moe_jax.axes import Rules
 from moe_jax.capacity import Slots, assign, capacity
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import DISPATCHERS
-from moe_jax.layers.common import ACTIVATIONS, Keys, dropout, fan_in, lay, fold, param, row_keys
+from moe_jax.layers.common import ACTIVATIONS, Keys, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
 from moe_jax.routing import QUIET, Noise, Routing, draw, route
 from moe_jax.rules import current_mesh, spec

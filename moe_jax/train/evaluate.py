@@ -54,11 +54,12 @@ class Evaluator:
             at_capacity: also `eval_loss_at_capacity` with the drops at the training capacity factor; the counts are
                 then of that pass.
         """
-        exact = self.sums(params, count, self.model.cfg.model.moe and self.model.cfg.model.moe.eval_capacity_factor)
+        moe = self.model.cfg.model.moe
+        exact = self.sums(params, count, None if moe is None else moe.eval_capacity_factor)
         loss = float(exact.nats / exact.targets)
         bits = loss / math.log(2) / self.corpus.bytes_per_token
         out = {"eval_loss": loss, "bits_per_byte": bits, "tokens": int(exact.targets)}
-        moe, counted = self.model.cfg.model.moe, exact
+        counted = exact
         if moe is not None and at_capacity:
             counted = self.sums(params, count, moe.capacity_factor)
             out["eval_loss_at_capacity"] = float(counted.nats / counted.targets)

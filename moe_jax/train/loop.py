@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator as Yields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from moe_jax.train.state import Model, State
 from moe_jax.train.step import make_train_step
 
 IN_FLIGHT = 1  # steps dispatched ahead of the one whose metrics are read
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes elsewhere
 WRITTEN_BY = ("jax", "flax", "optax", "orbax-checkpoint", "moe-jax")
 
 
@@ -123,7 +124,9 @@ class Run:
     def check_vocabulary(self) -> None:
         size, vocab = self.corpus.tokenizer.size, self.cfg.model.vocab
         if size > vocab:
-            raise Refused(Problem("model.vocab", f"{vocab} is smaller than the tokenizer's {size}", f"set it to {size}"))
+            raise Refused(
+                Problem("model.vocab", f"{vocab} is smaller than the tokenizer's {size}", f"set it to {size}")
+            )
 
     def start(self) -> State:
         """A new state in its shards, or the newest checkpoint placed on this mesh."""
@@ -146,7 +149,7 @@ class Run:
             return contextlib.nullcontext()
         return MetricsLog(self.workdir, tensorboard=self.cfg.train.tensorboard, resume_step=self.resumed_at)
 
-    def rows(self, first: int) -> Iterator[dict[str, np.ndarray]]:
+    def rows(self, first: int) -> Yields[dict[str, np.ndarray]]:
         """The rows of this process from step `first` on."""
         place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         return batches(self.windows, batch=self.cfg.data.batch, seed=self.cfg.data.seed, start_step=first, **place)
@@ -156,7 +159,8 @@ class Run:
         total, active = self.model.count()
         note = self.screen.note
         note(f"{self.cfg.name}: {total:,} parameters, {active:,} of them active for a token")
-        note(f"mesh {self.shape()} on {jax.device_count()} {jax.devices()[0].platform} device(s); workdir {self.workdir}")
+        note(f"mesh {self.shape()} on {jax.device_count()} {jax.devices()[0].platform} device(s)")
+        note(f"workdir {self.workdir}")
         note(f"text {self.cfg.data.path}: {len(self.corpus.train):,} tokens, {len(self.corpus.heldout):,} held out")
         if self.resumed_at is not None:
             note(f"goes on from the checkpoint at step {self.resumed_at}")
@@ -171,10 +175,11 @@ class Run:
         """The train step for these shapes; the old state's memory is reused for the new one."""
         data = self.cfg.data
         rows = sharding(self.mesh, (self.cfg.rules.batch, ()))
-        names = {n: np.int32 for n in ("tokens", "targets", "segments", "positions")} | {"weights": np.float32}
+        names = dict.fromkeys(("tokens", "targets", "segments", "positions"), np.int32) | {"weights": np.float32}
         batch = {n: jax.ShapeDtypeStruct((data.batch, data.length), t, sharding=rows) for n, t in names.items()}
         begun = time.perf_counter()
-        step = jax.jit(make_train_step(self.model), donate_argnums=0, out_shardings=(self.model.shardings(self.mesh), None))
+        out = (self.model.shardings(self.mesh), None)
+        step = jax.jit(make_train_step(self.model), donate_argnums=0, out_shardings=out)
         compiled = step.lower(state, batch, seed).compile()
         self.timing["compile_seconds"] = time.perf_counter() - begun
         self.screen.note(f"compiled the train step in {self.timing['compile_seconds']:.1f} s")
@@ -191,7 +196,8 @@ class Run:
         self.clock = now
         if "routed" in host:
             host["dropped"] = host["routed"] - host["kept"]
-        record = {"step": step, **host, "tokens": tokens, "step_seconds": seconds, "tokens_per_second": tokens / seconds}
+        speed = {"tokens": tokens, "step_seconds": seconds, "tokens_per_second": tokens / seconds}
+        record = {"step": step, **host, **speed}
         if self.log is not None:
             self.log.train(record)
         self.screen.step(record)
@@ -236,7 +242,7 @@ class Run:
             "step_seconds_median": speed,
             "time_to_first_step_seconds": self.timing.get("time_to_first_step_seconds"),
             "compile_seconds": self.timing.get("compile_seconds"),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,
             "params_total": total,
             "params_active": active,
             "mesh": {a: n for a, n in zip(MESH_AXES, self.cfg.mesh.shape, strict=True) if n > 1},
@@ -245,7 +251,8 @@ class Run:
             "workdir": str(self.workdir),
         }
         counts = {k: sum(r.get(k, 0) for r in tail) for k in ("routed", "kept", "dropped")}
-        return out | counts | {"load_max_over_mean": load_max_over_mean(train[-1]["load"]) if "load" in train[-1] else None}
+        load = train[-1].get("load")
+        return out | counts | {"load_max_over_mean": None if load is None else load_max_over_mean(load)}
 
     def finish(self, state: State, report: dict[str, Any]) -> None:
         """The picture, and a sample if the run is complete."""

@@ -47,7 +47,7 @@ def decayed(axes: Any) -> Any:
 
 
 def muon_dimensions(axes: Any) -> Any:
-    """Which dimensions of each parameter Muon sees as the matrix; None: AdamW's. Stacked layers and experts are batch."""
+    """The matrix that Muon sees in each parameter, stacked layers and experts being batch; None: left to AdamW."""
 
     def one(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
         inner = [i for i, n in enumerate(names) if n not in BATCH_AXES]

@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Stop:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path) -> Iterator[None]:
+def claimed(workdir: Path) -> Generator[None]:
     """Claim the workdir; if the run is refused inside, nothing that the claim created stays."""
     check_workdir(workdir)
     fresh = not (workdir / MARKER).exists()

@@ -21,7 +21,7 @@ class State(NamedTuple):
 
     params: Any
     opt_state: Any
-    step: jax.Array  # [] int32, optimizer steps done
+    step: Any  # [] int32, optimizer steps done
 
 
 def text_keys(tree: Any) -> Any:

@@ -86,8 +86,9 @@ def total_loss(model: Model, params: Any, batch: Batch, keys: jax.Array) -> tupl
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         sums, _ = jax.lax.scan(add, zero, inputs)
     loss = sums.nats / jnp.maximum(sums.targets, 1.0)
-    if sums.stats is not None:
-        loss = loss + balance.router_loss(sums.stats, model.cfg.model.moe)
+    moe = model.cfg.model.moe
+    if sums.stats is not None and moe is not None:
+        loss = loss + balance.router_loss(sums.stats, moe)
     return loss, sums
 
 
@@ -118,8 +119,8 @@ def make_train_step(model: Model) -> Callable[[State, Batch, jax.Array], tuple[S
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics = report(model, total, sums)
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": rate(state.step)}
-        return State(params, opt_state, state.step + 1), metrics
+        more = {"grad_norm": jnp.asarray(optax.tree.norm(grads)), "learning_rate": jnp.asarray(rate(state.step))}
+        return State(params, opt_state, state.step + 1), metrics | more
 
     return train_step
 

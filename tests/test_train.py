@@ -1,0 +1,221 @@
+"""Training: losses against plain definitions, invariance to microbatches and mesh, optimizers and their sharding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe_jax import config, mesh as meshes
+from moe_jax.config import OptimizerConfig
+from moe_jax.train import optimizer
+from moe_jax.train.state import Model, State
+from moe_jax.train.step import cross_entropy, make_train_step, total_loss
+
+SMALL = [
+    "model.layers=2",
+    "model.d_model=16",
+    "model.d_ff=24",
+    "model.heads=2",
+    "model.vocab=40",
+    "model.moe.experts=4",
+    "data.length=12",
+    "data.batch=16",
+]
+
+
+def small(*more: str, name: str = "tiny_gshard") -> config.Config:
+    return config.load(name, [*SMALL, *more])
+
+
+def batch_of(cfg: config.Config, padding: bool = True) -> dict[str, np.ndarray]:
+    """Random tokens in two segments a row, with padding at the end of some rows."""
+    rng = np.random.default_rng(0)
+    B, L = cfg.data.batch, cfg.data.length
+    tokens = rng.integers(0, cfg.model.vocab, (B, L + 1)).astype(np.int32)
+    segments = np.where(np.arange(L) < 5, 1, 2)[None].repeat(B, 0).astype(np.int32)
+    if padding:
+        segments[np.arange(L)[None] >= rng.integers(7, L + 1, B)[:, None]] = 0
+    positions = np.where(np.arange(L) < 5, np.arange(L), np.arange(L) - 5)[None].repeat(B, 0).astype(np.int32)
+    weights = ((segments > 0) & (np.arange(L) != 4)).astype(np.float32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments, "positions": positions} | {
+        "weights": weights
+    }
+
+
+def one_step(cfg: config.Config) -> tuple[State, dict]:
+    """A train step from the initial state on the config's mesh, everything on the host."""
+    model = Model.of(cfg)
+    mesh = meshes.build(cfg.mesh, jax.devices()[: cfg.mesh.size])
+    state = model.create(mesh)
+    with jax.set_mesh(mesh):
+        step = jax.jit(make_train_step(model), out_shardings=(model.shardings(mesh), None))
+        state, metrics = step(state, batch_of(cfg), jax.random.key(7))
+    return jax.tree.map(np.asarray, state), jax.tree.map(np.asarray, metrics)
+
+
+def same(got, want, rtol=1e-5):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        name = jax.tree_util.keystr(path)
+        if a.dtype.kind in "iu":
+            np.testing.assert_array_equal(a, b, name)
+        else:
+            assert np.abs(a - b).max() <= rtol * max(np.abs(b).max(), 1e-6), name
+
+
+ONE = ["mesh.data=1", "mesh.expert=1", "train.optimizer.kind=adafactor"]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """One device, one microbatch, no remat. Adafactor's update is smooth in the gradient where AdamW's first is a sign."""
+    return one_step(small(*ONE))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["mesh.data=2", "mesh.expert=4"],
+        ["mesh.data=2", "mesh.expert=2", "mesh.tensor=2"],
+        ["mesh.fsdp=4", "mesh.expert=2"],
+        ["train.microbatches=4"],
+        ["train.microbatches=2", "mesh.data=2", "mesh.expert=4", "model.remat=full"],
+        ["model.moe.group_size=24", "train.microbatches=2", "mesh.expert=2"],
+        ["model.remat=exchange", "model.scan=false"],
+        ["model.remat=dots"],
+    ],
+    ids=lambda c: ",".join(c),
+)
+def test_a_step_does_not_depend_on_how_it_is_run(reference, change):
+    """Loss, gradient norm, counts and the new state: the same to 1e-5, counts exact, with noise, drops and padding."""
+    if any("group_size" in c for c in change):
+        reference = one_step(small(*ONE, "model.moe.group_size=24"))
+    state, metrics = one_step(small(*ONE, *change))
+    assert metrics["routed"] > metrics["kept"], "the test needs drops"
+    same(metrics, reference[1])
+    same(state.params, reference[0].params)
+
+
+def test_loss_is_its_definition():
+    """Mean cross entropy over weighted targets plus coefficients times the layers' balance and z-losses."""
+    cfg = small(*ONE, "model.moe.balance_loss=0.3", "model.moe.z_loss=0.2")
+    model, batch = Model.of(cfg), batch_of(cfg)
+    mesh = meshes.build(cfg.mesh, jax.devices()[:1])
+    state = model.create(mesh)
+    keys = jax.random.split(jax.random.key(0), cfg.data.batch)
+    with jax.set_mesh(mesh):
+        total, sums = jax.jit(lambda p, b: total_loss(model, p, b, keys))(state.params, batch)
+        out = model.module(state.params)(
+            batch["tokens"], segments=batch["segments"], positions=batch["positions"], train=True, key=keys
+        )
+    logp = np.asarray(jax.nn.log_softmax(out.logits), np.float64)
+    nats = -np.take_along_axis(logp, batch["targets"][..., None], -1)[..., 0]
+    want = (nats * batch["weights"]).sum() / batch["weights"].sum()
+    s, n = sums.stats, (batch["segments"] > 0).sum()
+    f = np.asarray(s.count) / n  # GShard counts first choices
+    want += 0.3 * (4 * (f * np.asarray(s.prob) / n).sum(-1)).sum() + 0.2 * (np.asarray(s.z) / n).sum()
+    assert float(total) == pytest.approx(want, rel=1e-5)
+
+
+def test_cross_entropy_is_optax_s():
+    logits, targets = jax.random.normal(jax.random.key(0), (3, 5, 11)), jnp.arange(15).reshape(3, 5) % 11
+    want = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    np.testing.assert_allclose(cross_entropy(logits, targets), want, rtol=1e-6)
+
+
+def test_overfits_a_batch():
+    """Forty steps on one batch: the loss falls far below chance for each optimizer."""
+    for kind, rate in [("adamw", 1e-2), ("adafactor", 3e-2), ("muon", 1e-2)]:
+        changes = [f"train.optimizer.kind={kind}", f"train.optimizer.learning_rate={rate}", "train.steps=40"]
+        cfg = small("mesh.data=2", "mesh.expert=4", *changes, "train.optimizer.warmup=5")
+        model = Model.of(cfg)
+        mesh = meshes.build(cfg.mesh)
+        state = model.create(mesh)
+        with jax.set_mesh(mesh):
+            step = jax.jit(make_train_step(model), out_shardings=(model.shardings(mesh), None), donate_argnums=0)
+            losses = []
+            for _ in range(40):
+                state, metrics = step(state, batch_of(cfg), jax.random.key(0))
+                losses.append(float(metrics["loss"]))
+        assert losses[0] == pytest.approx(np.log(40), abs=0.4), kind
+        assert losses[-1] < 0.6 * losses[0], (kind, losses[-1])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon"])
+def test_optimizer_state_is_sharded_like_its_parameters(kind):
+    """Every moment of a sharded parameter is sharded over the same axes; factored ones over those that they keep."""
+    cfg = small("mesh.fsdp=2", "mesh.data=1", "mesh.expert=2", "mesh.tensor=2", f"train.optimizer.kind={kind}")
+    model = Model.of(cfg)
+    mesh = meshes.build(cfg.mesh)
+    state = model.create(mesh)
+    params = {optimizer.names_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(state.params)}
+    matched = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
+        names = optimizer.names_of(path)
+        owner = next((params[names[i:]] for i in range(len(names)) if names[i:] in params), None)
+        if owner is not None and leaf.shape == owner.shape and leaf.ndim > 1:
+            assert leaf.sharding.is_equivalent_to(owner.sharding, leaf.ndim), names
+            matched += 1
+        elif owner is not None and leaf.ndim == owner.ndim - 1 and leaf.size > 64:
+            shards = {s.data.size for s in leaf.addressable_shards}
+            whole = {s.data.size for s in owner.addressable_shards}
+            assert owner.size == max(whole) or leaf.size > max(shards), names
+            matched += 1
+    assert matched >= len(params) // 2
+    expert = next(x for n, x in params.items() if n[-2:] == ("experts", "w_up"))
+    assert expert.addressable_shards[0].data.size * 8 == expert.size
+
+
+def test_parameters_are_equal_on_every_mesh():
+    """Created in shards, each array holds the numbers that one device would have drawn."""
+    one = small(*ONE)
+    many = small("mesh.fsdp=2", "mesh.data=1", "mesh.expert=2", "mesh.tensor=2", ONE[2])
+    states = [Model.of(c).create(meshes.build(c.mesh, jax.devices()[: c.mesh.size])) for c in (one, many)]
+    same(*(jax.tree.map(np.asarray, s.params) for s in states), rtol=1e-6)
+
+
+def test_schedules():
+    """Warm-up, cosine and WSD at their corners, from the closed forms."""
+    base = OptimizerConfig(learning_rate=2.0, warmup=10, final=0.1)
+    cosine = optimizer.schedule(base, 110)
+    assert float(cosine(0)) == pytest.approx(0.2) and float(cosine(9)) == pytest.approx(2.0)
+    assert float(cosine(60)) == pytest.approx(0.2 + 1.8 / 2) and float(cosine(110)) == pytest.approx(0.2)
+    wsd = optimizer.schedule(dataclasses.replace(base, schedule="wsd", decay=0.2), 110)
+    assert float(wsd(89)) == pytest.approx(2.0) and float(wsd(100)) == pytest.approx(1.1)
+    assert float(wsd(110)) == pytest.approx(0.2)
+    constant = optimizer.schedule(dataclasses.replace(base, schedule="constant", warmup=0), 110)
+    assert float(constant(0)) == float(constant(109)) == 2.0
+
+
+def test_muon_sees_one_matrix_a_layer_and_expert():
+    model = Model.of(small())
+    dims = optimizer.muon_dimensions(model.axes)
+    block = dims["stacks"]["0"]["blocks"]["1"]
+    assert block["ffn"]["experts"]["w_up"] == optax.contrib.MuonDimensionNumbers((2,), (3,))
+    assert block["ffn"]["experts"]["w_down"] == optax.contrib.MuonDimensionNumbers((2,), (3,))
+    assert block["attention"]["w_query"] == optax.contrib.MuonDimensionNumbers((1,), (2, 3))
+    assert block["attention"]["w_out"] == optax.contrib.MuonDimensionNumbers((1, 2), (3,))
+    assert block["ffn"]["router"] is None and dims["embedding"]["table"] is None
+
+
+def test_weight_decay_and_clipping_reach_the_update():
+    """With zero gradients only matrices shrink; with a clip the update of plain gradients has at most its norm."""
+    model = Model.of(small("train.optimizer.weight_decay=0.5", "train.optimizer.warmup=0", "train.optimizer.clip="))
+    params = jax.tree.map(lambda s: jnp.ones(s.shape), model.shapes)
+    tx = model.optimizer()
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert float(jnp.abs(updates["final_norm"]["scale"]).max()) == 0.0
+    assert float(updates["embedding"]["table"][0, 0]) == pytest.approx(-0.5 * 3e-3)
+
+
+def test_active_parameters():
+    """Total and active from the shapes: K of E experts, all else counted whole."""
+    cfg = small("model.tied_head=true")
+    total, active = Model.of(cfg).count()
+    D, F, L, E, K, V, H = 16, 128, 1, 4, 2, 40, 16
+    attention, norms = 4 * D * H, 2 * D
+    dense = 3 * D * 24
+    rest = V * D + 2 * (attention + norms) + dense + D * E + D
+    assert total == rest + L * E * 3 * D * F and active == rest + L * K * 3 * D * F
