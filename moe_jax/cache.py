@@ -23,10 +23,22 @@ class Cache(NamedTuple):
     filled: jax.Array  # [] int32, places filled so far
 
 
+class Cached(NamedTuple):
+    """Where a call with a cache writes, and what its tokens see there."""
+
+    visible: jax.Array  # [B, L, M] bool
+    place: jax.Array  # [] int32, the first place written
+
+
 def empty_layer(m: ModelConfig, batch: int, places: int, repeats: int) -> LayerCache:
     """Zeros for `repeats` layers: k and v [repeats, B, J, M, N]."""
     shape = (repeats, batch, m.resolved_kv_heads, places, m.resolved_head_dim)
     return LayerCache(jnp.zeros(shape, m.dtype), jnp.zeros(shape, m.dtype))
+
+
+def places(cache: Cache) -> int:
+    """Places M of a cache."""
+    return cache.layers[0][0].k.shape[-2]
 
 
 def write(cache: LayerCache, k: jax.Array, v: jax.Array, place: jax.Array) -> LayerCache:

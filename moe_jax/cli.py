@@ -18,6 +18,7 @@ STARTED = time.perf_counter()
 
 
 def parser() -> argparse.ArgumentParser:
+    """Commands and options."""
     top = argparse.ArgumentParser(
         prog="moe-jax",
         description="Train, evaluate and run sharded mixture-of-experts transformers.",
@@ -99,6 +100,7 @@ def quiet_libraries() -> None:
 
 
 def run_train(args: argparse.Namespace) -> dict[str, Any]:
+    """`moe-jax train`."""
     from moe_jax import config, mesh
 
     cfg = config.load(args.config, args.overrides)
@@ -134,6 +136,7 @@ class Trained:
 
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:
+    """`moe-jax eval`."""
     from moe_jax.config import Problem, Refused
 
     if args.batches is not None and args.batches < 1:
@@ -155,6 +158,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_generate(args: argparse.Namespace) -> dict[str, Any]:
+    """`moe-jax generate`."""
     from moe_jax.config import Problem, Refused
 
     limits = [

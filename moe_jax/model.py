@@ -1,6 +1,5 @@
 """The decoder transformer: dense and MoE layers in a pattern, scanned and rematerialised."""
 
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ from flax import nnx
 from moe_jax import config
 from moe_jax.axes import Rules
 from moe_jax.balance import Stats
-from moe_jax.cache import Cache, LayerCache, empty_layer
+from moe_jax.cache import Cache, Cached, LayerCache, empty_layer, places
 from moe_jax.config import ModelConfig
 from moe_jax.layers.block import Block, Context
 from moe_jax.layers.common import Keys, dropout, fold, lay, row_keys
@@ -34,24 +33,24 @@ class Output(NamedTuple):
 
 
 def pattern(kinds: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
-    """Layer kinds as runs of a repeated period: dense, (dense, moe) x 6 is `[(("dense", "moe"), 6)]`.
+    """Layer kinds as at most three runs of a repeated period, each one loop: (dense, moe) x 6 is one run.
 
-    Each run is one loop. The period is the shortest that repeats from the bottom after equal leading layers.
+    Equal leading layers, a repeated period, equal trailing layers: the split with the fewest different layers to
+    compile, then the fewest runs.
     """
-    for size in range(1, len(kinds)):
-        repeats = len(kinds) // size
-        if size * repeats == len(kinds) and kinds == kinds[:size] * repeats:
-            return [(kinds[:size], repeats)]
-    runs = [(kind, len(list(group))) for kind, group in groupby(kinds)]
-    if len(runs) <= 2:
-        return [((kind,), n) for kind, n in runs]
-    head, rest = runs[0], kinds[runs[0][1] :]  # leading equal layers by themselves
-    period = rest[: runs[1][1] + runs[2][1]]
-    repeats = 0
-    while rest[repeats * len(period) : (repeats + 1) * len(period)] == period:
-        repeats += 1
-    tail = rest[repeats * len(period) :]
-    return [((head[0],), head[1]), (period, repeats), *(pattern(tail) if tail else [])]
+    options = []
+    leading = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), len(kinds))
+    for head in range(leading + 1):
+        rest = kinds[head:]
+        for size in range(1, len(rest) + 1):
+            period, repeats = rest[:size], 1
+            while rest[repeats * size : (repeats + 1) * size] == period:
+                repeats += 1
+            tail = rest[repeats * size :]
+            if len(set(tail)) <= 1:
+                runs = [(kinds[:1], head), (period, repeats), (tail[:1], len(tail))]
+                options.append([run for run in runs if run[1]])
+    return min(options, key=lambda runs: (sum(len(period) for period, _ in runs), len(runs)))
 
 
 class Period(nnx.Module):
@@ -120,7 +119,7 @@ class Transformer(nnx.Module):
             segments: [B, L] int32, tokens attend within their segment; 0 is padding. Default: all ones.
             positions: [B, L] int32. Default: 0, 1, 2, ... from each row's first token.
             train: dropout, noise and the training capacity; needs `key`, one or [B], where the config asks for noise.
-            cache: from `empty_cache`; a call with L > 1 fills it from the start, one with L = 1 extends it.
+            cache: from `empty_cache`; the call appends its L tokens. Logits are NaN where its places do not suffice.
             capacity_factor: of every MoE layer; default the config's for training or evaluation, None is dropless.
         """
         B, L = tokens.shape
@@ -129,7 +128,7 @@ class Transformer(nnx.Module):
         segments = jnp.ones((B, L), jnp.int32) if segments is None else segments
         if cache is None:
             positions = jnp.broadcast_to(jnp.arange(L), (B, L)) if positions is None else positions
-            context = Context(positions, segments, segments, None)
+            context = Context(positions, segments, None)
         else:
             context = self.cached_context(cache, segments, L)
         keys = row_keys(key if train else None, B)
@@ -150,6 +149,8 @@ class Transformer(nnx.Module):
             logits = self.embedding.logits(x)
         merged = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats) if stats else None
         if cache is not None:
+            # A write past the last place would overwrite it in silence: such a call returns no numbers.
+            logits = jnp.where(cache.filled + L <= places(cache), logits, jnp.nan)
             cache = Cache(tuple(layers), cache.start, cache.filled + L)
         return Output(logits, merged, cache)
 
@@ -197,12 +198,8 @@ class Transformer(nnx.Module):
     def cached_context(self, cache: Cache, segments: jax.Array, L: int) -> Context:
         """Positions count from each row's own start; a decoding step sees the places filled so far."""
         place = (cache.filled + jnp.arange(L))[None]  # [1,L]
-        positions = jnp.maximum(place - cache.start[:, None], 0)  # [B,L]
-        real = (place >= cache.start[:, None]) & (segments > 0)
-        segments = real.astype(jnp.int32)
-        if L > 1:
-            return Context(positions, segments, segments, cache.filled)
-        M = cache.layers[0][0].k.shape[-2]
-        slot = jnp.arange(M)[None]
-        seen = (slot >= cache.start[:, None]) & (slot <= cache.filled)  # [B,M]
-        return Context(positions, segments, seen.astype(jnp.int32), cache.filled)
+        start = cache.start[:, None]  # [B,1]
+        segments = jnp.where((place >= start) & (segments > 0), 1, 0)  # [B,L]
+        slot = jnp.arange(places(cache))[None, None]  # [1,1,M]
+        visible = (slot >= start[..., None]) & (slot <= place[..., None])  # [B,L,M]
+        return Context(jnp.maximum(place - start, 0), segments, Cached(visible, cache.filled))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Compile time is most of the test time: leave out the costly passes of the code generator, not those of the partitioner.
+# Compiling is most of the test time: leave out costly passes of the code generator, none of the partitioner.
 os.environ["XLA_FLAGS"] = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
 
 import jax

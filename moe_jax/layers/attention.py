@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.axes import Rules
-from moe_jax.cache import LayerCache, write
+from moe_jax.cache import Cached, LayerCache, write
 from moe_jax.config import ModelConfig
 from moe_jax.layers.common import fan_in, lay, param, product
 from moe_jax.layers.positions import rotary
@@ -65,14 +65,14 @@ class Attention(nnx.Module):
         positions: jax.Array,
         segments: jax.Array,
         cache: LayerCache | None = None,
-        place: jax.Array | None = None,
+        cached: Cached | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, L, D] -> ([B, L, D], cache).
 
         Args:
-            positions: [B, L] int32; segments: [B, L] int32, 0 for padding. With a cache and L = 1, segments [B, M]
-                say which places hold tokens.
-            cache: k and v [B, J, M, N]; keys and values are written from `place` on.
+            positions: [B, L] int32; segments: [B, L] int32, 0 for padding.
+            cache: k and v [B, J, M, N]; keys and values are written from `cached.place` on, and the tokens attend to
+                the places that `cached.visible` shows.
         """
         m = self.m
         B, L, _ = x.shape
@@ -81,10 +81,9 @@ class Attention(nnx.Module):
             q, k = rotary(q, positions, m.rope_theta), rotary(k, positions, m.rope_theta)
         J = k.shape[1]
         q = q.reshape(B, J, -1, L, q.shape[-1])  # [B,J,R,L,N]
-        if cache is not None and place is not None:
-            cache = write(cache, k, v, place)
-        if cache is not None and L == 1:
-            y = weighted_values(q, cache.k, cache.v, segments[:, None, :] > 0)
+        if cache is not None and cached is not None:
+            cache = write(cache, k, v, cached.place)
+            y = weighted_values(q, cache.k, cache.v, cached.visible)
         else:
             y = causal_attention(q, k, v, segments)
         y = y.reshape(B, -1, L, y.shape[-1]).transpose(0, 2, 1, 3)  # [B,L,H,N]

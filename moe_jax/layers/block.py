@@ -7,7 +7,7 @@ from flax import nnx
 
 from moe_jax.axes import Rules
 from moe_jax.balance import Stats
-from moe_jax.cache import LayerCache
+from moe_jax.cache import Cached, LayerCache
 from moe_jax.config import ModelConfig
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.common import Keys, dropout, fold
@@ -21,8 +21,7 @@ class Context(NamedTuple):
 
     positions: jax.Array  # [B, L] int32
     segments: jax.Array  # [B, L] int32, 0 for padding
-    visible: jax.Array  # segments, or [B, M] for one step of decoding: the places that hold tokens
-    place: jax.Array | None  # [] int32, where the cache is written
+    cached: Cached | None  # None without a cache
 
 
 class Block(nnx.Module):
@@ -57,7 +56,7 @@ class Block(nnx.Module):
 
         with jax.named_scope("attention"):
             h = self.attention_norm(x) if pre else x
-            h, cache = self.attention(h, context.positions, context.visible, cache, context.place)
+            h, cache = self.attention(h, context.positions, context.segments, cache, context.cached)
             x = x + dropout(h, self.m.dropout, fold(keys, 0))
             x = x if pre else self.attention_norm(x)
 
