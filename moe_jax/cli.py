@@ -125,7 +125,7 @@ class Trained:
             tree = config.override(tree, text)
         self.cfg = config.from_dict(tree)
         mesh.prepare_devices(self.cfg.mesh, args.fake_devices)
-        self.mesh = mesh.build(self.cfg.mesh)
+        self.mesh = mesh.build_mesh(self.cfg.mesh)
         from moe_jax.train.state import Model, placed
 
         self.model = Model.of(self.cfg)

@@ -1,4 +1,4 @@
-"""The device mesh: built from the config over real or fake devices; `jax.set_mesh(build(...))` enters it."""
+"""The device mesh: built from the config over real or fake devices; `jax.set_mesh(build_mesh(...))` enters it."""
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -26,7 +26,7 @@ def prepare_devices(mesh: MeshConfig, fake_devices: int | None) -> None:
     jax.config.update("jax_num_cpu_devices", fake_devices)
 
 
-def build(mesh: MeshConfig, devices: list | None = None) -> Mesh:
+def build_mesh(mesh: MeshConfig, devices: list | None = None) -> Mesh:
     """A mesh of all four axes, Auto on each, over all devices there are.
 
     Raises:

@@ -6,8 +6,10 @@ was given rules never runs unsharded by accident.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.axes import MESH_AXES, Layout, Rules
@@ -122,3 +124,22 @@ def describe(rules: Rules, leaves) -> str:
     """A table of how each array lies on the mesh."""
     rows = [(name, str(list(shape)), ", ".join(axes), str(spec(rules.layout(*axes)))) for name, shape, axes in leaves]
     return table(("parameter", "shape", "logical axes", "mesh axes"), rows)
+
+
+def place(module: Any, mesh: jax.sharding.Mesh, rules: Rules) -> None:
+    """Move the parameters of a Flax NNX module onto a mesh, in place, by their logical axes.
+
+    Parameters without logical axes, those of layers that are not this library's, are replicated.
+
+    Raises:
+        RulesError: rules and mesh that do not fit the parameters, before anything is moved.
+    """
+    variables = [
+        (".".join(map(str, path)), v, v.get_metadata().get("axes"))
+        for path, v in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    ]
+    sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
+    validate(rules, sizes, [(name, v.shape, axes) for name, v, axes in variables if axes is not None])
+    for _, v, axes in variables:
+        layout = ((),) * v.ndim if axes is None else rules.layout(*axes)
+        v[...] = jax.device_put(v[...], sharding(mesh, layout))

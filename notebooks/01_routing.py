@@ -502,7 +502,7 @@ print(f"{one.shape}, kept {int(one_stats.kept)} of {int(one_stats.routed)} choic
 # no more.
 
 # %%
-places, table = mesh.build(MeshConfig(data=2, expert=4), devices), Rules()
+places, table = mesh.build_mesh(MeshConfig(data=2, expert=4), devices), Rules()
 graph, state = nnx.split(Model(table, nnx.Rngs(params=0)))
 
 

@@ -519,7 +519,7 @@ def test_decoding_of_a_mixture():
 def test_decoding_on_a_mesh(axes):
     """The answer is that of the full forward pass on one device."""
     alone, _ = decoded_on_one_device()
-    with jax.set_mesh(mesh.build(MeshConfig(**axes), jax.devices()[:4])):
+    with jax.set_mesh(mesh.build_mesh(MeshConfig(**axes), jax.devices()[:4])):
         want, got = decode_case(SPARSE, Rules())
     np.testing.assert_allclose(want, alone, atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(got, alone, atol=1e-4, rtol=1e-4)

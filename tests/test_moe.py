@@ -42,7 +42,7 @@ MESHES = {
 
 
 def entered(config: MeshConfig):
-    return jax.set_mesh(meshes.build(config, jax.devices()[: config.size]))
+    return jax.set_mesh(meshes.build_mesh(config, jax.devices()[: config.size]))
 
 
 def close(got, want, name):
@@ -117,7 +117,7 @@ def test_equals_the_oracle(where, name, ffn, factor):
     """Outputs, all gradients and drops, with padding and full experts, to 1e-5 in float32 on every mesh."""
     moe, weights, x, probe, mask, key, want, want_grads, kept = expected(name, ffn, factor)
     with entered(MESHES[where]) as _:
-        mesh = meshes.build(MESHES[where], jax.devices()[: MESHES[where].size])
+        mesh = meshes.build_mesh(MESHES[where], jax.devices()[: MESHES[where].size])
         graph, _, state = split_layer(moe, ffn, Rules())
         weights = shard(mesh, state, weights)
 
@@ -141,7 +141,7 @@ def test_equals_the_oracle(where, name, ffn, factor):
 
 def programs(config: MeshConfig):
     """Collectives of the compiled layer: forward, and forward with backward."""
-    mesh = meshes.build(config, jax.devices()[: config.size])
+    mesh = meshes.build_mesh(config, jax.devices()[: config.size])
     moe = MoEConfig(experts=8, top_k=2, d_ff=64, capacity_factor=2.0, router=RouterConfig("gshard"))
     with jax.set_mesh(mesh):
         layer = MoELayer(moe, 32, rules=Rules(), rngs=nnx.Rngs(params=0))

@@ -25,7 +25,7 @@ def test_constrain_without_a_mesh_raises():
 
 
 def test_constrain():
-    with jax.set_mesh(mesh.build(MeshConfig(data=2, expert=2, tensor=2))):
+    with jax.set_mesh(mesh.build_mesh(MeshConfig(data=2, expert=2, tensor=2))):
         y = jax.jit(lambda x: rules.constrain(x, (("data", "expert"), (), ("tensor",))))(jnp.ones((8, 3, 4)))
         assert y.sharding.spec == PartitionSpec(("data", "expert"), None, "tensor")
         assert {s.data.shape for s in y.addressable_shards} == {(2, 3, 2)}
@@ -146,7 +146,7 @@ def test_describe():
 
 @pytest.mark.parametrize("axes", [dict(data=8), dict(data=2, fsdp=2, expert=2), dict(expert=4, tensor=2)], ids=str)
 def test_build(axes):
-    built = mesh.build(MeshConfig(**axes))
+    built = mesh.build_mesh(MeshConfig(**axes))
     assert dict(built.shape) == {a: axes.get(a, 1) for a in MESH_AXES}
     assert set(built.axis_types) == {AxisType.Auto}
     assert list(built.devices.flat) == jax.devices()  # slowest axis first
@@ -156,7 +156,7 @@ def test_build(axes):
 def test_build_refuses(axes, devices):
     config = MeshConfig(**axes)
     with pytest.raises(Refused) as e:
-        mesh.build(config, jax.devices()[:devices])
+        mesh.build_mesh(config, jax.devices()[:devices])
     text = str(e.value)
     assert f"needs {config.size} devices, and {devices} (cpu) are here" in text
     assert f"--fake-devices {config.size}" in text and "remedy" in text
@@ -174,9 +174,9 @@ def test_fake_devices(fake):
     code = f"""
 import jax
 from moe_jax.config import MeshConfig
-from moe_jax.mesh import build, prepare_devices
+from moe_jax.mesh import build_mesh, prepare_devices
 prepare_devices(MeshConfig(expert=3), {fake})
-print(build(MeshConfig(expert=3)).devices.size)
+print(build_mesh(MeshConfig(expert=3)).devices.size)
 """
     env = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
@@ -232,7 +232,7 @@ def test_every_parameter_of_a_transformer():
     leaves = []
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         leaves.append(("/".join(map(str, path)), variable.shape, variable.get_metadata("axes")))
-    built = mesh.build(MeshConfig(data=2, expert=2, tensor=2))
+    built = mesh.build_mesh(MeshConfig(data=2, expert=2, tensor=2))
     rules.validate(Rules(), built.shape, leaves)
     seen = set()
     for path, shape, axes in leaves:
@@ -246,7 +246,7 @@ def test_every_parameter_of_a_transformer():
 
 
 def test_fsdp_splits_the_embedding_dimension():
-    built = mesh.build(MeshConfig(fsdp=2, expert=4))
+    built = mesh.build_mesh(MeshConfig(fsdp=2, expert=4))
     for axes, shape, shard in (
         (("embed", "mlp"), (16, 24), (8, 24)),
         (("experts", "expert_embed", "expert_mlp"), (4, 16, 10), (1, 8, 10)),

@@ -16,7 +16,8 @@ from moe_jax.train.state import Model, State
 from moe_jax.train.step import cross_entropy, make_train_step, total_loss
 
 SMALL = [
-    "model.moe.capacity_factor=1.25",
+    "model.moe.capacity_factor=0.6",
+    "model.moe.min_capacity=1",
     "model.layers=2",
     "model.d_model=16",
     "model.d_ff=24",
@@ -50,7 +51,7 @@ def batch_of(cfg: config.Config, padding: bool = True) -> dict[str, np.ndarray]:
 def one_step(cfg: config.Config) -> tuple[State, dict]:
     """A train step from the initial state on the config's mesh, everything on the host."""
     model = Model.of(cfg)
-    mesh = meshes.build(cfg.mesh, jax.devices()[: cfg.mesh.size])
+    mesh = meshes.build_mesh(cfg.mesh, jax.devices()[: cfg.mesh.size])
     state = model.create(mesh)
     with jax.set_mesh(mesh):
         step = jax.jit(make_train_step(model), out_shardings=(model.shardings(mesh), None))
@@ -104,7 +105,7 @@ def test_loss_is_its_definition():
     """Mean cross entropy over weighted targets plus coefficients times the layers' balance and z-losses."""
     cfg = small(*ONE, "model.moe.balance_loss=0.3", "model.moe.z_loss=0.2")
     model, batch = Model.of(cfg), batch_of(cfg)
-    mesh = meshes.build(cfg.mesh, jax.devices()[:1])
+    mesh = meshes.build_mesh(cfg.mesh, jax.devices()[:1])
     state = model.create(mesh)
     keys = jax.random.split(jax.random.key(0), cfg.data.batch)
     with jax.set_mesh(mesh):
@@ -133,7 +134,7 @@ def test_overfits_a_batch():
         changes = [f"train.optimizer.kind={kind}", f"train.optimizer.learning_rate={rate}", "train.steps=40"]
         cfg = small("mesh.data=2", "mesh.expert=4", *changes, "train.optimizer.warmup=5")
         model = Model.of(cfg)
-        mesh = meshes.build(cfg.mesh)
+        mesh = meshes.build_mesh(cfg.mesh)
         state = model.create(mesh)
         with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):  # optax's Adam promotes its counter
             step = jax.jit(make_train_step(model), out_shardings=(model.shardings(mesh), None), donate_argnums=0)
@@ -150,7 +151,7 @@ def test_optimizer_state_is_sharded_like_its_parameters(kind):
     """Every moment of a sharded parameter is sharded over the same axes; factored ones over those that they keep."""
     cfg = small("mesh.fsdp=2", "mesh.data=1", "mesh.expert=2", "mesh.tensor=2", f"train.optimizer.kind={kind}")
     model = Model.of(cfg)
-    mesh = meshes.build(cfg.mesh)
+    mesh = meshes.build_mesh(cfg.mesh)
     state = model.create(mesh)
     params = {optimizer.names_of(p): x for p, x in jax.tree_util.tree_leaves_with_path(state.params)}
     matched = 0
@@ -174,7 +175,7 @@ def test_parameters_are_equal_on_every_mesh():
     """Created in shards, each array holds the numbers that one device would have drawn."""
     one = small(*ONE)
     many = small("mesh.fsdp=2", "mesh.data=1", "mesh.expert=2", "mesh.tensor=2", ONE[2])
-    states = [Model.of(c).create(meshes.build(c.mesh, jax.devices()[: c.mesh.size])) for c in (one, many)]
+    states = [Model.of(c).create(meshes.build_mesh(c.mesh, jax.devices()[: c.mesh.size])) for c in (one, many)]
     same(*(jax.tree.map(np.asarray, s.params) for s in states), rtol=1e-6)
 
 
@@ -194,7 +195,7 @@ def test_schedules():
 def test_muon_sees_one_matrix_a_layer_and_expert():
     model = Model.of(small())
     dims = optimizer.muon_dimensions(model.axes)
-    block = dims["stacks"]["1"]["blocks"]["0"]
+    block = dims["stacks"]["0"]["blocks"]["1"]
     assert block["ffn"]["experts"]["w_up"] == optax.contrib.MuonDimensionNumbers((2,), (3,))
     assert block["ffn"]["experts"]["w_down"] == optax.contrib.MuonDimensionNumbers((2,), (3,))
     assert block["attention"]["w_query"] == optax.contrib.MuonDimensionNumbers((1,), (2, 3))

@@ -52,7 +52,7 @@ class Run:
         self.cfg, self.workdir, self.started = cfg, workdir, started
         self.main = jax.process_index() == 0
         self.quiet = quiet or not self.main
-        self.mesh: Mesh = meshes.build(cfg.mesh)
+        self.mesh: Mesh = meshes.build_mesh(cfg.mesh)
         self.model = Model.of(cfg)
         self.model.validate()
         check_workdir(workdir)
