@@ -119,7 +119,14 @@ class Model:
             return State(params, self.optimizer().init(params), jnp.zeros((), jnp.int32))
 
         with jax.set_mesh(mesh):
-            return jax.jit(init, out_shardings=self.shardings(mesh))()
+            return jax.jit(init, out_shardings=self.shardings(mesh), compiler_options=once(mesh))()
+
+
+def once(mesh: Mesh) -> dict[str, Any] | None:
+    """Compiler options for a program that runs a single time: CPU code generation would take longer than the run."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
