@@ -341,8 +341,6 @@ def check(cfg: Config) -> list[Problem]:
         no("mesh.expert", "a dense model has no experts to split", "set mesh.expert=1")
     if data.length > cfg.model.max_length:
         no("data.length", f"{data.length} exceeds model.max_length={cfg.model.max_length}", "raise model.max_length")
-    if train.optimizer.warmup > train.steps:
-        no("train.optimizer.warmup", f"{train.optimizer.warmup} exceeds train.steps={train.steps}", "lower it")
     return out
 
 

@@ -237,8 +237,6 @@ REFUSED = [
     ("model.moe.group_size=96", "model.moe.group_size", "data.length=128"),
     ("model.moe.group_size=1024", "model.moe.group_size", "8 token shards"),
     ("data.length=1024", "data.length", "exceeds model.max_length=512"),
-    ("train.optimizer.warmup=301", "train.optimizer.warmup", "exceeds train.steps=300"),
-    # no overrides at all
     ("train.steps", "train.steps", "key.path=value"),
     ("=1", "=1", "key.path=value"),
     ("train..steps=1", "train..steps=1", "key.path=value"),
