@@ -74,8 +74,8 @@ def balance_loss(stats: Stats, moe: MoEConfig) -> jax.Array:
     flows through P alone. Works on one layer or on [layers, ...].
     """
     tokens = token_count(stats)[..., None]  # [..., 1]
-    choices = 1 if first_only(moe) else moe.top_k
-    f = stats.count.astype(jnp.float32) / (choices * tokens)  # [..., E]
+    counted = jnp.maximum(stats.count.sum(-1, keepdims=True), 1)  # K a token, or 1, or what a random policy kept
+    f = stats.count.astype(jnp.float32) / counted.astype(jnp.float32)  # [..., E]
     return moe.experts * (f * stats.prob / tokens).sum(-1)
 
 

@@ -52,6 +52,10 @@ def _refuse(reason: str, remedy: str) -> Refused:
     return Refused(Problem("--workdir", reason, remedy))
 
 
+def _no_checkpoint(folder: Path) -> Refused:
+    return _refuse(f"{folder} holds no complete checkpoint", "train first: moe-jax train CONFIG --workdir DIR")
+
+
 def _check_marker(path: Path) -> None:
     """Refuses a marker that is not readable or was written by a newer format."""
     try:
@@ -71,6 +75,10 @@ def check_workdir(path: str | Path) -> None:
         Refused: a file, a folder that cannot be created or written, or a folder with foreign contents.
     """
     path = Path(path).absolute()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # the library below the checkpoints cannot write there
+        raise _refuse(f"{str(path)!a} is not UTF-8", "use a folder whose name is") from None
     above = path
     while not os.path.lexists(above):
         above = above.parent
@@ -105,7 +113,7 @@ def claim_workdir(path: str | Path) -> None:
 
 
 def open_workdir(path: str | Path) -> "Checkpoints":
-    """The checkpoints of a trained folder, to read.
+    """The checkpoints of a trained folder, to read. Asks JAX for no device: their number may depend on what is read.
 
     Raises:
         Refused: no such folder, not one of ours, or without a complete checkpoint.
@@ -118,7 +126,8 @@ def open_workdir(path: str | Path) -> "Checkpoints":
         raise _refuse(f"{path} holds no {MARKER}", "name the --workdir of a training run")
     _check_marker(path)
     checkpoints = Checkpoints(path / "checkpoints")
-    checkpoints.newest()
+    if not checkpoints.steps():
+        raise _no_checkpoint(checkpoints.folder)
     return checkpoints
 
 
@@ -237,7 +246,7 @@ class Checkpoints:
         """The newest step. Raises `Refused` when there is none."""
         step = _agree(max(self.steps(), default=-1))
         if step < 0:
-            raise _refuse(f"{self.folder} holds no complete checkpoint", "train first: moe-jax train CONFIG --workdir")
+            raise _no_checkpoint(self.folder)
         return step
 
     def save(self, step: int, state: Any, info: dict) -> None:
@@ -315,13 +324,22 @@ class Checkpoints:
         to = f"go on from step {older[-1]}" if older else "start again: there is no older step"
         return Refused(Problem(str(path), f"the checkpoint is damaged: {why}", f"remove {path} to {to}"))
 
+    def _unusable(self, step: int, error: Exception) -> Refused:
+        """Files that this user may not read are not damaged, and nothing says to remove them."""
+        if isinstance(error, PermissionError):
+            path = self.folder / str(step)
+            return Refused(
+                Problem(str(path), f"cannot be read: {_reason(error)}", "give this user the right to read it")
+            )
+        return self._damaged(step, _reason(error))
+
     def _record(self, step: int) -> dict:
         """The contents of complete.json."""
         try:
             record = json.loads((self.folder / str(step) / COMPLETE).read_text())
             good = record.pop("crc") == _crc(record)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-            raise self._damaged(step, f"{COMPLETE} cannot be read: {_reason(e)}") from None
+            raise self._unusable(step, e) from None
         if not good:
             raise self._damaged(step, f"{COMPLETE} changed on disk")
         return record
@@ -341,7 +359,7 @@ class Checkpoints:
             base = {"driver": "file", "path": f"{folder / 'state'}/"}
             ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
         except (OSError, ValueError) as e:
-            raise self._damaged(step, _reason(e)) from None
+            raise self._unusable(step, e) from None
 
     def info(self, step: int | None = None) -> dict:
         """The `info` saved with a step (default: the newest); no array is read."""
@@ -369,8 +387,10 @@ class Checkpoints:
         try:
             with _context(partial):
                 state = ocp.load_checkpointables(str(self.folder / str(step)), {"state": target})["state"]
+        except (MemoryError, jax.errors.JaxRuntimeError):  # the machine's fault, not the file's
+            raise
         except Exception as e:
-            raise self._damaged(step, _reason(e)) from None
+            raise self._unusable(step, e) from None
         now = {name: int(x) for name, x in jax.device_get(_sums(state)).items()}
         if wrong := [name for name in now if record["sums"][name] != now[name]]:
             raise self._damaged(step, f"{len(wrong)} of {len(now)} leaves changed on disk, first {wrong[0]}")

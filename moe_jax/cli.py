@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 1
 import argparse
 import ctypes
 import json
+import math
 import os
 import sys
 import time
@@ -120,7 +121,7 @@ class Trained:
         from moe_jax.data import open_prepared
 
         checkpoints = open_workdir(args.workdir)
-        tree = checkpoints.info()["config"]
+        tree = checkpoints.info(checkpoints.steps()[-1])["config"]
         for text in args.overrides:
             tree = config.override(tree, text)
         self.cfg = config.from_dict(tree)
@@ -146,7 +147,6 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
 
     evaluator = Evaluator(trained.model, trained.mesh, trained.corpus)
     report = evaluator.report(trained.params, args.batches or sys.maxsize, at_capacity=True)
-    report.pop("load", None)
     lines = [f"held-out loss {report['eval_loss']:.4f} nats a token, {report['bits_per_byte']:.4f} bits a byte"]
     if report.get("capacity_factor") is not None:
         lines.append(
@@ -162,14 +162,15 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     from moe_jax.config import Problem, Refused
 
     limits = [
-        ("--tokens", args.tokens, 1),
-        ("--temperature", args.temperature, 0),
-        ("--top-k", args.top_k, 0),
-        ("--seed", args.seed, 0),
+        ("--tokens", args.tokens, args.tokens >= 1, "1 or more"),
+        ("--temperature", args.temperature, 0 <= args.temperature < float("inf"), "0 or more, and finite"),
+        ("--top-k", args.top_k, args.top_k >= 0, "0 or more"),
+        ("--seed", args.seed, 0 <= args.seed < 2**32, "0 to 4294967295"),
     ]
-    problems = [
-        Problem(name, f"is {value}", f"give {least} or more") for name, value, least in limits if not value >= least
-    ]
+    problems = [Problem(name, f"is {value}", f"give {allowed}") for name, value, good, allowed in limits if not good]
+    for prompt in args.prompt:
+        if any("\ud800" <= c <= "\udfff" for c in prompt):  # how Python passes on bytes that are no text
+            problems.append(Problem("--prompt", f"is not UTF-8: {prompt[:40]!a}", "convert it to UTF-8"))
     if problems:
         raise Refused(*problems)
     trained = Trained(args)
@@ -186,6 +187,13 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     del speeds["tokens"]
     say(args, ", ".join(f"{name.split('_')[0]} {value:,.0f} tokens/s" for name, value in speeds.items()))
     return {"workdir": str(args.workdir), "step": trained.step, "text": texts[0], "texts": texts, **speeds}
+
+
+def finite(value: Any) -> Any:
+    """JSON knows no NaN: such numbers become null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say(args: argparse.Namespace, *lines: str) -> None:
@@ -205,6 +213,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refused as e:
         print(f"moe-jax {args.command}: refused\n{e}", file=sys.stderr)
         return 2
+    except PermissionError as e:
+        print(f"moe-jax {args.command}: refused\n{e}\n    remedy: give this user the right to use it", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"moe-jax {args.command}: interrupted", file=sys.stderr)
         return 130
@@ -214,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moe-jax {args.command}: failed\n{e}", file=sys.stderr)
         return 1
     if args.json:
-        print(json.dumps(report), flush=True)
+        print(json.dumps(finite(report), allow_nan=False), flush=True)
     return 0
 
 

@@ -200,6 +200,21 @@ def _problem(error: Any) -> Problem:
 _ADAPTER: TypeAdapter | None = None
 
 
+def require(settings: ModelConfig | MoEConfig, name: str) -> None:
+    """Refuse settings built in Python that a file could not hold: values out of range, or that contradict one another.
+
+    Raises:
+        ConfigError: every problem, its keys beginning with `name`.
+    """
+    try:
+        TypeAdapter(type(settings)).validate_json(json.dumps(to_dict(settings)))
+    except ValidationError as e:
+        raise ConfigError(*(_problem(x | {"loc": (name, *x["loc"])}) for x in e.errors())) from None
+    problems = check_moe(settings, name) if isinstance(settings, MoEConfig) else check_model(settings)
+    if problems:
+        raise ConfigError(*problems)
+
+
 def from_dict(tree: dict) -> Config:
     """A validated config from nested dicts, or `ConfigError` with every problem."""
     global _ADAPTER
@@ -218,7 +233,7 @@ def from_dict(tree: dict) -> Config:
     return cfg
 
 
-def to_dict(cfg: Config) -> dict:
+def to_dict(cfg: Any) -> dict:
     """Nested dicts without unset keys: `from_dict(to_dict(c)) == c`."""
 
     def walk(value: Any) -> Any:

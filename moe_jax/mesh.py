@@ -1,5 +1,7 @@
 """The device mesh: built from the config over real or fake devices; `jax.set_mesh(build_mesh(...))` enters it."""
 
+import contextlib
+
 import jax
 from jax.sharding import AxisType, Mesh
 
@@ -11,19 +13,19 @@ def prepare_devices(mesh: MeshConfig, fake_devices: int | None) -> None:
     """Set the number of fake CPU devices; call it before anything asks JAX for a device.
 
     Without `fake_devices` a CPU offers as many devices as the mesh has places; accelerators are untouched.
+    A process that has started JAX, such as a notebook, keeps its devices, and `build_mesh` counts them.
 
     Raises:
         Refused: the number of fake devices is not the number of places in the mesh.
     """
-    if fake_devices is None:
-        jax.config.update("jax_num_cpu_devices", mesh.size)
-        return
-    if fake_devices != mesh.size:
+    if fake_devices is not None and fake_devices != mesh.size:
         why = f"{fake_devices} fake devices for a mesh of {mesh.size} ({mesh})"
         remedy = f"use --fake-devices {mesh.size}, or mesh sizes whose product is {fake_devices}"
         raise Refused(Problem("--fake-devices", why, remedy))
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", fake_devices)
+    if fake_devices is not None:
+        jax.config.update("jax_platforms", "cpu")
+    with contextlib.suppress(RuntimeError):  # JAX has started
+        jax.config.update("jax_num_cpu_devices", mesh.size)
 
 
 def build_mesh(mesh: MeshConfig, devices: list | None = None) -> Mesh:

@@ -19,6 +19,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from moe_jax.schema import Problem, Refused
+
 Record = dict[str, Any]
 Load = Sequence[Sequence[int]]
 
@@ -85,6 +87,13 @@ def encode(record: Record) -> bytes:
     return json.dumps(out, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
+class DamagedLog(Refused, ValueError):
+    """A metrics.jsonl in which something else wrote."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(Problem(str(path), reason, "repair or remove that line, or train in another --workdir"))
+
+
 def _lines(path: Path) -> list[tuple[bytes, Record]]:
     """Each whole line with its record. A torn last line is left out: a kill can cut one, and only the last."""
     lines = path.read_bytes().split(b"\n")
@@ -98,10 +107,8 @@ def _lines(path: Path) -> list[tuple[bytes, Record]]:
         except (ValueError, TypeError, KeyError):
             if number == len(lines):
                 break
-            raise ValueError(
-                f"{path}, line {number} of {len(lines)} is not a record: {line[:60]!r}; a killed run can tear only "
-                "the last line, so something else wrote here: repair or remove that line"
-            ) from None
+            reason = f"line {number} of {len(lines)} is not a record: {line[:60]!r}; a kill can tear only the last line"
+            raise DamagedLog(path, reason) from None
         out.append((line + b"\n", record))
     return out
 

@@ -39,10 +39,12 @@ def pattern(kinds: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
     compile, then the fewest runs.
     """
     options = []
+    other = [i for i, kind in enumerate(kinds) if kind != kinds[0]]
+    step = other[1] - other[0] if len(other) > 1 else len(kinds)  # the period, if there is one
     leading = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), len(kinds))
     for head in range(leading + 1):
         rest = kinds[head:]
-        for size in range(1, len(rest) + 1):
+        for size in sorted({n for n in (1, step, len(rest)) if 0 < n <= len(rest)}):
             period, repeats = rest[:size], 1
             while rest[repeats * size : (repeats + 1) * size] == period:
                 repeats += 1
@@ -93,9 +95,7 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, m: ModelConfig, *, rules: Rules | None = None, rngs: nnx.Rngs):
-        problems = config.check_model(m)
-        if problems:
-            raise config.ConfigError(*problems)
+        config.require(m, "model")
         self.m, self.rules = m, rules
         self.runs = tuple(pattern(m.layer_kinds))
         self.embedding = Embedding(m, rules, rngs)
@@ -117,7 +117,8 @@ class Transformer(nnx.Module):
 
         Args:
             segments: [B, L] int32, tokens attend within their segment; 0 is padding. Default: all ones.
-            positions: [B, L] int32. Default: 0, 1, 2, ... from each row's first token.
+            positions: [B, L] int32. Default: 0, 1, 2, ... With a cache they count from each row's first token and
+                cannot be given; segments then only tell padding from tokens.
             train: dropout, noise and the training capacity; needs `key`, one or [B], where the config asks for noise.
             cache: from `empty_cache`; the call appends its L tokens. Logits are NaN where its places do not suffice.
             capacity_factor: of every MoE layer; default the config's for training or evaluation, None is dropless.
@@ -125,6 +126,8 @@ class Transformer(nnx.Module):
         B, L = tokens.shape
         if L > self.m.max_length:
             raise ValueError(f"{L} tokens exceed model.max_length={self.m.max_length}")
+        if cache is not None and positions is not None:
+            raise ValueError("positions cannot be given with a cache, which counts them: leave them out")
         segments = jnp.ones((B, L), jnp.int32) if segments is None else segments
         if cache is None:
             positions = jnp.broadcast_to(jnp.arange(L), (B, L)) if positions is None else positions

@@ -72,6 +72,23 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], "  " + "  ".join("-" * w for w in widths), *lines[1:]])
 
 
+def clashes(rules: Rules) -> list[Problem]:
+    """Activations of which two dimensions would lie on one mesh axis, whatever its size."""
+    names = ("batch", "length", "act_embed"), ("batch", "length", "act_mlp"), ("batch", "length", "act_vocab")
+    layouts = {f"activation ({', '.join(n)})": rules.layout(*n) for n in (*names, ("batch", "length", "act_heads"))}
+    layouts["cache (batch, kv_heads)"] = rules.layout("batch", "kv_heads")
+    experts, groups, _, embed = rules.expert_major
+    layouts["tokens at their experts (experts, batch, act_embed)"] = (experts, groups, embed)
+    layouts["hidden layer of the experts (experts, batch, expert_mlp)"] = (experts, groups, rules.expert_mlp)
+    out = []
+    for name, layout in layouts.items():
+        axes = [a for dimension in layout for a in dimension]
+        for axis in sorted({a for a in axes if axes.count(a) > 1}):
+            remedy = "take it out of one of these rules.*"
+            out.append(Problem(name, f"mesh axis {axis!r} holds two dimensions", remedy))
+    return out
+
+
 def conflicts(rules: Rules, mesh: Mapping[str, int], leaves: Iterable[tuple[str, tuple[int, ...], tuple[str, ...]]]):
     """Every conflict of the rules with the mesh and with `(name, shape, logical axes)` of arrays."""
     out: list[Problem] = []
@@ -88,19 +105,21 @@ def conflicts(rules: Rules, mesh: Mapping[str, int], leaves: Iterable[tuple[str,
     if outside:
         why = f"expert axes {outside} are not among the token axes {list(rules.batch)}: no all-to-all is possible"
         out.append(Problem("rules.experts", why, "use a subset of rules.batch"))
+    out += clashes(rules)
     for name, shape, axes in leaves:
         used: dict[str, str] = {}
         for size, logical in zip(shape, axes, strict=True):
-            over = [a for a in getattr(rules, logical) if mesh.get(a, 1) > 1]
+            over = getattr(rules, logical)
             shards = 1
             for a in over:
-                shards *= mesh[a]
+                shards *= mesh.get(a, 1)
                 if a in used:
                     why = f"{used[a]} and {logical} are both on mesh axis {a!r}"
                     out.append(Problem(f"{name}", why, f"change rules.{logical} or rules.{used[a]}"))
                 used[a] = logical
             if size % shards:
                 why = f"{logical} of size {size} does not divide over {'x'.join(over)}={shards}"
+                over = tuple(a for a in over if mesh.get(a, 1) > 1)
                 remedy = f"set rules.{logical}=[], another size, or mesh.{over[-1]} to a divisor"
                 out.append(Problem(f"{name} {list(shape)}", why, remedy))
     return out
@@ -118,12 +137,6 @@ def validate(rules: Rules, mesh: Mapping[str, int], leaves) -> None:
     problems = list(dict.fromkeys(conflicts(rules, mesh, leaves)))
     if problems:
         raise RulesError(problems, mesh)
-
-
-def describe(rules: Rules, leaves) -> str:
-    """A table of how each array lies on the mesh."""
-    rows = [(name, str(list(shape)), ", ".join(axes), str(spec(rules.layout(*axes)))) for name, shape, axes in leaves]
-    return table(("parameter", "shape", "logical axes", "mesh axes"), rows)
 
 
 def place(module: Any, mesh: jax.sharding.Mesh, rules: Rules) -> None:

@@ -13,7 +13,7 @@ from moe_jax.axes import MESH_AXES, Rules
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Count = Annotated[int, Limit(ge=1, le=2**40)]
-Depth = Annotated[int, Limit(ge=1, le=2**16)]  # layers are listed one by one
+Depth = Annotated[int, Limit(ge=1, le=4096)]  # layers are listed one by one
 Whole = Annotated[int, Limit(ge=0, le=2**40)]
 Positive = Annotated[float, Limit(gt=0)]
 NonNegative = Annotated[float, Limit(ge=0)]
@@ -67,7 +67,9 @@ class MoEConfig:
         "choice", "who gets a slot of a full expert: first choices first, or tokens in order, by gate, at random, batch"
     )
     dispatch: Literal["einsum"] = key("einsum", "how tokens reach their experts")
-    overflow: Literal["drop", "error"] = key("drop", "a token without a slot: passes by the residual, or stops the run")
+    overflow: Literal["drop", "error"] = key(
+        "drop", "choices without a slot pass by the residual, or stop `moe-jax train`"
+    )
     balance_loss: NonNegative = key(0.0, "coefficient of the load-balance loss, summed over layers")
     z_loss: NonNegative = key(0.0, "coefficient of the router z-loss, summed over layers")
     every: Count = key(1, "every n-th layer is MoE (the n-th, 2n-th, ...), after the first dense ones")
@@ -177,10 +179,10 @@ class OptimizerConfig:
     learning_rate: Positive = key(1e-3, "peak learning rate")
     warmup: Whole = key(0, "steps of linear warm-up")
     schedule: Literal["constant", "cosine", "wsd"] = key("cosine", "after warm-up; wsd: constant, then linear decay")
-    decay: Fractional = key(0.2, "wsd: fraction of the steps in the final decay")
+    decay: Fractional = key(0.2, "wsd: fraction of the steps after warm-up in the final decay")
     final: Annotated[float, Limit(ge=0, le=1)] = key(0.1, "learning rate at the end, as a fraction of the peak")
-    b1: Rate = key(0.9, "adamw: decay of the first moment")
-    b2: Rate = key(0.95, "adamw: decay of the second moment")
+    b1: Rate = key(0.9, "adamw, and muon's adamw: decay of the first moment")
+    b2: Rate = key(0.95, "adamw, and muon's adamw: decay of the second moment")
     eps: Positive = key(1e-8, "adamw: epsilon")
     weight_decay: NonNegative = key(0.0, "decoupled weight decay of the matrices")
     clip: Positive | None = key(None, "largest global norm of the gradient; unset: no clipping")

@@ -129,16 +129,22 @@ def test_all_conflicts_in_one_table():
     assert len({line.index(word) for line, word in ((lines[1], "conflict"), (lines[3], "unknown mesh"))}) == 1
 
 
-def test_axes_of_size_one_conflict_with_nothing():
-    change = {"expert_embed": ("expert",), "batch": ("data",)}
-    rules.validate(replace(Rules(), **change), {"data": 2, "fsdp": 1, "expert": 1, "tensor": 1}, LEAVES)
+def test_an_axis_of_size_one_holds_one_dimension_too():
+    """JAX refuses a repeated axis whatever its size, so the table does."""
+    change = {"expert_embed": ("expert",)}
+    with pytest.raises(rules.RulesError, match="both on mesh axis 'expert'"):
+        rules.validate(replace(Rules(), **change), {"data": 2, "fsdp": 1, "expert": 1, "tensor": 1}, LEAVES)
     rules.validate(Rules(), {}, LEAVES)
 
 
-def test_describe():
-    text = rules.describe(Rules(), LEAVES)
-    assert "[2, 6, 5]" in text and "experts, expert_embed, expert_mlp" in text
-    assert str(PartitionSpec("expert", "fsdp", "tensor")) in text
+@pytest.mark.parametrize(
+    "change",
+    [{"act_embed": ("data",)}, {"expert_mlp": ("fsdp",), "expert_embed": ()}, {"kv_heads": ("expert",)}],
+    ids=str,
+)
+def test_activations_are_checked_too(change):
+    with pytest.raises(rules.RulesError, match="holds two dimensions"):
+        rules.validate(replace(Rules(), **change), {"data": 2, "fsdp": 1, "expert": 2, "tensor": 1}, LEAVES)
 
 
 # Meshes

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -83,13 +84,12 @@ class MoELayer(nnx.Module):
         rules: Rules | None = None,
         rngs: nnx.Rngs,
     ):
-        problems = config.check_moe(moe, "moe")
+        config.require(moe, "moe")
         width = moe.d_ff or d_ff
         if width is None:
-            problems.append(config.Problem("moe.d_ff", "is unset", "give moe.d_ff or MoELayer(d_ff=...)"))
-        if problems:
-            raise config.ConfigError(*problems)
-        assert width is not None
+            raise config.ConfigError(config.Problem("moe.d_ff", "is unset", "give moe.d_ff or MoELayer(d_ff=...)"))
+        if ffn not in ACTIVATIONS:
+            raise config.ConfigError(config.Problem("ffn", f"is {ffn!r}", f"use one of {', '.join(ACTIVATIONS)}"))
         self.moe, self.rules = moe, rules
         # A small router starts near uniform (Switch, section 2.4: smaller initialisation trains more stably).
         self.router = param(rngs, (d_model, moe.experts), ("router_embed", "router_experts"), 0.1 * fan_in(d_model))
@@ -113,11 +113,15 @@ class MoELayer(nnx.Module):
                 from the routed experts.
             train: use the training capacity, noise and dropout; needs `key` where the config asks for noise.
             key: random key of this layer and step, or one key a row, [B].
-            capacity_factor: overrides the config's; None is dropless.
+            capacity_factor: overrides the config's; None is dropless. What overflows is dropped and counted: the
+                statistics' `routed - kept`; `overflow="error"` is enforced by the train loop, not here.
         Raises:
             ValueError: a group size that does not fit [B, L], or training noise without a key.
         """
+        chex.assert_rank(x, 3)
         B, L, D = x.shape
+        if mask is not None:
+            chex.assert_shape(mask, (B, L))
         if capacity_factor is FROM_CONFIG:
             capacity_factor = self.moe.capacity_factor if train else self.moe.eval_capacity_factor
         S = self.group_size(B, L, capacity_factor)

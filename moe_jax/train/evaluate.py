@@ -51,20 +51,19 @@ class Evaluator:
         """`eval_loss` (nats a token, dropless), `bits_per_byte`, `tokens`, and counts of the routing.
 
         Args:
-            at_capacity: also `eval_loss_at_capacity` with the drops at the training capacity factor; the counts are
-                then of that pass.
+            at_capacity: also `eval_loss_at_capacity` at the evaluation's capacity factor, or else the training's; the
+                counts are then of that pass. Without experts they are 0 and both losses equal.
         """
-        moe = self.model.cfg.model.moe
-        exact = self.sums(params, count, None if moe is None else moe.eval_capacity_factor)
+        exact = self.sums(params, count, None)
         loss = float(exact.nats / exact.targets)
         bits = loss / math.log(2) / self.corpus.bytes_per_token
-        out = {"eval_loss": loss, "bits_per_byte": bits, "tokens": int(exact.targets)}
-        counted = exact
-        if moe is not None and at_capacity:
-            counted = self.sums(params, count, moe.capacity_factor)
-            out["eval_loss_at_capacity"] = float(counted.nats / counted.targets)
-            out["capacity_factor"] = moe.capacity_factor
-        if counted.stats is not None:
-            routed, kept = int(counted.stats.routed.sum()), int(counted.stats.kept.sum())
-            out |= {"routed": routed, "kept": kept, "dropped": routed - kept, "load": counted.stats.load.tolist()}
+        out: dict[str, Any] = {"eval_loss": loss, "bits_per_byte": bits, "tokens": int(exact.targets)}
+        counted, moe = exact, self.model.cfg.model.moe
+        if at_capacity:
+            factor = None if moe is None else moe.eval_capacity_factor or moe.capacity_factor
+            counted = exact if factor is None else self.sums(params, count, factor)
+            out |= {"eval_loss_at_capacity": float(counted.nats / counted.targets), "capacity_factor": factor}
+        stats = counted.stats
+        routed, kept = (0, 0) if stats is None else (int(stats.routed.sum()), int(stats.kept.sum()))
+        out |= {"routed": routed, "kept": kept, "dropped": routed - kept}
         return out

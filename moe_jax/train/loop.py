@@ -19,13 +19,13 @@ from moe_jax import mesh as meshes
 from moe_jax.axes import MESH_AXES
 from moe_jax.checkpoint import Checkpoints, check_workdir
 from moe_jax.config import Config, Problem, Refused
-from moe_jax.data import Windows, batches, bigram_loss, prepare
+from moe_jax.data import Windows, batches, bigram_loss, load_tokenizer, prepare
 from moe_jax.generate import Generator
 from moe_jax.metrics import MetricsLog, Progress, load_max_over_mean, read_metrics
 from moe_jax.picture import draw_run
 from moe_jax.rules import sharding
 from moe_jax.train.evaluate import Evaluator, to_devices
-from moe_jax.train.resume import Stop, changes, claimed
+from moe_jax.train.resume import Stop, changes, claimed, locked
 from moe_jax.train.state import Model, State
 from moe_jax.train.step import make_train_step
 
@@ -61,13 +61,21 @@ class Run:
         self.changed: list[str] = []
         if self.resumed_at is not None:
             self.changed = changes(self.checkpoints.info(self.resumed_at)["config"], cfg)
+        self.check_vocabulary()
+        if self.resumed_at is not None and (workdir / "metrics.jsonl").exists():
+            read_metrics(workdir / "metrics.jsonl")  # a damaged log is refused here, not after the data is read
         self.timing: dict[str, float] = {}
 
     def __call__(self) -> dict[str, Any]:
         """Train, and return the report of the run."""
-        with claimed(self.workdir):
-            self.corpus = prepare(self.cfg.data, self.workdir / "tokens")
-            self.check_vocabulary()
+        with contextlib.ExitStack() as stack:
+            with claimed(self.workdir):
+                stack.enter_context(locked(self.workdir))
+                self.corpus = prepare(self.cfg.data, self.workdir / "tokens")
+            return self.run()
+
+    def run(self) -> dict[str, Any]:
+        """Everything after the text is at hand."""
         data = self.cfg.data
         self.windows = Windows(self.corpus.train, data.length, data.packing)
         heldout = Windows(self.corpus.heldout, data.length, data.packing)
@@ -78,6 +86,7 @@ class Run:
             with self.open_screen() as self.screen, self.open_log() as self.log, Stop() as stop:
                 self.introduce()
                 state, step = self.train(state, self.resumed_at or 0, stop)
+                self.checkpoints.wait()  # a signal must not end the process while the last save is under way
                 if stop.signal:
                     where = f"step {step} of {self.cfg.train.steps}"
                     self.screen.note(f"{stop.signal}: saved at {where}; the same command goes on from there")
@@ -122,7 +131,16 @@ class Run:
     # Before the loop
 
     def check_vocabulary(self) -> None:
-        size, vocab = self.corpus.tokenizer.size, self.cfg.model.vocab
+        """Every id of the tokenizer has a row in the embedding, and the sample's prompt fits the model."""
+        tokenizer, prompt, limit = (
+            load_tokenizer(self.cfg.data.tokenizer),
+            self.cfg.train.sample,
+            self.cfg.model.max_length,
+        )
+        if prompt is not None and not 0 < len(tokenizer.encode(prompt)) < limit:
+            why = f"makes {len(tokenizer.encode(prompt))} tokens"
+            raise Refused(Problem("train.sample", why, f"give a text of 1 to {limit - 1} tokens, or take the key out"))
+        size, vocab = tokenizer.size, self.cfg.model.vocab
         if size > vocab:
             raise Refused(
                 Problem("model.vocab", f"{vocab} is smaller than the tokenizer's {size}", f"set it to {size}")
@@ -132,6 +150,12 @@ class Run:
         """A new state in its shards, or the newest checkpoint placed on this mesh."""
         if self.resumed_at is None:
             return self.model.create(self.mesh)
+        saved = self.checkpoints.info(self.resumed_at)
+        if saved["text"] != self.corpus.fingerprint:
+            remedy = "put the old text back, or train in another --workdir"
+            raise Refused(
+                Problem("data.path", "its text is not the one that the run in this workdir began with", remedy)
+            )
         return self.checkpoints.restore(self.model.targets(self.mesh), self.resumed_at)[0]
 
     def open_screen(self) -> Progress:
@@ -192,9 +216,10 @@ class Run:
         host = jax.tree.map(lambda x: np.asarray(x).tolist(), metrics)
         now = time.perf_counter()
         self.timing.setdefault("time_to_first_step_seconds", now - self.started)
-        seconds, tokens = now - self.clock, self.cfg.data.batch * self.cfg.data.length
+        seconds, tokens = now - self.clock, host.pop("tokens")
         self.clock = now
-        if "routed" in host:
+        if "routed" in host:  # added up as Python integers: a sum over layers may pass 2^31
+            host["routed"], host["kept"] = sum(host["routed"]), sum(host["kept"])
             host["dropped"] = host["routed"] - host["kept"]
         speed = {"tokens": tokens, "step_seconds": seconds, "tokens_per_second": tokens / seconds}
         record = {"step": step, **host, **speed}
@@ -208,7 +233,6 @@ class Run:
 
     def evaluate(self, state: State, step: int) -> None:
         record = {"step": step, **self.evaluator.report(state.params, self.cfg.train.eval_batches)}
-        record.pop("load", None)
         if self.log is not None:
             self.log.eval(record)
         self.screen.eval(record)
@@ -236,6 +260,7 @@ class Run:
             "finished": step >= self.cfg.train.steps,
             "loss": train[-1]["loss"],
             "eval_loss": evals[-1]["eval_loss"] if evals else None,
+            "eval_step": evals[-1]["step"] if evals else None,
             "first_eval_loss": evals[0]["eval_loss"] if evals else None,
             "bigram_loss": self.bigram,
             "tokens_per_second": train[-1]["tokens"] / speed,

@@ -1,6 +1,7 @@
 """What makes a run safe to stop and start again: signals, the claim on a folder, and which keys may change."""
 
 import contextlib
+import fcntl
 import signal
 from collections.abc import Generator
 from pathlib import Path
@@ -12,6 +13,7 @@ from moe_jax.config import Config, Problem, Refused
 
 FREE = ("name", "mesh.", "rules.", "train.", "model.scan", "model.remat", "model.moe.eval_capacity_factor")
 """Keys that a resumed run may change: where and how it computes, not what."""
+FIXED = ("train.seed", "train.optimizer.kind")  # but not these
 
 
 class Stop:
@@ -51,6 +53,22 @@ def claimed(workdir: Path) -> Generator[None]:
         raise
 
 
+@contextlib.contextmanager
+def locked(workdir: Path) -> Generator[None]:
+    """One run at a time in a workdir. The lock goes with the process, however that ends.
+
+    Raises:
+        Refused: another run holds it.
+    """
+    with (workdir / MARKER).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = "wait until it ends, stop it, or use another --workdir"
+            raise Refused(Problem("--workdir", f"another run is using {workdir}", remedy)) from None
+        yield
+
+
 def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as `{"a.b.c": value}`."""
     out: dict[str, Any] = {}
@@ -67,7 +85,7 @@ def changes(saved: dict, cfg: Config) -> list[str]:
     """
     now, before = flat(config.to_dict(cfg)), flat(saved)
     keys = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
-    fixed = [k for k in keys if not k.startswith(FREE) or k == "train.seed"]
+    fixed = [k for k in keys if not k.startswith(FREE) or k in FIXED]
     if fixed:
         remedy = "set it back, or train in another --workdir"
         began = "and the run in this workdir began with"

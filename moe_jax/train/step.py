@@ -22,7 +22,8 @@ class Sums(NamedTuple):
     """What a batch adds up to; additive over microbatches and batches."""
 
     nats: jax.Array  # [] float32, sum of the cross entropies
-    targets: jax.Array  # [] float32, number of predicted tokens
+    targets: jax.Array  # [] int32, number of predicted tokens
+    tokens: jax.Array  # [] int32, tokens that are not padding
     stats: Stats | None  # of the MoE layers, [layers, ...]
 
 
@@ -47,7 +48,8 @@ def forward(model: Model, params: Any, batch: Batch, *, train: bool, keys=None, 
         capacity_factor=capacity_factor,
     )
     nats = cross_entropy(out.logits, batch["targets"]) * batch["weights"]
-    return Sums(nats.sum(), batch["weights"].sum(), out.stats)
+    targets = (batch["weights"] > 0).sum(dtype=jnp.int32)
+    return Sums(nats.sum(), targets, (batch["segments"] > 0).sum(dtype=jnp.int32), out.stats)
 
 
 def microbatches(model: Model, tree: Any) -> Any:
@@ -62,6 +64,11 @@ def microbatches(model: Model, tree: Any) -> Any:
         return constrain(parts, layout + ((),) * (parts.ndim - 2))
 
     return jax.tree.map(one, tree)
+
+
+def mean_nats(sums: Sums) -> jax.Array:
+    """Cross entropy a predicted token."""
+    return sums.nats / jnp.maximum(sums.targets, 1).astype(jnp.float32)
 
 
 def total_loss(model: Model, params: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, Sums]:
@@ -85,7 +92,7 @@ def total_loss(model: Model, params: Any, batch: Batch, keys: jax.Array) -> tupl
         shapes = jax.eval_shape(part, params, *jax.tree.map(lambda x: x[0], inputs))
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         sums, _ = jax.lax.scan(add, zero, inputs)
-    loss = sums.nats / jnp.maximum(sums.targets, 1.0)
+    loss = mean_nats(sums)
     moe = model.cfg.model.moe
     if sums.stats is not None and moe is not None:
         loss = loss + balance.router_loss(sums.stats, moe)
@@ -94,7 +101,7 @@ def total_loss(model: Model, params: Any, batch: Batch, keys: jax.Array) -> tupl
 
 def report(model: Model, total: jax.Array, sums: Sums) -> dict[str, jax.Array]:
     """The numbers of a step that the log shows."""
-    out = {"loss": sums.nats / jnp.maximum(sums.targets, 1.0), "total_loss": total}
+    out = {"loss": mean_nats(sums), "total_loss": total, "tokens": sums.tokens}
     stats, moe = sums.stats, model.cfg.model.moe
     if stats is None or moe is None:
         return out
@@ -102,8 +109,8 @@ def report(model: Model, total: jax.Array, sums: Sums) -> dict[str, jax.Array]:
         "balance": balance.balance_loss(stats, moe).mean(),
         "z_loss": balance.z_loss(stats).mean(),
         "router_entropy": stats.entropy / balance.token_count(stats),  # [layers]
-        "routed": stats.routed.sum(),
-        "kept": stats.kept.sum(),
+        "routed": stats.routed,  # [layers]
+        "kept": stats.kept,  # [layers]
         "load": stats.load,  # [layers, E]
     }
 
