@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import config
 from moe_jax import mesh as meshes
+from moe_jax.collectives import read
 from moe_jax.config import OptimizerConfig
 from moe_jax.train import optimizer
 from moe_jax.train.state import Model, State
@@ -223,3 +225,34 @@ def test_active_parameters():
     dense = 3 * D * 24
     rest = V * D + 2 * (attention + norms) + dense + D * E + D
     assert total == rest + L * E * 3 * D * F and active == rest + L * K * 3 * D * F
+
+
+def compiled_step(cfg: config.Config):
+    """The train step of a config, lowered for its mesh."""
+    model = Model.of(cfg)
+    mesh = meshes.build_mesh(cfg.mesh, jax.devices()[: cfg.mesh.size])
+    with jax.set_mesh(mesh):
+        batch = {
+            k: jax.device_put(v, NamedSharding(mesh, PartitionSpec(cfg.rules.batch))) for k, v in batch_of(cfg).items()
+        }
+        step = jax.jit(make_train_step(model), out_shardings=(model.shardings(mesh), None))
+        return mesh, step.lower(model.targets(mesh), batch, jax.random.key(0))
+
+
+def test_the_program_does_not_grow_with_depth():
+    """Layers run in a loop: 64 of them make the program of 4, so compile time is near-flat in depth."""
+    sizes = []
+    for layers in (4, 64):
+        _, lowered = compiled_step(small(*ONE, f"model.layers={layers}"))
+        sizes.append(len(lowered.as_text().splitlines()))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    _, unrolled = compiled_step(small(*ONE, "model.layers=32", "model.scan=false"))
+    assert len(unrolled.as_text().splitlines()) > 1.2 * sizes[0], "the measure sees layers that are not in a loop"
+
+
+def test_collectives_of_a_whole_step_are_pinned():
+    """One MoE layer in a loop: four all-to-alls over the expert axis, and nothing is gathered or permuted."""
+    mesh, lowered = compiled_step(small("mesh.data=2", "mesh.expert=4", ONE[2]))
+    found = read(lowered.compile().as_text(), mesh)
+    assert [c.axes for c in found if c.op == "all-to-all"] == [("expert",)] * 4
+    assert {c.op for c in found} == {"all-to-all", "all-reduce"}

@@ -1,0 +1,251 @@
+"""Stop and go on: the losses of a run that was never stopped, to the bit, and nothing lost or run twice."""
+
+import fcntl
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_cli import ENV, NOISE, STEPS, TINY, calls, check_refusal, finish, inside, listing, start, write_text
+
+from moe_jax import config, mesh
+from moe_jax.checkpoint import COMPLETE, Checkpoints
+from moe_jax.train.resume import Stop
+from moe_jax.train.state import Model
+
+TIMES = ("step_seconds", "tokens_per_second")
+
+here = pytest.fixture(scope="module", autouse=True)(inside)
+call = pytest.fixture(calls)
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """The arguments of one run, but for its workdir."""
+    return ["train", *TINY, f"data.path={write_text(tmp_path_factory.mktemp('text'))}", "--json", "--workdir"]
+
+
+def rows(workdir: Path) -> tuple[list[dict], list[dict]]:
+    """What metrics.jsonl says of steps and of evaluations, without the times; each step is there once, in order."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    return steps, [line for line in lines if "eval_loss" in line]
+
+
+def state(workdir: Path, step: int) -> list[tuple]:
+    """Every leaf of a checkpoint with its bytes."""
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    model = Model.of(config.from_dict(checkpoints.info(step)["config"]))
+    restored, _ = checkpoints.restore(model.targets(mesh.build_mesh(model.cfg.mesh)), step)
+    return [(jax.tree_util.keystr(k), np.asarray(v).tobytes()) for k, v in jax.tree.leaves_with_path(restored)]
+
+
+def steps_of(workdir: Path) -> list[int]:
+    return Checkpoints(workdir / "checkpoints").steps()
+
+
+def narrow(child: subprocess.Popen) -> subprocess.Popen:
+    """A log of one page: with a line a step, the run waits for its reader some thirty steps ahead."""
+    if hasattr(fcntl, "F_SETPIPE_SZ"):
+        fcntl.fcntl(child.stderr, fcntl.F_SETPIPE_SZ, 4096)
+    return child
+
+
+def read_until(child: subprocess.Popen, step: int) -> str:
+    """The log up to the line of a step."""
+    lines = []
+    while line := child.stderr.readline().decode():
+        lines.append(line)
+        if re.match(rf"step +{step}/", line):
+            return "".join(lines)
+    pytest.fail(f"the run ended before step {step}:\n{''.join(lines)}")
+
+
+@pytest.fixture(scope="module")
+def stopped(train, tmp_path_factory):
+    """Two real runs at once: one gets SIGTERM, the other SIGKILL. Workdir, exit code, output and log of each."""
+    folder = tmp_path_factory.mktemp("stopped")
+    signals = {"term": signal.SIGTERM, "kill": signal.SIGKILL}
+    children = {name: narrow(start(*train, folder / name, bufsize=0)) for name in signals}
+    out = {}
+    for name, child in children.items():
+        log = read_until(child, 12 if name == "term" else 24)
+        while name == "kill" and not (folder / name / "checkpoints" / "20" / COMPLETE).exists():
+            time.sleep(0.01)  # the run waits for the reader of its log; the save goes on
+        child.send_signal(signals[name])
+        code, stdout, rest = finish(child)
+        out[name] = folder / name, code, stdout, log + rest
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(train, stopped, tmp_path_factory):
+    """A run that was never stopped, in this process."""
+    from moe_jax import cli
+
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert cli.main([*train, str(workdir)]) == 0
+    return workdir
+
+
+def copy(workdir: Path, to: Path) -> Path:
+    return Path(shutil.copytree(workdir, to / "run"))
+
+
+def test_a_whole_run_is_logged_and_saved(whole):
+    steps, evals = rows(whole)
+    assert len(steps) == STEPS and [e["step"] for e in evals] == [0, STEPS]
+    assert steps_of(whole) == [20, 40, STEPS]
+    assert len({s["loss"] for s in steps}) > STEPS // 2, "the comparisons below need losses that differ"
+
+
+def test_sigterm_saves_and_ends(stopped):
+    workdir, code, out, log = stopped["term"]
+    assert code == 0 and not NOISE.search(log), log
+    report = json.loads(out.splitlines()[-1])
+    step = report["step"]
+    assert 12 <= step < STEPS and report["finished"] is False
+    assert f"SIGTERM: saved at step {step} of {STEPS}; the same command goes on from there\n" in log
+    assert steps_of(workdir)[-1] == step
+    assert len(rows(workdir)[0]) == step
+
+
+def test_sigkill_leaves_complete_checkpoints(stopped):
+    workdir, code, out, _ = stopped["kill"]
+    assert code == -signal.SIGKILL and out == ""
+    assert 20 in steps_of(workdir) and STEPS not in steps_of(workdir)
+    assert (workdir / "metrics.jsonl").read_text().count('"loss"') >= 24
+
+
+@pytest.mark.parametrize("how", ["term", "kill"])
+def test_going_on_gives_the_run_that_was_never_stopped(train, stopped, whole, tmp_path, call, how):
+    """To the bit: losses, norms, counts, evaluations and the last checkpoint; a real process after SIGTERM."""
+    workdir = copy(stopped[how][0], tmp_path)
+    newest = steps_of(workdir)[-1]
+    if how == "term":
+        code, out, log = finish(start(*train, workdir))
+        report = json.loads(out.splitlines()[-1])
+        assert not NOISE.search(log), log
+    else:
+        with open(workdir / "metrics.jsonl", "ab") as f:
+            f.write(b'{"step":2')  # a kill may tear the last line
+        code, report, log = call(*train, workdir)
+    assert code == 0, log
+    assert f"goes on from the checkpoint at step {newest}\n" in log
+    assert f"step {newest + 1}/{STEPS}" in log and f"step {newest}/{STEPS}" not in log, "no step is run again"
+    assert report["step"] == STEPS and report["finished"] is True
+    assert rows(workdir) == rows(whole)
+    assert state(workdir, STEPS) == state(whole, STEPS)
+
+
+@pytest.mark.parametrize(
+    "shape", [["mesh.data=1", "mesh.expert=8"], ["mesh.data=1", "mesh.expert=2", "mesh.fsdp=2", "mesh.tensor=2"]]
+)
+def test_going_on_with_another_mesh(train, whole, tmp_path, call, shape):
+    """From step 40 on the losses of the old mesh to 1e-5, and the log says what changed."""
+    workdir = copy(whole, tmp_path)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    code, report, log = call(*train, workdir, *shape)
+    assert code == 0 and not NOISE.search(log), log
+    assert f"changed since that checkpoint: {shape[1].replace('=', ': 4 -> ')}\n" in log
+    assert report["mesh"] == {k[5:]: int(n) for k, _, n in (s.partition("=") for s in shape) if n != "1"}
+    (steps, evals), (want, want_evals) = rows(workdir), rows(whole)
+    assert steps[:40] == want[:40] and len(steps) == STEPS
+    assert [s["loss"] for s in steps] == pytest.approx([s["loss"] for s in want], rel=1e-5)
+    assert evals[-1]["eval_loss"] == pytest.approx(want_evals[-1]["eval_loss"], rel=1e-5)
+
+
+def test_a_finished_run_does_nothing_and_reports(train, whole, tmp_path, call):
+    workdir = copy(whole, tmp_path)
+    before = listing(workdir)
+    code, report, log = call(*train, workdir)
+    assert code == 0 and f"nothing to do: the checkpoint is at step {STEPS} of {STEPS}\n" in log
+    after = listing(workdir)
+    del before["run.png"], after["run.png"], before["metrics.jsonl"], after["metrics.jsonl"]
+    assert after == before
+    assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    steps, evals = rows(whole)
+    assert report["step"] == STEPS and report["finished"] is True
+    assert (report["loss"], report["eval_loss"]) == (steps[-1]["loss"], evals[-1]["eval_loss"])
+    assert report["compile_seconds"] is None and report["time_to_first_step_seconds"] is None
+    code, report, log = call(*train, workdir, "train.steps=30")
+    assert code == 0 and f"nothing to do: the checkpoint is at step {STEPS} of 30\n" in log
+
+
+def test_more_steps(train, whole, tmp_path, call):
+    workdir = copy(whole, tmp_path)
+    code, report, log = call(*train, workdir, f"train.steps={STEPS + 3}")
+    assert code == 0 and f"changed since that checkpoint: train.steps: {STEPS} -> {STEPS + 3}\n" in log
+    assert report["step"] == STEPS + 3 and report["finished"] is True
+    steps, evals = rows(workdir)
+    assert len(steps) == STEPS + 3 and steps[:STEPS] == rows(whole)[0]
+    assert [e["step"] for e in evals] == [0, STEPS, STEPS + 3]
+
+
+@pytest.mark.parametrize(
+    "change, key",
+    [
+        ("model.d_model=32", "model.d_model: is 32, and the run in this workdir began with 16"),
+        ("model.moe.capacity_factor=1.25", "model.moe.capacity_factor"),
+        ("model.moe.experts=4", "model.moe.experts"),
+        ("model.moe=", "model.moe"),
+        ("data.batch=16", "data.batch"),
+        ("data.seed=1", "data.seed"),
+        ("data.path=builtin:prose", "data.path"),
+        ("train.seed=1", "train.seed: is 1, and the run in this workdir began with 0"),
+        ("train.optimizer.kind=adafactor", "train.optimizer.kind"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(train, whole, call, change, key):
+    before = listing(whole)
+    check_refusal(*call(*train, whole, change), "train", key, "--workdir")
+    assert listing(whole) == before
+
+
+def test_full_disk(train, whole, tmp_path, call):
+    """A disk that takes no more than 48 KiB a file stands for it: the arrays of a checkpoint are larger."""
+    workdir = copy(whole, tmp_path)
+    for step in (40, STEPS):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    code = (
+        "import resource, sys\nfrom moe_jax.cli import main\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (48 * 1024, {resource.getrlimit(resource.RLIMIT_FSIZE)[1]}))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    argv = [sys.executable, "-c", code, *map(str, train), str(workdir)]
+    env = ENV | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}  # nothing large is written but checkpoints
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1 and done.stdout == "", done.stderr
+    assert not NOISE.search(done.stderr), done.stderr
+    said = done.stderr.partition("moe-jax train: failed\n")[2]
+    assert str(workdir / "checkpoints") in said and "not written" in said and "remedy: make room" in said, done.stderr
+    assert "step 20 is the newest complete one" in said
+    assert steps_of(workdir) == [20]
+    code, report, _ = call("eval", workdir, "--json")
+    assert code == 0 and report["step"] == 20
+    code, report, _ = call(*train, workdir)  # room has been made
+    assert code == 0 and report["finished"] is True
+    assert rows(workdir) == rows(whole) and state(workdir, STEPS) == state(whole, STEPS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_second_signal_interrupts(number):
+    old = signal.getsignal(number)
+    with Stop() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), number)
+        assert stop.signal == number.name
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == old
