@@ -15,7 +15,7 @@ from moe_jax.collectives import read
 from moe_jax.config import OptimizerConfig
 from moe_jax.train import optimizer
 from moe_jax.train.state import Model, State
-from moe_jax.train.step import cross_entropy, make_train_step, total_loss
+from moe_jax.train.step import cross_entropy, make_eval_step, make_train_step, total_loss
 
 SMALL = [
     "model.moe.capacity_factor=0.6",
@@ -256,3 +256,22 @@ def test_collectives_of_a_whole_step_are_pinned():
     found = read(lowered.compile().as_text(), mesh)
     assert [c.axes for c in found if c.op == "all-to-all"] == [("expert",)] * 4
     assert {c.op for c in found} == {"all-to-all", "all-reduce"}
+
+
+@pytest.mark.parametrize("shape", [["fsdp=2", "expert=2", "tensor=2"], ["data=2", "fsdp=4"], ["fsdp=2", "expert=4"]])
+def test_the_partitioner_never_replicates_an_array_as_a_last_resort(shape, capfd):
+    """It would say so on standard error, for the train step as for evaluation."""
+    sizes = dict(s.split("=") for s in shape)
+    cfg = small(*(f"mesh.{a}={sizes.get(a, 1)}" for a in ("data", "fsdp", "expert", "tensor")), ONE[2])
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # a program out of the cache would be silent
+    try:
+        mesh, step = compiled_step(cfg)
+        step.compile()
+        model, rows = Model.of(cfg), NamedSharding(mesh, PartitionSpec(cfg.rules.batch))
+        batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows) for k, v in batch_of(cfg).items()}
+        with jax.set_mesh(mesh):
+            jax.jit(make_eval_step(model, None)).lower(model.targets(mesh).params, batch).compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+    assert "rematerialization" not in capfd.readouterr().err

@@ -23,12 +23,16 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """tokens, positions [B, L] int32 -> [B, L, D] in the compute type."""
-        x = self.table[...][tokens]  # [B,L,D]
+        x = self.rows(self.table, "vocab")[tokens]  # [B,L,D]
         if self.positions is not None:
-            x = x + self.positions[...][positions]
+            x = x + self.rows(self.positions, "position")[positions]
         if self.m.positions == "sinusoidal":
             x = x + sinusoidal(positions, self.m.d_model)
         return lay(x.astype(self.m.dtype), self.rules, names=("batch", "length", "act_embed"))
+
+    def rows(self, table: nnx.Param, name: str) -> jax.Array:
+        """A table with whole rows: a lookup in split ones would make the partitioner replicate every token."""
+        return lay(table[...], self.rules, names=(name, "act_embed"))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """x [B, L, D] -> [B, L, V] float32."""
