@@ -31,6 +31,7 @@ class Rules:
     expert_embed: Axes = ("fsdp",)
     expert_mlp: Axes = ("tensor",)
     router_embed: Axes = ()
+    router_mlp: Axes = ()
     router_experts: Axes = ()
     position: Axes = ()
     norm: Axes = ()

@@ -14,8 +14,11 @@ from moe_jax.routing import QUIET, Noise, Routing, normalized
 def capacity(cfg: MoEConfig, tokens: int, factor: float | None) -> int:
     """Slots C of one expert in a group of S tokens: `max(min_capacity, ceil(K*S*f/E))`, S at most; S when dropless.
 
-    The factor is taken as the decimal that was written, so that no rounding of binary fractions adds a slot.
+    The factor is taken as the decimal that was written, so that no rounding of binary fractions adds a slot. For expert
+    choice C is what an expert takes: no call can lift it.
     """
+    if factor is None and cfg.router.kind == "expert_choice":
+        factor = cfg.capacity_factor
     if factor is None:
         return tokens
     slots = ceil(Fraction(str(factor)) * cfg.top_k * tokens / cfg.experts)
@@ -84,5 +87,5 @@ def assign(routing: Routing, moe: MoEConfig, slots: int, noise: Noise = QUIET) -
         place = places(routing.expert, kept, queue_keys(routing, "token", None))
     gate = jnp.where(kept, routing.gate, 0.0)
     if moe.router.normalize == "after":
-        gate = normalized(gate)
+        gate = normalized(gate) * moe.router.scale
     return Slots(place, kept, gate)

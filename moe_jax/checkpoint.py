@@ -385,9 +385,10 @@ class Checkpoints:
         step = self._pick(step)
         return self._load(target, step, partial=False), self.info(step)
 
-    def restore_params(self, target: Any, step: int | None = None) -> Any:
-        """Only `state["params"]` (or `state.params`), placed as `target` says; nothing else is read."""
-        return self._load({"params": target}, self._pick(step), partial=True)["params"]
+    def restore_weights(self, target: Any, step: int | None = None) -> Any:
+        """Only the fields of the state that `target`, a named tuple, has, placed as it says; nothing else is read."""
+        wanted = {name: tree for name, tree in target._asdict().items() if jax.tree.leaves(tree)}
+        return target._replace(**self._load(wanted, self._pick(step), partial=True))
 
     def _load(self, target: Any, step: int, partial: bool) -> Any:
         record = self._record(step)
@@ -409,7 +410,7 @@ class Checkpoints:
         """Refuses a target whose leaves are not those of the checkpoint, before any array is read."""
         wanted = {name: _shape(leaf) for name, leaf in _names(target).items()}
         if partial:
-            saved = {name: shape for name, shape in saved.items() if name.startswith("params/")}
+            saved = {name: shape for name, shape in saved.items() if name.startswith(tuple(f"{k}/" for k in target))}
         both = sorted(saved.keys() | wanted.keys())
         pairs = [(name, saved.get(name, "absent"), wanted.get(name, "absent")) for name in both]
         wrong = [f"{name}: checkpoint {a}, model {b}" for name, a, b in pairs if a != b]

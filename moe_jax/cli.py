@@ -127,13 +127,13 @@ class Trained:
         self.cfg = config.from_dict(tree)
         mesh.prepare_devices(self.cfg.mesh, args.fake_devices)
         self.mesh = mesh.build_mesh(self.cfg.mesh)
-        from moe_jax.train.state import Model, placed
+        from moe_jax.train.state import Model
 
         self.model = Model.of(self.cfg)
         self.model.validate()
         self.corpus = open_prepared(args.workdir / "tokens", self.cfg.data)
         self.step = checkpoints.newest()
-        self.params = checkpoints.restore_params(placed(self.model.shapes, self.model.param_shardings(self.mesh)))
+        self.weights = checkpoints.restore_weights(self.model.weight_targets(self.mesh))
 
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
     from moe_jax.train.evaluate import Evaluator
 
     evaluator = Evaluator(trained.model, trained.mesh, trained.corpus)
-    report = evaluator.report(trained.params, args.batches or sys.maxsize, at_capacity=True)
+    report = evaluator.report(trained.weights, args.batches or sys.maxsize, at_capacity=True)
     lines = [f"held-out loss {report['eval_loss']:.4f} nats a token, {report['bits_per_byte']:.4f} bits a byte"]
     if report.get("capacity_factor") is not None:
         lines.append(
@@ -179,7 +179,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = trained.corpus.tokenizer
     sampling = Sampling(args.temperature, args.top_k, args.seed)
     generator = Generator(trained.model, trained.mesh, tokenizer.size, tokenizer.eos, sampling)
-    out = generator(trained.params, [tokenizer.encode(p) for p in args.prompt], args.tokens)
+    out = generator(trained.weights, [tokenizer.encode(p) for p in args.prompt], args.tokens)
     texts = [prompt + tokenizer.decode(new) for prompt, new in zip(args.prompt, out.tokens, strict=True)]
     if not args.json:
         print("\n\n".join(texts))

@@ -12,7 +12,7 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -261,31 +261,153 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
 # Impossible combinations
 
 
+TOP_K = {"switch": 1, "gshard": 2}
+GROUPED = ("deepseek_v2", "deepseek_v3")
+BIASED = ("softmax_topk", *GROUPED)
+
+
 def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
     """Impossible combinations inside the mixture of experts."""
-    out = []
+    out: list[Problem] = []
 
     def no(name: str, reason: str, remedy: str) -> None:
         out.append(Problem(f"{prefix}.{name}", reason, remedy))
 
-    kind, norm = moe.router.kind, moe.router.normalize
+    kind = moe.router.kind
     if moe.top_k > moe.experts:
         no("top_k", f"{moe.top_k} choices among {moe.experts} experts", f"set it to {moe.experts} or less")
-    if kind == "switch" and moe.top_k != 1:
-        no("top_k", f"is {moe.top_k}, and the switch router picks 1", "set top_k=1 or router.kind=softmax_topk")
-    if kind == "gshard" and moe.top_k != 2:
-        no("top_k", f"is {moe.top_k}, and the gshard router picks 2", "set top_k=2 or router.kind=softmax_topk")
-    if moe.top_k == 1 and (kind == "topk_softmax" or norm in ("before", "after")):
-        why = "a gate normalised over one choice is always 1 and gives the router no gradient"
-        no("router.kind" if kind == "topk_softmax" else "router.normalize", why, "set router.kind=switch or top_k=2")
-    if kind == "topk_softmax" and norm in ("none", "before"):
-        why = "softmax over the chosen logits is normalised already"
-        no("router.normalize", why, "leave it unset, or set it to after")
-    if kind != "gshard" and moe.router.second != "always":
-        no("router.second", f"is {moe.router.second!r} with the {kind} router", "set router.kind=gshard")
+    if moe.top_k != TOP_K.get(kind, moe.top_k):
+        want = TOP_K[kind]
+        why = f"is {moe.top_k}, and the {kind} router picks {want}"
+        no("top_k", why, f"set top_k={want} or router.kind=softmax_topk")
     if moe.capacity_factor is None and moe.overflow == "error":
         no("overflow", "is 'error', and a layer without capacity_factor never overflows", "leave it at drop")
+    _check_router(moe, no)
+    _check_groups_of_experts(moe, no)
+    _check_balance(moe, no)
+    if kind == "expert_choice":
+        _check_expert_choice(moe, no)
     return out
+
+
+Refuse = Callable[[str, str, str], None]
+
+
+def _check_router(moe: MoEConfig, no: Refuse) -> None:
+    """Gates, second experts and noise against the kind of router."""
+    kind, norm = moe.router.kind, moe.router.normalize
+    always_one = kind in ("topk_softmax", "noisy_topk")
+    normalized = norm in ("before", "after") or (kind == "deepseek_v3" and norm is None)
+    if moe.top_k == 1 and kind not in ("hash", "expert_choice") and (always_one or normalized):
+        why = "a gate normalised over one choice is always 1 and gives the router no gradient"
+        if always_one:
+            no("router.kind", why, "set router.kind=switch or top_k=2")
+        else:
+            no("router.normalize", why, "set router.kind=switch, router.normalize=none or top_k=2")
+    if always_one and norm in ("none", "before"):
+        why = "softmax over the chosen logits is normalised already"
+        no("router.normalize", why, "leave it unset, or set it to after")
+    if kind in ("hash", "expert_choice") and norm is not None:
+        why = f"the {kind} router does not normalise its gates"
+        no("router.normalize", why, "leave it unset")
+    if kind != "gshard" and moe.router.second != "always":
+        no("router.second", f"is {moe.router.second!r} with the {kind} router", "set router.kind=gshard")
+    if moe.router.gate_width is not None and moe.router.gate != "mlp":
+        no("router.gate_width", f"is {moe.router.gate_width} with a linear gate", "set router.gate=mlp")
+    if kind == "hash":
+        learned = [n for n in ("gate", "jitter") if getattr(moe.router, n) not in ("linear", 0.0)]
+        learned += [n for n in ("z_loss", "balance_loss", "sequence_loss", "device_loss") if getattr(moe, n)]
+        for name in learned:
+            where = f"router.{name}" if name in ("gate", "jitter") else name
+            no(where, "has no effect on the hash router, which learns nothing", "leave it out")
+    if moe.router.force_std != RouterConfig.force_std and moe.router.force != "biased":
+        no("router.force_std", f"is {moe.router.force_std:g} without router.force=biased", "set router.force=biased")
+
+
+def _check_groups_of_experts(moe: MoEConfig, no: Refuse) -> None:
+    """Group-limited routing: groups that divide and leave enough experts."""
+    r = moe.router
+    if r.kind not in GROUPED:
+        for name in ("topk_groups", "group_score"):
+            if getattr(r, name) is not None:
+                no(
+                    f"router.{name}",
+                    f"is set with the {r.kind} router",
+                    f"use one of {', '.join(GROUPED)}",
+                )
+        if r.groups != 1:
+            no("router.groups", f"is {r.groups} with the {r.kind} router", f"use one of {', '.join(GROUPED)}, or 1")
+        return
+    if moe.experts % r.groups:
+        no("router.groups", f"{moe.experts} experts do not divide into {r.groups} groups", "use a divisor of experts")
+        return
+    keep, size = r.topk_groups or r.groups, moe.experts // r.groups
+    if keep > r.groups:
+        no("router.topk_groups", f"{keep} groups of {r.groups}", f"set it to {r.groups} or less")
+    elif keep * size < moe.top_k:
+        why = f"{keep} groups of {size} experts leave {keep * size} for top_k={moe.top_k}"
+        no("router.topk_groups", why, f"set it to {-(-moe.top_k // size)} or more")
+    if keep < r.groups:
+        measure = r.group_score or {"deepseek_v2": "max", "deepseek_v3": "sum2"}[r.kind]
+        if measure == "sum2" and size < 2:
+            no("router.group_score", "is the sum of two experts in groups of one", "set router.group_score=max")
+        if measure == "sumk" and (moe.top_k % keep or moe.top_k // keep > size):
+            why = f"top_k={moe.top_k} over {keep} groups of {size} experts is no whole number of each"
+            no("router.group_score", why, "use max or sum2, or a topk_groups that divides top_k")
+    elif r.group_score is not None:
+        no("router.group_score", "has no effect while every group may be used", "set router.topk_groups")
+
+
+def _check_balance(moe: MoEConfig, no: Refuse) -> None:
+    """Losses and the bias: what they need, and what fights what."""
+    kind = moe.router.kind
+    steering = [n for n in ("balance_loss", "importance_loss", "load_loss", "device_loss") if getattr(moe, n)]
+    if moe.bias_rate is not None:
+        if kind not in BIASED:
+            no(
+                "bias_rate",
+                f"the {kind} router has no selection bias",
+                f"use one of {', '.join(BIASED)}",
+            )
+        if moe.bias_rate > 0 and steering:
+            why = f"a moving bias and {', '.join(steering)} fight over the same loads"
+            no("bias_rate", why, f"take {' and '.join(steering)} out (sequence_loss may stay), or the bias")
+    elif moe.bias_update != "sign":
+        no("bias_update", f"is {moe.bias_update!r} without a bias", "set bias_rate, for example 0.001")
+    if moe.load_loss and kind != "noisy_topk":
+        why = f"the counts of the {kind} router have no gradient"
+        no("load_loss", why, "set router.kind=noisy_topk, or use balance_loss or importance_loss")
+    if moe.device_loss or moe.communication_loss:
+        name = "device_loss" if moe.device_loss else "communication_loss"
+        if moe.balance_devices is None:
+            no("balance_devices", f"is unset, and {name} needs it", "set it to the devices of the experts, mesh.expert")
+    elif moe.balance_devices is not None:
+        no("balance_devices", "has no effect without device_loss or communication_loss", "set one of them")
+    if moe.balance_devices is not None and moe.experts % moe.balance_devices:
+        why = f"{moe.experts} experts do not divide into {moe.balance_devices} groups"
+        no("balance_devices", why, "use a divisor of experts")
+    for name in ("balance_form", "balance_over"):
+        if getattr(moe, name) != getattr(MoEConfig, name) and not moe.balance_loss:
+            no(name, f"is {getattr(moe, name)!r} without a balance loss", "set balance_loss, for example 0.01")
+
+
+def _check_expert_choice(moe: MoEConfig, no: Refuse) -> None:
+    """Expert choice is balanced by construction and fills every slot."""
+    if moe.capacity_factor is None:
+        no(
+            "capacity_factor",
+            "is unset, and it says how many tokens an expert chooses",
+            "set it to 1.0",
+        )
+    if moe.priority != "choice":
+        no("priority", f"is {moe.priority!r}, and with expert_choice the experts decide", "leave it unset")
+    if moe.overflow != "drop":
+        no("overflow", f"is {moe.overflow!r}, and expert_choice never overflows", "leave it unset")
+    if moe.router.force is not None:
+        no("router.force", "forces the choice of tokens, and here experts choose", "use another router.kind")
+    for name in ("balance_loss", "sequence_loss", "device_loss", "communication_loss", "importance_loss"):
+        if getattr(moe, name):
+            no(name, "has no effect: expert_choice is balanced by construction", "leave it out")
 
 
 def check_model(m: ModelConfig) -> list[Problem]:
@@ -305,6 +427,11 @@ def check_model(m: ModelConfig) -> list[Problem]:
         no("d_model", f"{m.d_model} is odd, and sinusoidal positions come in pairs", "use an even d_model")
     if m.moe is not None:
         out += check_moe(m.moe)
+        if m.moe.router.kind == "expert_choice" and not m.moe.router.lookahead:
+            why = "expert_choice lets later tokens decide where earlier ones go, and this model is causal"
+            no("moe.router.kind", why, "use another router, or permit it with model.moe.router.lookahead=true")
+        elif m.moe.router.lookahead and m.moe.router.kind != "expert_choice":
+            no("moe.router.lookahead", f"has no effect on the {m.moe.router.kind} router", "leave it out")
         if m.layers < m.moe.first_dense + m.moe.every:
             why = f"first_dense={m.moe.first_dense}, every={m.moe.every} leave no MoE layer among {m.layers}"
             no("moe.every", why, "lower model.moe.every or first_dense, or raise model.layers")

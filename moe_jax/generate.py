@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from moe_jax.cache import Cache
 from moe_jax.config import Problem, Refused
 from moe_jax.rules import sharding
-from moe_jax.train.state import Model
+from moe_jax.train.state import Model, Weights
 
 
 class Sampling(NamedTuple):
@@ -59,17 +59,17 @@ class Generator:
         return jax.random.split(base, rows)
 
     def prefill(
-        self, params: Any, tokens: jax.Array, lengths: jax.Array, places: int
+        self, weights: Weights, tokens: jax.Array, lengths: jax.Array, places: int
     ) -> tuple[jax.Array, Cache | None]:
         """tokens [B, L], right-aligned prompts -> next tokens [B] and the filled cache."""
-        module = self.model.module(params)
+        module = self.model.module(*weights)
         B, L = tokens.shape
         out = module(tokens, cache=module.empty_cache(B, places, lengths, L), capacity_factor=None)
         return choose(out.logits[:, -1], self.keys(jnp.asarray(0), B), self.sampling, self.known), out.cache
 
-    def decode(self, params: Any, first: jax.Array, cache: Cache, steps: int) -> jax.Array:
+    def decode(self, weights: Weights, first: jax.Array, cache: Cache, steps: int) -> jax.Array:
         """`steps` more tokens after `first` [B] -> [steps, B]."""
-        module = self.model.module(params)
+        module = self.model.module(*weights)
 
         def one(carry, step):
             token, cache = carry
@@ -80,7 +80,7 @@ class Generator:
         _, tokens = jax.lax.scan(one, (first, cache), jnp.arange(1, steps + 1))
         return tokens
 
-    def __call__(self, params: Any, prompts: Sequence[np.ndarray], new_tokens: int) -> Generated:
+    def __call__(self, weights: Weights, prompts: Sequence[np.ndarray], new_tokens: int) -> Generated:
         """Continue prompts of token ids by at most `new_tokens`; speeds are measured after compiling.
 
         Raises:
@@ -101,14 +101,14 @@ class Generator:
         with jax.set_mesh(self.mesh):
             wide = sharding(self.mesh, (self.model.cfg.rules.batch,))
             placed = (jax.device_put(a, wide) for a in (tokens, lengths))
-            first_args = (params, *placed)
+            first_args = (weights, *placed)
             prefill = jax.jit(self.prefill, static_argnums=3).lower(*first_args, longest + new_tokens).compile()
             first, cache = prefill(*first_args)
-            decode = jax.jit(self.decode, static_argnums=3).lower(params, first, cache, new_tokens - 1).compile()
+            decode = jax.jit(self.decode, static_argnums=3).lower(weights, first, cache, new_tokens - 1).compile()
             start = time.perf_counter()
             first, cache = jax.block_until_ready(prefill(*first_args))
             filled = time.perf_counter()
-            rest = np.asarray(decode(params, first, cache))
+            rest = np.asarray(decode(weights, first, cache))
             end = time.perf_counter()
         new = np.concatenate([np.asarray(first)[None], rest]).T[: len(prompts)]  # [prompts, new_tokens]
         texts = [row[: int((row == self.stop).argmax())] if (row == self.stop).any() else row for row in new]

@@ -1,5 +1,6 @@
 """The decoder transformer: dense and MoE layers in a pattern, scanned and rematerialised."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.layers.block import Block, Context
 from moe_jax.layers.common import Keys, dropout, fold, lay, row_keys
 from moe_jax.layers.embed import Embedding
-from moe_jax.layers.moe import FROM_CONFIG
+from moe_jax.layers.moe import FROM_CONFIG, MoELayer, Record, SelectionBias
 from moe_jax.layers.norm import Norm
 
 REMAT = {
@@ -30,6 +31,7 @@ class Output(NamedTuple):
     logits: jax.Array  # [B, L, V] float32
     stats: Stats | None  # leading axis: MoE layers, bottom first; None for a dense model
     cache: Cache | None
+    record: Record | None = None  # leading axis as in stats; where every token went, if it was asked for
 
 
 def pattern(kinds: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
@@ -61,13 +63,15 @@ class Period(nnx.Module):
     def __init__(self, m: ModelConfig, kinds: tuple[str, ...], rules: Rules | None, rngs: nnx.Rngs):
         self.blocks = nnx.List([Block(m, kind, rules, rngs) for kind in kinds])
 
-    def __call__(self, x, context: Context, keys: Keys, caches: tuple, **options):
-        stats, out = [], []
+    def __call__(self, x, context: Context, keys: Keys, caches: tuple, train: bool, options: Sequence[dict]):
+        """`options` of each MoE layer -> x, what each MoE layer returns beside it, caches of all layers."""
+        routed, out = [], []
         for i, block in enumerate(self.blocks):
-            x, s, cache = block(x, context, keys=fold(keys, i), cache=caches[i], **options)
-            stats += [] if s is None else [s]
+            own = options[len(routed)] if isinstance(block.ffn, MoELayer) else {}
+            x, r, cache = block(x, context, train=train, keys=fold(keys, i), cache=caches[i], **own)
+            routed += [] if r is None else [r]
             out.append(cache)
-        return x, (tuple(stats), tuple(out))
+        return x, (tuple(routed), tuple(out))
 
 
 def stacked(m: ModelConfig, kinds: tuple[str, ...], repeats: int, rules: Rules | None, rngs: nnx.Rngs) -> Period:
@@ -78,7 +82,7 @@ def stacked(m: ModelConfig, kinds: tuple[str, ...], repeats: int, rules: Rules |
         return Period(m, kinds, rules, nnx.Rngs(params=key))
 
     period = create(jax.random.split(rngs.params(), repeats))
-    for _, variable in nnx.to_flat_state(nnx.state(period, nnx.Param)):
+    for _, variable in nnx.to_flat_state(nnx.state(period, (nnx.Param, SelectionBias))):
         variable.set_metadata(axes=("layers", *variable.get_metadata("axes")))
     return period
 
@@ -111,7 +115,10 @@ class Transformer(nnx.Module):
         train: bool = False,
         key: Keys = None,
         cache: Cache | None = None,
-        capacity_factor: float | None = FROM_CONFIG,
+        capacity_factor: float | Sequence[float | None] | None = FROM_CONFIG,
+        top_k: int | Sequence[int | None] | None = None,
+        replay: jax.Array | None = None,
+        record: bool = False,
     ) -> Output:
         """tokens [B, L] int32 -> logits [B, L, V] float32, routing statistics, cache.
 
@@ -121,7 +128,11 @@ class Transformer(nnx.Module):
                 cannot be given; segments then only tell padding from tokens.
             train: dropout, noise and the training capacity; needs `key`, one or [B], where the config asks for noise.
             cache: from `empty_cache`; the call appends its L tokens. Logits are NaN where its places do not suffice.
-            capacity_factor: of every MoE layer; default the config's for training or evaluation, None is dropless.
+            capacity_factor: of every MoE layer, or a list with one for each; default the config's for training or
+                evaluation, None is dropless. With a list the layers are unrolled.
+            top_k: experts per token, likewise; default the config's.
+            replay: [layers, B, L, K] int32, `record.expert` of an earlier call: tokens go where they went then.
+            record: also return where every token went.
         """
         B, L = tokens.shape
         if L > self.m.max_length:
@@ -131,54 +142,87 @@ class Transformer(nnx.Module):
         segments = jnp.ones((B, L), jnp.int32) if segments is None else segments
         if cache is None:
             positions = jnp.broadcast_to(jnp.arange(L), (B, L)) if positions is None else positions
-            context = Context(positions, segments, None)
+            context = Context(positions, segments, tokens, None)
         else:
-            context = self.cached_context(cache, segments, L)
+            context = self.cached_context(cache, segments, tokens)
         keys = row_keys(key if train else None, B)
 
         with jax.named_scope("embed"):
             x = dropout(self.embedding(tokens, context.positions), self.m.dropout, fold(keys, 0))
-        stats, layers = [], []
-        for i, stack in enumerate(self.stacks):
+        options = self.options(capacity_factor, top_k, record)
+        routed, layers, done = [], [], 0
+        for i, (stack, (kinds, repeats)) in enumerate(zip(self.stacks, self.runs, strict=True)):
             caches = None if cache is None else cache.layers[i]
-            x, s, c = self.run(
-                stack, i, x, context, fold(keys, 1 + i), caches, train=train, capacity_factor=capacity_factor
-            )
-            stats += [] if s is None else [s]
+            mine = slice(done, done + kinds.count("moe") * repeats)
+            past = None if replay is None else replay[mine]
+            x, r, c = self.run(stack, i, x, context, fold(keys, 1 + i), caches, train, options[mine], past)
+            routed += [] if r is None else [r]
             layers.append(c)
+            done = mine.stop
         if self.final_norm is not None:
             x = self.final_norm(x)
         with jax.named_scope("head"):
             logits = self.embedding.logits(x)
-        merged = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stats) if stats else None
+        merged = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
+        stats, past = (None, None) if merged is None else merged
         if cache is not None:
             # A write past the last place would overwrite it in silence: such a call returns no numbers.
             logits = jnp.where(cache.filled + L <= places(cache), logits, jnp.nan)
             cache = Cache(tuple(layers), cache.start, cache.filled + L)
-        return Output(logits, merged, cache)
+        return Output(logits, stats, cache, past)
 
-    def run(self, stack: Period, i: int, x, context: Context, keys: Keys, caches, **options):
-        """One stack of `repeats` equal periods as a loop, unrolled where `model.scan` is off."""
+    def options(self, capacity_factor: Any, top_k: Any, record: bool) -> list[dict[str, Any]]:
+        """What each MoE layer is called with, bottom first."""
+        count = self.m.layer_kinds.count("moe")
+        values = {"capacity_factor": capacity_factor, "top_k": top_k}
+        for name, value in values.items():
+            if not isinstance(value, list | tuple):
+                values[name] = [value] * count
+            elif len(value) != count:
+                raise ValueError(f"{name} lists {len(value)} values for {count} MoE layers")
+        pairs = zip(*values.values(), strict=True)
+        return [{"capacity_factor": f, "top_k": k, "record": record} for f, k in pairs]
+
+    def run(self, stack: Period, i: int, x, context: Context, keys: Keys, caches, train: bool, options, replay):
+        """One stack of `repeats` equal periods as a loop, unrolled where `model.scan` is off or the options differ.
+
+        Returns x, what the MoE layers return beside it [repeats * m, ...] in the order of the layers, and the caches.
+        """
         kinds, repeats = self.runs[i]
+        m = kinds.count("moe")
         caches = (None,) * len(kinds) if caches is None else caches
         graph, params = nnx.split(stack)
+        replay = None if replay is None else replay.reshape(repeats, m, *replay.shape[1:])
 
-        def body(x, layer: tuple[Any, Any, Any]):
-            params, number, caches = layer
-            x, out = nnx.merge(graph, params)(x, context, fold(keys, number), caches, **options)
+        def body(x, layer: tuple[Any, Any, Any, Any], own: Sequence[dict[str, Any]]):
+            params, number, caches, replay = layer
+            if replay is not None:
+                own = [o | {"replay": replay[j]} for j, o in enumerate(own)]
+            x, out = nnx.merge(graph, params)(x, context, fold(keys, number), caches, train, own)
             return lay(x, self.rules, names=("batch", "length", "act_embed")), out
 
-        loop_body: Any = body
-        if self.m.remat != "none":
-            loop_body = jax.checkpoint(body, policy=REMAT[self.m.remat], prevent_cse=not self.m.scan)
-        unroll = 1 if self.m.scan else repeats
-        x, (stats, caches) = jax.lax.scan(
-            loop_body, x, (params, jnp.arange(repeats), caches), length=repeats, unroll=unroll
-        )
-        if not stats:
+        def step(own: Sequence[dict[str, Any]], scan: bool) -> Any:
+            def one(x, layer):
+                return body(x, layer, own)
+
+            if self.m.remat == "none":
+                return one
+            return jax.checkpoint(one, policy=REMAT[self.m.remat], prevent_cse=not scan)
+
+        layers = (params, jnp.arange(repeats), caches, replay)
+        if all(o == options[0] for o in options):
+            unroll = 1 if self.m.scan else repeats
+            x, (routed, caches) = jax.lax.scan(step(options[:m], self.m.scan), x, layers, length=repeats, unroll=unroll)
+        else:
+            outs = []
+            for n in range(repeats):
+                x, out = step(options[n * m : (n + 1) * m], False)(x, jax.tree.map(lambda a, n=n: a[n], layers))
+                outs.append(out)
+            routed, caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+        if not routed:
             return x, None, caches
         # m MoE layers a period, each [repeats, ...] -> [repeats * m, ...] in the order of the layers
-        merged = jax.tree.map(lambda *s: jnp.stack(s, 1).reshape(-1, *s[0].shape[1:]), *stats)
+        merged = jax.tree.map(lambda *s: jnp.stack(s, 1).reshape(-1, *s[0].shape[1:]), *routed)
         return x, merged, caches
 
     def empty_cache(self, batch: int, places: int, lengths: jax.Array | None = None, width: int = 0) -> Cache:
@@ -198,11 +242,12 @@ class Transformer(nnx.Module):
             layers.append((one,) * len(kinds))
         return Cache(tuple(layers), start, jnp.zeros((), jnp.int32))
 
-    def cached_context(self, cache: Cache, segments: jax.Array, L: int) -> Context:
+    def cached_context(self, cache: Cache, segments: jax.Array, tokens: jax.Array) -> Context:
         """Positions count from each row's own start; a decoding step sees the places filled so far."""
+        L = tokens.shape[1]
         place = (cache.filled + jnp.arange(L))[None]  # [1,L]
         start = cache.start[:, None]  # [B,1]
         segments = jnp.where((place >= start) & (segments > 0), 1, 0)  # [B,L]
         slot = jnp.arange(places(cache))[None, None]  # [1,1,M]
         visible = (slot >= start[..., None]) & (slot <= place[..., None])  # [B,L,M]
-        return Context(jnp.maximum(place - start, 0), segments, Cached(visible, cache.filled))
+        return Context(jnp.maximum(place - start, 0), segments, tokens, Cached(visible, cache.filled))

@@ -28,21 +28,55 @@ def key(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
 
 
+RouterKind = Literal[
+    "switch",
+    "gshard",
+    "topk_softmax",
+    "softmax_topk",
+    "noisy_topk",
+    "deepseek_v2",
+    "deepseek_v3",
+    "expert_choice",
+    "hash",
+]
+
+
 @dataclass(frozen=True)
 class RouterConfig:
-    """How tokens choose experts."""
+    """How tokens choose experts, or experts tokens."""
 
     __pydantic_config__ = STRICT
-    kind: Literal["switch", "gshard", "topk_softmax", "softmax_topk"] = key(
-        "softmax_topk", "switch: top-1; gshard: top-2; topk_softmax: Mixtral order; softmax_topk: OLMoE order"
+    kind: RouterKind = key(
+        "softmax_topk",
+        "switch: top-1; gshard: top-2; topk_softmax: Mixtral order; softmax_topk: OLMoE order; noisy_topk: learned "
+        "noise; deepseek_v2: softmax, group-limited; deepseek_v3: sigmoid, group-limited; expert_choice: experts "
+        "choose tokens; hash: by token id, learns nothing",
     )
     normalize: Literal["none", "before", "after"] | None = key(
         None, "divide the K gates by their sum: before or after dropping; unset: what the router's paper does"
     )
+    scale: Positive = key(1.0, "factor on the gates (DeepSeek-V2: 16; V3: 2.5)")
     second: Literal["always", "random", "sample"] = key(
         "always", "gshard: keep the second expert always, with probability min(1, g2/threshold), or sample it by weight"
     )
     threshold: Positive = key(0.5, "gshard, second=random: the normalised second gate that is always kept")
+    groups: Count = key(1, "deepseek_v2, deepseek_v3: groups of neighbouring experts; 1: no limit")
+    topk_groups: Count | None = key(None, "groups that a token may use; unset: all")
+    group_score: Literal["max", "sum2", "sumk"] | None = key(
+        None,
+        "a group's score is its best, the sum of its two best, or of its K/topk_groups best experts; unset: max for "
+        "deepseek_v2, sum2 for deepseek_v3",
+    )
+    gate: Literal["linear", "mlp"] = key("linear", "the router is one matrix, or two with a GELU between")
+    gate_width: Count | None = key(None, "gate=mlp: its hidden width; unset: the model width")
+    jitter: Rate = key(0.0, "in training the router's input is multiplied by U[1-jitter, 1+jitter] (Switch: 0.01)")
+    force: Literal["balanced", "biased"] | None = key(
+        None, "benchmarks: experts in turn, or some experts favoured, whatever the logits say; gates stay the router's"
+    )
+    force_std: NonNegative = key(1.0, "force=biased: standard deviation of the experts' log odds")
+    lookahead: bool = key(
+        False, "permit expert_choice in a causal model, where a token's experts depend on later tokens"
+    )
     balance: Literal["all", "first"] | None = key(
         None, "choices counted by the balance loss; unset: first for gshard, all otherwise"
     )
@@ -54,7 +88,7 @@ class MoEConfig:
 
     __pydantic_config__ = STRICT
     experts: Count = key(8, "number of routed experts E")
-    top_k: Count = key(1, "experts per token K")
+    top_k: Count = key(1, "experts per token K; expert_choice: on average, at capacity_factor 1")
     d_ff: Count | None = key(None, "hidden width F of an expert; unset: model.d_ff")
     router: RouterConfig = key(RouterConfig, "how tokens choose experts")
     capacity_factor: Positive | None = key(
@@ -70,8 +104,26 @@ class MoEConfig:
     overflow: Literal["drop", "error"] = key(
         "drop", "choices without a slot pass by the residual, or stop `moe-jax train`"
     )
-    balance_loss: NonNegative = key(0.0, "coefficient of the load-balance loss, summed over layers")
+    balance_loss: NonNegative = key(0.0, "coefficient of the expert-level load-balance loss, summed over layers")
+    balance_form: Literal["per_choice", "per_token"] = key(
+        "per_choice", "the share of an expert counts choices (loss 1 at balance) or, K times that, choices per token"
+    )
+    balance_over: Literal["step", "microbatch", "sequence"] = key(
+        "step", "the balance loss is taken over the step, or is the mean over microbatches or over sequences"
+    )
+    sequence_loss: NonNegative = key(0.0, "coefficient of DeepSeek-V3's sequence-wise loss, on unbiased top-K scores")
+    device_loss: NonNegative = key(0.0, "coefficient of DeepSeek-V2's device-level loss")
+    communication_loss: NonNegative = key(0.0, "coefficient of DeepSeek-V2's communication loss")
+    balance_devices: Count | None = key(
+        None, "groups of neighbouring experts that the device and communication losses balance; as many as mesh.expert"
+    )
+    importance_loss: NonNegative = key(0.0, "coefficient of the squared CV of the experts' sums of gates")
+    load_loss: NonNegative = key(0.0, "noisy_topk: coefficient of the squared CV of the experts' expected loads")
     z_loss: NonNegative = key(0.0, "coefficient of the router z-loss, summed over layers")
+    bias_rate: NonNegative | None = key(
+        None, "balance without a loss: step of a bias on the scores that choose experts; 0: keep it; unset: no bias"
+    )
+    bias_update: Literal["sign", "centred"] = key("sign", "each bias moves by the rate, or by that less the mean move")
     every: Count = key(1, "every n-th layer is MoE (the n-th, 2n-th, ...), after the first dense ones")
     first_dense: Whole = key(0, "number of dense layers before the first MoE layer")
     shared_experts: Whole = key(0, "experts that every token passes, added to the routed sum")

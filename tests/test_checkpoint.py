@@ -145,17 +145,22 @@ class State(NamedTuple):
     params: Any
 
 
+class Weights(NamedTuple):
+    params: Any
+    bias: Any
+
+
 @pytest.mark.parametrize("kind", ["dict", "NamedTuple"])
 def test_only_the_parameters(folder, kind):
     state = state_of()
     c = Checkpoints(folder, 1)
     c.save(0, state if kind == "dict" else State(state["opt"], state["params"]), INFO)
     c.close()
-    params = Checkpoints(folder).restore_params(target_of(state["params"], "2x4"))
+    params = Checkpoints(folder).restore_weights(Weights(target_of(state["params"], "2x4"), {})).params
     assert raw(params) == raw(state["params"])
     other = target_of(state_of(width=32)["params"])
     with pytest.raises(Refused, match=r"params/embed: checkpoint \[24,16\] float32, model \[24,32\] float32"):
-        Checkpoints(folder).restore_params(other)
+        Checkpoints(folder).restore_weights(Weights(other, {}))
 
 
 def test_mismatch_is_refused_by_name(folder):

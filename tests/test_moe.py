@@ -88,7 +88,7 @@ def expected(name: str, ffn: str, factor: float | None):
     C = capacity(moe, L, factor)
     expert, kept = np.zeros((B, L, k), int), np.zeros((B, L, k), bool)
     for g in range(B):
-        uniform = None if noise.second is None else np.asarray(noise.second[g])
+        uniform = None if noise.router is None else np.asarray(noise.router[g])
         options = {"normalize": router.normalize, "second": router.second, "threshold": router.threshold}
         expert[g], gate, asked = oracle.choose(logits[g], router.kind, k, uniform=uniform, **options)
         _, kept[g] = oracle.queue(expert[g], asked & mask[g][:, None], gate, C, "choice")

@@ -92,7 +92,7 @@ def test_equals_the_loop(router, priority):
             C = capacity(moe, S, 1.0)
             routing, slots, _ = routed(jnp.asarray(logits), jnp.asarray(mask), noise, moe=moe, slots=C)
             for g in range(3):
-                second = None if noise.second is None else np.asarray(noise.second[g])
+                second = None if noise.router is None else np.asarray(noise.router[g])
                 expert, gate, asked = oracle.choose(
                     logits[g],
                     router.kind,

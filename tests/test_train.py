@@ -271,7 +271,7 @@ def test_the_partitioner_never_replicates_an_array_as_a_last_resort(shape, capfd
         model, rows = Model.of(cfg), NamedSharding(mesh, PartitionSpec(cfg.rules.batch))
         batch = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows) for k, v in batch_of(cfg).items()}
         with jax.set_mesh(mesh):
-            jax.jit(make_eval_step(model, None)).lower(model.targets(mesh).params, batch).compile()
+            jax.jit(make_eval_step(model, None)).lower(model.weight_targets(mesh), batch).compile()
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
     assert "rematerialization" not in capfd.readouterr().err

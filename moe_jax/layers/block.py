@@ -1,6 +1,6 @@
 """One transformer layer: attention and a feed-forward layer, dense or MoE, with residuals and norms."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -12,7 +12,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.common import Keys, dropout, fold
 from moe_jax.layers.ffn import FFN
-from moe_jax.layers.moe import MoELayer
+from moe_jax.layers.moe import MoELayer, Record
 from moe_jax.layers.norm import Norm
 
 
@@ -21,7 +21,15 @@ class Context(NamedTuple):
 
     positions: jax.Array  # [B, L] int32
     segments: jax.Array  # [B, L] int32, 0 for padding
+    tokens: jax.Array  # [B, L] int32
     cached: Cached | None  # None without a cache
+
+
+class Routed(NamedTuple):
+    """What an MoE layer returns beside its output."""
+
+    stats: Stats
+    record: Record | None = None
 
 
 class Block(nnx.Module):
@@ -47,9 +55,9 @@ class Block(nnx.Module):
         train: bool,
         keys: Keys,
         cache: LayerCache | None,
-        capacity_factor: float | None,
-    ) -> tuple[jax.Array, Stats | None, LayerCache | None]:
-        """x [B, L, D] -> (x, statistics of an MoE layer, cache)."""
+        **options: Any,
+    ) -> tuple[jax.Array, Routed | None, LayerCache | None]:
+        """x [B, L, D] -> (x, what an MoE layer returns beside x, cache); `options` are those of `MoELayer`."""
         pre = self.m.norm_order == "pre"
         if train and self.m.dropout and keys is None:
             raise ValueError(f"model.dropout={self.m.dropout} draws noise in training: pass key=jax.random.key(...)")
@@ -62,12 +70,13 @@ class Block(nnx.Module):
 
         with jax.named_scope("ffn"):
             h = self.ffn_norm(x) if pre else x
-            stats = None
+            routed = None
             if isinstance(self.ffn, MoELayer):
-                mask = context.segments > 0
-                h, stats = self.ffn(h, mask=mask, train=train, key=fold(keys, 2), capacity_factor=capacity_factor)
+                mask, key = context.segments > 0, fold(keys, 2)
+                h, *rest = self.ffn(h, mask=mask, train=train, key=key, tokens=context.tokens, **options)
+                routed = Routed(*rest)
             else:
                 h = self.ffn(h)
             x = x + dropout(h, self.m.dropout, fold(keys, 1))
             x = x if pre else self.ffn_norm(x)
-        return x, stats, cache
+        return x, routed, cache

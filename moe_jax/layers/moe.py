@@ -1,7 +1,8 @@
 """The mixture-of-experts layer: logits, routing, slots, dispatch, experts, combine."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -15,12 +16,13 @@ from moe_jax.axes import Rules
 from moe_jax.capacity import Slots, assign, capacity
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import DISPATCHERS
-from moe_jax.layers.common import ACTIVATIONS, Keys, dropout, fan_in, fold, lay, param, row_keys
+from moe_jax.layers.common import ACTIVATIONS, Keys, constant, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
-from moe_jax.routing import QUIET, Noise, Routing, draw, route
+from moe_jax.routing import QUIET, Routing, draw, jittered, route
 from moe_jax.rules import current_mesh, spec
 
 FROM_CONFIG: Any = "the config's capacity factor"
+HIGHEST = jax.lax.Precision.HIGHEST  # of the router's products (Switch, section 2.4: selective precision)
 DROPLESS_GROUP = 128  # without a limit the group size changes no result, and small groups have small masks
 
 
@@ -31,6 +33,17 @@ def group_keys(rows: Keys, L: int, S: int) -> Keys:
     if S > L:
         return rows[:: S // L]
     return jax.vmap(lambda k: jax.vmap(lambda j: jax.random.fold_in(k, j))(jnp.arange(L // S)))(rows).reshape(-1)
+
+
+class SelectionBias(nnx.Variable):
+    """Biases [E] on the scores that choose experts: no parameter, moved by `balance.updated_bias` after each step."""
+
+
+class Record(NamedTuple):
+    """Where each token went. `expert` given back as `replay` sends it there again."""
+
+    expert: jax.Array  # [B, L, K] int32, best first; -1 where there was no choice
+    gate: jax.Array  # [B, L, K] float32, weight of the expert's output; 0 where it was dropped
 
 
 class Experts(nnx.Module):
@@ -91,8 +104,9 @@ class MoELayer(nnx.Module):
         if ffn not in ACTIVATIONS:
             raise config.ConfigError(config.Problem("ffn", f"is {ffn!r}", f"use one of {', '.join(ACTIVATIONS)}"))
         self.moe, self.rules = moe, rules
-        # A small router starts near uniform (Switch, section 2.4: smaller initialisation trains more stably).
-        self.router = param(rngs, (d_model, moe.experts), ("router_embed", "router_experts"), 0.1 * fan_in(d_model))
+        self.gate_in, self.router, self.noise = self.gate(rngs, d_model)
+        biased = moe.bias_rate is not None
+        self.bias = SelectionBias(jnp.zeros(moe.experts), axes=("router_experts",)) if biased else None
         self.experts = Experts(moe, ffn, d_model, width, rules, rngs)
         shared = moe.shared_experts * width
         self.shared = FFN(ffn, d_model, shared, rules, rngs) if shared else None
@@ -104,76 +118,123 @@ class MoELayer(nnx.Module):
         mask: jax.Array | None = None,
         train: bool = False,
         key: jax.Array | None = None,
+        tokens: jax.Array | None = None,
         capacity_factor: float | None = FROM_CONFIG,
-    ) -> tuple[jax.Array, balance.Stats]:
-        """x [B, L, D] -> (y [B, L, D], statistics of the routing).
+        top_k: int | None = None,
+        replay: jax.Array | None = None,
+        record: bool = False,
+    ):
+        """x [B, L, D] -> (y [B, L, D], statistics of the routing), and with `record` a `Record` third.
 
         Args:
             mask: [B, L] bool, False for padding: such tokens take no slot, count in no statistic and come out as 0
                 from the routed experts.
             train: use the training capacity, noise and dropout; needs `key` where the config asks for noise.
             key: random key of this layer and step, or one key a row, [B].
+            tokens: [B, L] int32, token ids, for the hash router.
             capacity_factor: overrides the config's; None is dropless. What overflows is dropped and counted: the
                 statistics' `routed - kept`; `overflow="error"` is enforced by the train loop, not here.
+            top_k: overrides the config's number of experts per token.
+            replay: [B, L, K] int32, experts in place of the router's choice, as `Record` has them; gates are computed
+                from this call's logits.
         Raises:
             ValueError: a group size that does not fit [B, L], or training noise without a key.
+            ConfigError: a `top_k` that the config's other settings do not admit.
         """
         chex.assert_rank(x, 3)
         B, L, D = x.shape
+        moe = self.moe if top_k is None else dataclasses.replace(self.moe, top_k=top_k)
+        if top_k is not None:
+            config.require(moe, "moe")
         if mask is not None:
             chex.assert_shape(mask, (B, L))
         if capacity_factor is FROM_CONFIG:
-            capacity_factor = self.moe.capacity_factor if train else self.moe.eval_capacity_factor
+            capacity_factor = moe.capacity_factor if train else moe.eval_capacity_factor
         S = self.group_size(B, L, capacity_factor)
-        C = capacity(self.moe, S, capacity_factor)
+        C = capacity(moe, S, capacity_factor)
         self.check_key(train, key)
         rows = row_keys(key if train else None, B)
         groups = group_keys(rows, L, S)
 
-        tokens = lay(x.reshape(-1, S, D), self.rules, names=("batch", None, "act_embed"))  # [G,S,D]
-        mask = jnp.ones((B, L), bool) if mask is None else mask
-        mask = mask.reshape(-1, S)  # [G,S]
+        h = lay(x.reshape(-1, S, D), self.rules, names=("batch", None, "act_embed"))  # [G,S,D]
+        mask = (jnp.ones((B, L), bool) if mask is None else mask).reshape(-1, S)  # [G,S]
         with jax.named_scope("routing"):
-            routing, slots = self.route(tokens, mask, fold(groups, 0), C)
-            stats = balance.statistics(routing, slots, self.moe, mask)
-        make_plan, dispatch, combine = DISPATCHERS[self.moe.dispatch]
+            ids, chosen = (None if a is None else a.reshape(-1, S, *a.shape[2:]) for a in (tokens, replay))
+            routing, slots = self.route(moe, h, mask, groups, C, ids, chosen)
+            stats = balance.statistics(routing, slots, moe, mask, rows=B)
+        make_plan, dispatch, combine = DISPATCHERS[moe.dispatch]
         with jax.named_scope("dispatch"):
             plan = make_plan(routing, slots, C, x.dtype)
-            buffers = self.exchange(dispatch(tokens, plan), to_experts=True)  # [E,G,C,D]
+            buffers = self.exchange(dispatch(h, plan), to_experts=True)  # [E,G,C,D]
             buffers = checkpoint_name(buffers, "dispatched")
+        if self.shared is not None:  # needs nothing of the exchange, which may overlap it
+            with jax.named_scope("shared_experts"):
+                shared = self.shared(x, rate=moe.expert_dropout, keys=fold(rows, 2))
         with jax.named_scope("experts"):
-            out = self.experts(buffers, rate=self.moe.expert_dropout, keys=fold(groups, 1))
+            out = self.experts(buffers, rate=moe.expert_dropout, keys=fold(groups, 1))
         with jax.named_scope("combine"):
             out = checkpoint_name(self.exchange(out, to_experts=False), "expert_out")
             y = combine(out, plan).reshape(B, L, D)
-        if self.shared is not None:
-            with jax.named_scope("shared_experts"):
-                y = y + self.shared(x, rate=self.moe.expert_dropout, keys=fold(rows, 2))
-        return lay(y, self.rules, names=("batch", "length", "act_embed")), stats
+            y = y if self.shared is None else y + shared
+        y = lay(y, self.rules, names=("batch", "length", "act_embed"))
+        if not record:
+            return y, stats
+        expert = jnp.where(routing.valid, routing.expert, -1)
+        return y, stats, Record(expert.reshape(B, L, -1), slots.gate.reshape(B, L, -1))
 
-    def route(self, tokens: jax.Array, mask: jax.Array, keys: Keys, slots: int) -> tuple[Routing, Slots]:
-        """Route and queue each group; everything here is local to a group."""
-        logits = jnp.einsum(
-            "gsd,de->gse",
-            tokens.astype(jnp.float32),
-            self.router[...],
-            precision=jax.lax.Precision.HIGHEST,  # Switch, section 2.4: selective precision
-        )
-        noise = QUIET if keys is None else jax.vmap(lambda k: draw(k, self.moe, logits.shape[1:]))(keys)
+    def gate(self, rngs: nnx.Rngs, D: int) -> tuple[nnx.Param | None, nnx.Param | None, nnx.Param | None]:
+        """Parameters that make the logits: the first matrix of an MLP gate, the router, the scale of learned noise."""
+        router, E = self.moe.router, self.moe.experts
+        if router.kind == "hash":
+            return None, None, None
+        gate_in, width, axis = None, D, "router_embed"
+        if router.gate == "mlp":
+            width, axis = router.gate_width or D, "router_mlp"
+            gate_in = param(rngs, (D, width), ("router_embed", axis), fan_in(D))
+        # A small router starts near uniform (Switch, section 2.4: smaller initialisation trains more stably).
+        out = param(rngs, (width, E), (axis, "router_experts"), 0.1 * fan_in(width))
+        noisy = router.kind == "noisy_topk"  # begins with equal noise for all (Shazeer et al. 2017, appendix A)
+        return gate_in, out, constant(0.0, (D, E), ("router_embed", "router_experts")) if noisy else None
 
-        def local(logits: jax.Array, mask: jax.Array, noise: Noise) -> tuple[Routing, Slots]:
-            routing = route(logits, self.moe, mask, noise)
-            return routing, assign(routing, self.moe, slots, noise)
+    def scores(self, h: jax.Array, keys: Keys) -> tuple[jax.Array, jax.Array | None]:
+        """Router logits and, for noisy_topk, the standard deviation of their noise: [G, S, D] -> [G, S, E] float32."""
+        h = h.astype(jnp.float32)
+        if self.router is None:
+            return jnp.zeros((*h.shape[:-1], self.moe.experts)), None
+        if keys is not None and self.moe.router.jitter:
+            h = jax.vmap(lambda row, key: jittered(row, self.moe.router.jitter, key))(h, keys)
+        spread = None
+        if self.noise is not None:
+            spread = jax.nn.softplus(jnp.einsum("gsd,de->gse", h, self.noise[...], precision=HIGHEST))
+        if self.gate_in is not None:
+            h = jax.nn.gelu(jnp.einsum("gsd,dw->gsw", h, self.gate_in[...], precision=HIGHEST))
+        return jnp.einsum("gsd,de->gse", h, self.router[...], precision=HIGHEST), spread
 
-        return self.per_group(local)(logits, mask, noise)
+    def route(self, moe: MoEConfig, h, mask, keys: Keys, C: int, ids, chosen) -> tuple[Routing, Slots]:
+        """Route and queue each group [G, S, D]; all that follows the logits is local to a group."""
+        logits, spread = self.scores(h, fold(keys, 3))
+        noise = QUIET if keys is None else jax.vmap(lambda k: draw(k, moe, logits.shape[1:]))(fold(keys, 0))
+
+        def local(bias, logits, mask, noise, spread, ids, chosen) -> tuple[Routing, Slots]:
+            given = {"bias": bias, "spread": spread, "ids": ids, "slots": C, "chosen": chosen}
+            routing = route(logits, moe, mask, noise, **given)
+            return routing, assign(routing, moe, C, noise)
+
+        bias = None if self.bias is None else self.bias[...]
+        return self.per_group(local)(bias, logits, mask, noise, spread, ids, chosen)
 
     def per_group(self, f: Callable) -> Callable:
-        """`f` over shards of groups. The compiler would gather the groups for a top-k or a sort."""
+        """`f(shared, *groups)` over shards of groups. The compiler would gather the groups for a top-k or a sort."""
         if self.rules is None:
             return f
         current_mesh()
         groups: PartitionSpec = spec((self.rules.batch,))
-        return jax.shard_map(f, in_specs=groups, out_specs=groups)
+
+        def over(shared: Any, *grouped: Any) -> Any:
+            specs = (PartitionSpec(), *(groups for _ in grouped))
+            return jax.shard_map(f, in_specs=specs, out_specs=groups)(shared, *grouped)
+
+        return over
 
     def exchange(self, buffers: jax.Array, *, to_experts: bool) -> jax.Array:
         """Move buffers [E, G, C, D] between their home groups and their experts: one all-to-all.
@@ -189,7 +250,7 @@ class MoELayer(nnx.Module):
 
     def group_size(self, B: int, L: int, factor: float | None) -> int:
         """Tokens S of a group for a call on [B, L]."""
-        if factor is None:
+        if factor is None and self.moe.router.kind != "expert_choice":
             return next(s for s in range(min(L, DROPLESS_GROUP), 0, -1) if L % s == 0)
         S = self.moe.group_size or L
         if (L % S and S % L) or B * L % S:
@@ -200,6 +261,7 @@ class MoELayer(nnx.Module):
 
     def check_key(self, train: bool, key: jax.Array | None) -> None:
         moe = self.moe
-        noisy = moe.router.second != "always" or moe.priority == "random" or moe.expert_dropout > 0
+        noisy = moe.router.second != "always" or moe.priority == "random" or moe.router.kind == "noisy_topk"
+        noisy = noisy or moe.router.jitter > 0 or moe.expert_dropout > 0
         if train and noisy and key is None:
             raise ValueError("this layer's config draws noise in training: pass key=jax.random.key(...)")

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from moe_jax.data import Corpus, Windows, heldout_batches
 from moe_jax.rules import sharding
-from moe_jax.train.state import Model
+from moe_jax.train.state import Model, Weights
 from moe_jax.train.step import Sums, make_eval_step
 
 
@@ -25,7 +25,7 @@ class Evaluator:
 
     def __init__(self, model: Model, mesh: Mesh, corpus: Corpus):
         self.model, self.mesh, self.corpus = model, mesh, corpus
-        self.steps: dict[float | None, Callable[[Any, Any], Sums]] = {}
+        self.steps: dict[float | None, Callable[[Weights, Any], Sums]] = {}
 
     def batches(self, count: int) -> Iterable[dict[str, np.ndarray]]:
         data = self.model.cfg.data
@@ -33,35 +33,35 @@ class Evaluator:
         place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         return heldout_batches(windows, batch=data.batch, count=count, **place)
 
-    def sums(self, params: Any, count: int, capacity_factor: float | None) -> Sums:
+    def sums(self, weights: Weights, count: int, capacity_factor: float | None) -> Sums:
         """Sums over the first `count` batches of held-out text, on the host."""
         if capacity_factor not in self.steps:
             self.steps[capacity_factor] = jax.jit(make_eval_step(self.model, capacity_factor))
         total = None
         with jax.set_mesh(self.mesh):
             for batch in self.batches(count):
-                sums = self.steps[capacity_factor](params, to_devices(batch, self.model, self.mesh))
+                sums = self.steps[capacity_factor](weights, to_devices(batch, self.model, self.mesh))
                 # float64 and Python integers on the host: no count is rounded, whatever the number of batches
                 host = jax.tree.map(lambda x: np.asarray(x, np.int64 if x.dtype == np.int32 else np.float64), sums)
                 total = host if total is None else jax.tree.map(np.add, total, host)
         assert total is not None
         return total
 
-    def report(self, params: Any, count: int, *, at_capacity: bool = False) -> dict[str, Any]:
+    def report(self, weights: Weights, count: int, *, at_capacity: bool = False) -> dict[str, Any]:
         """`eval_loss` (nats a token, dropless), `bits_per_byte`, `tokens`, and counts of the routing.
 
         Args:
             at_capacity: also `eval_loss_at_capacity` at the evaluation's capacity factor, or else the training's; the
                 counts are then of that pass. Without experts they are 0 and both losses equal.
         """
-        exact = self.sums(params, count, None)
+        exact = self.sums(weights, count, None)
         loss = float(exact.nats / exact.targets)
         bits = loss / math.log(2) / self.corpus.bytes_per_token
         out: dict[str, Any] = {"eval_loss": loss, "bits_per_byte": bits, "tokens": int(exact.targets)}
         counted, moe = exact, self.model.cfg.model.moe
         if at_capacity:
             factor = None if moe is None else moe.eval_capacity_factor or moe.capacity_factor
-            counted = exact if factor is None else self.sums(params, count, factor)
+            counted = exact if factor is None else self.sums(weights, count, factor)
             out |= {"eval_loss_at_capacity": float(counted.nats / counted.targets), "capacity_factor": factor}
         stats = counted.stats
         routed, kept = (0, 0) if stats is None else (int(stats.routed.sum()), int(stats.kept.sum()))

@@ -232,7 +232,7 @@ class Run:
             raise Overflow(f"step {step}: {host['dropped']} of {host['routed']} choices found no slot; {remedy}")
 
     def evaluate(self, state: State, step: int) -> None:
-        record = {"step": step, **self.evaluator.report(state.params, self.cfg.train.eval_batches)}
+        record = {"step": step, **self.evaluator.report(state.weights, self.cfg.train.eval_batches)}
         if self.log is not None:
             self.log.eval(record)
         self.screen.eval(record)
@@ -292,7 +292,7 @@ class Run:
             tokenizer = self.corpus.tokenizer
             generator = Generator(self.model, self.mesh, tokenizer.size, tokenizer.eos)
             room = self.cfg.model.max_length - len(tokenizer.encode(prompt))
-            new = generator(state.params, [tokenizer.encode(prompt)], min(self.cfg.train.sample_tokens, room))
+            new = generator(state.weights, [tokenizer.encode(prompt)], min(self.cfg.train.sample_tokens, room))
             report["sample"] = prompt + tokenizer.decode(new.tokens[0])
             self.say(f"sample:\n{report['sample']}")
 

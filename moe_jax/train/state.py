@@ -11,17 +11,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.axes import MESH_AXES
 from moe_jax.config import Config
+from moe_jax.layers.moe import SelectionBias
 from moe_jax.model import Transformer
 from moe_jax.rules import sharding, validate
 from moe_jax.train import optimizer
+
+
+class Weights(NamedTuple):
+    """The numbers of a model: what the gradient moves, and the selection biases, which it does not."""
+
+    params: Any
+    bias: Any  # {} without biases
 
 
 class State(NamedTuple):
     """What a checkpoint holds."""
 
     params: Any
+    bias: Any
     opt_state: Any
     step: Any  # [] int32, optimizer steps done
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.params, self.bias)
 
 
 def text_keys(tree: Any) -> Any:
@@ -36,6 +49,17 @@ def nnx_keys(tree: Any) -> Any:
     return {int(k) if k.isdigit() else k: nnx_keys(v) for k, v in tree.items()}
 
 
+def plain(state: Any) -> Any:
+    """The values of an NNX state as nested dicts."""
+    return text_keys(nnx.to_pure_dict(state))
+
+
+def logical(state: Any) -> Any:
+    """The logical axes of an NNX state's values, as nested dicts."""
+    axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return plain(axes)
+
+
 @dataclass(frozen=True)
 class Model:
     """A config's transformer without its numbers: how to rebuild it, and shape and logical axes of each parameter."""
@@ -44,18 +68,21 @@ class Model:
     graph: Any
     shapes: Any  # tree of ShapeDtypeStruct
     axes: Any  # tree of tuples of logical axes
+    bias_shapes: Any  # likewise, of the selection biases
+    bias_axes: Any
 
     @classmethod
     def of(cls, cfg: Config) -> "Model":
         """Traced without computing anything."""
         abstract = nnx.eval_shape(lambda: Transformer(cfg.model, rules=cfg.rules, rngs=nnx.Rngs(params=0)))
-        graph, state = nnx.split(abstract)
-        axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-        return cls(cfg, graph, text_keys(nnx.to_pure_dict(state)), text_keys(nnx.to_pure_dict(axes)))
+        graph, *states = nnx.split(abstract, nnx.Param, SelectionBias)
+        return cls(cfg, graph, *(part for state in states for part in (plain(state), logical(state))))
 
-    def module(self, params: Any) -> Transformer:
-        """The Flax module with these parameters."""
-        return nnx.merge(self.graph, nnx_keys(params))
+    def module(self, params: Any, bias: Any = None) -> Transformer:
+        """The Flax module with these numbers; unset biases are 0."""
+        if bias is None:
+            bias = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.bias_shapes)
+        return nnx.merge(self.graph, nnx_keys(params), nnx_keys(bias))
 
     def leaves(self) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         """`(name, shape, logical axes)` of every parameter."""
@@ -92,9 +119,15 @@ class Model:
         """Learning rate by step."""
         return optimizer.schedule(self.cfg.train.optimizer, self.cfg.train.steps)
 
-    def param_shardings(self, mesh: Mesh) -> Any:
-        rules = self.cfg.rules
-        return jax.tree.map(lambda a: sharding(mesh, rules.layout(*a)), self.axes, is_leaf=optimizer.is_axes)
+    def weight_shardings(self, mesh: Mesh) -> Weights:
+        def where(axes: Any) -> Any:
+            return jax.tree.map(lambda a: sharding(mesh, self.cfg.rules.layout(*a)), axes, is_leaf=optimizer.is_axes)
+
+        return Weights(where(self.axes), where(self.bias_axes))
+
+    def weight_targets(self, mesh: Mesh) -> Weights:
+        """Shapes of the weights with shardings, for restoring a checkpoint without its optimizer."""
+        return placed(Weights(self.shapes, self.bias_shapes), self.weight_shardings(mesh))
 
     def shardings(self, mesh: Mesh) -> State:
         """Where every leaf of the train state lives; optimizer state lies like its parameters."""
@@ -102,12 +135,12 @@ class Model:
         opt = jax.eval_shape(self.optimizer().init, self.shapes)
         axes = optimizer.state_axes(opt, self.shapes, self.axes)
         leaves = [sharding(mesh, rules.layout(*a)) for a in jax.tree.structure(opt).flatten_up_to(axes)]
-        return State(self.param_shardings(mesh), jax.tree.unflatten(jax.tree.structure(opt), leaves), replicated)
+        return State(*self.weight_shardings(mesh), jax.tree.unflatten(jax.tree.structure(opt), leaves), replicated)
 
     def targets(self, mesh: Mesh) -> State:
         """Shapes with shardings, for restoring a checkpoint."""
         opt = jax.eval_shape(self.optimizer().init, self.shapes)
-        shapes = State(self.shapes, opt, jax.ShapeDtypeStruct((), jnp.int32))
+        shapes = State(self.shapes, self.bias_shapes, opt, jax.ShapeDtypeStruct((), jnp.int32))
         return placed(shapes, self.shardings(mesh))
 
     def create(self, mesh: Mesh) -> State:
@@ -115,8 +148,8 @@ class Model:
 
         def init() -> State:
             module = Transformer(self.cfg.model, rules=None, rngs=nnx.Rngs(params=self.cfg.train.seed))
-            params = text_keys(nnx.to_pure_dict(nnx.split(module)[1]))
-            return State(params, self.optimizer().init(params), jnp.zeros((), jnp.int32))
+            params, bias = (plain(state) for state in nnx.split(module, nnx.Param, SelectionBias)[1:])
+            return State(params, bias, self.optimizer().init(params), jnp.zeros((), jnp.int32))
 
         with jax.set_mesh(mesh):
             return jax.jit(init, out_shardings=self.shardings(mesh), compiler_options=once(mesh))()

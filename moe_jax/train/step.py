@@ -1,5 +1,6 @@
 """Loss, train step and evaluation step: pure functions of (state, batch, key)."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,8 +12,9 @@ from moe_jax import balance
 from moe_jax.axes import Layout
 from moe_jax.balance import Stats
 from moe_jax.layers.moe import FROM_CONFIG
+from moe_jax.model import pattern
 from moe_jax.rules import constrain
-from moe_jax.train.state import Model, State
+from moe_jax.train.state import Model, State, Weights, nnx_keys, text_keys
 
 Batch = dict[str, jax.Array]
 """tokens, targets, segments, positions [B, L] int32 and weights [B, L] float32."""
@@ -37,9 +39,9 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def forward(model: Model, params: Any, batch: Batch, *, train: bool, keys=None, capacity_factor=FROM_CONFIG) -> Sums:
-    """The sums of one (micro)batch."""
-    out = model.module(params)(
+def forward(model: Model, weights: Weights, batch: Batch, *, train: bool, keys=None, capacity_factor=FROM_CONFIG):
+    """The `Sums` of one (micro)batch."""
+    out = model.module(*weights)(
         batch["tokens"],
         segments=batch["segments"],
         positions=batch["positions"],
@@ -71,32 +73,37 @@ def mean_nats(sums: Sums) -> jax.Array:
     return sums.nats / jnp.maximum(sums.targets, 1).astype(jnp.float32)
 
 
-def total_loss(model: Model, params: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, Sums]:
+def total_loss(model: Model, params: Any, batch: Batch, keys: jax.Array, bias: Any = None) -> tuple[jax.Array, Sums]:
     """Mean cross entropy plus the router losses, each divided once, over the whole step.
 
     With microbatches the sums are added up inside the differentiated function and each part is recomputed in the
     backward pass: the balance loss is not a mean of per-part losses, so its gradient needs the counts of all parts.
+    With `balance_over="microbatch"` the balance loss is the mean of the parts' own.
     """
-    if model.cfg.train.microbatches == 1:
-        sums = forward(model, params, batch, train=True, keys=keys)
+    m, moe = model.cfg.train.microbatches, model.cfg.model.moe
+    own = moe is not None and moe.balance_over == "microbatch"
+    rest = dataclasses.replace(moe, balance_loss=0.0) if moe is not None and own else moe
+
+    def part(params: Any, batch: Batch, keys: jax.Array) -> tuple[Sums, jax.Array]:
+        sums = forward(model, Weights(params, bias), batch, train=True, keys=keys)
+        if moe is None or sums.stats is None or not own:
+            return sums, jnp.zeros(())
+        return sums, moe.balance_loss * balance.balance_loss(sums.stats, moe).sum()
+
+    if m == 1:
+        sums, balancing = part(params, batch, keys)
     else:
+        again = jax.checkpoint(part)
 
-        @jax.checkpoint
-        def part(params: Any, batch: Batch, keys: jax.Array) -> Sums:
-            return forward(model, params, batch, train=True, keys=keys)
-
-        def add(total: Sums, inputs: tuple[Batch, jax.Array]) -> tuple[Sums, None]:
-            return jax.tree.map(jnp.add, total, part(params, *inputs)), None
+        def add(total: Any, inputs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, again(params, *inputs)), None
 
         inputs = microbatches(model, batch), microbatches(model, keys)
         shapes = jax.eval_shape(part, params, *jax.tree.map(lambda x: x[0], inputs))
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        sums, _ = jax.lax.scan(add, zero, inputs)
-    loss = mean_nats(sums)
-    moe = model.cfg.model.moe
-    if sums.stats is not None and moe is not None:
-        loss = loss + balance.router_loss(sums.stats, moe)
-    return loss, sums
+        (sums, balancing), _ = jax.lax.scan(add, zero, inputs)
+    loss = mean_nats(sums) + balancing / m
+    return (loss if sums.stats is None or rest is None else loss + balance.router_loss(sums.stats, rest)), sums
 
 
 def report(model: Model, total: jax.Array, sums: Sums) -> dict[str, jax.Array]:
@@ -108,6 +115,7 @@ def report(model: Model, total: jax.Array, sums: Sums) -> dict[str, jax.Array]:
     return out | {
         "balance": balance.balance_loss(stats, moe).mean(),
         "z_loss": balance.z_loss(stats).mean(),
+        **{n: v.mean() for n, v in balance.losses(stats, moe).items() if n not in ("balance_loss", "z_loss")},
         "router_entropy": stats.entropy / balance.token_count(stats),  # [layers]
         "routed": stats.routed,  # [layers]
         "kept": stats.kept,  # [layers]
@@ -121,21 +129,41 @@ def make_train_step(model: Model) -> Callable[[State, Batch, jax.Array], tuple[S
 
     def train_step(state: State, batch: Batch, seed: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         keys = jax.random.split(jax.random.fold_in(seed, state.step), batch["tokens"].shape[0])
-        (total, sums), grads = jax.value_and_grad(total_loss, argnums=1, has_aux=True)(model, state.params, batch, keys)
+        loss = jax.value_and_grad(total_loss, argnums=1, has_aux=True)
+        (total, sums), grads = loss(model, state.params, batch, keys, state.bias)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics = report(model, total, sums)
         more = {"grad_norm": jnp.asarray(optax.tree.norm(grads)), "learning_rate": jnp.asarray(rate(state.step))}
-        return State(params, opt_state, state.step + 1), metrics | more
+        return State(params, moved(model, state.bias, sums.stats), opt_state, state.step + 1), metrics | more
 
     return train_step
 
 
-def make_eval_step(model: Model, capacity_factor: float | None) -> Callable[[Any, Batch], Sums]:
+def moved(model: Model, bias: Any, stats: Stats | None) -> Any:
+    """The selection biases after a step, by the loads of the whole step.
+
+    A run of `repeats` periods with m MoE layers has m biases [repeats, E]; its loads are [repeats * m, E].
+    """
+    moe = model.cfg.model.moe
+    if stats is None or moe is None or moe.bias_rate is None:
+        return bias
+    loads, done = [], 0
+    for kinds, repeats in pattern(model.cfg.model.layer_kinds):
+        m = kinds.count("moe")
+        by_layer = stats.load[done : done + repeats * m].reshape(repeats, m, moe.experts)
+        loads += [by_layer[:, j] for j in range(m)]
+        done += repeats * m
+    leaves, tree = jax.tree.flatten(nnx_keys(bias))  # with numbers for keys: in the order of the layers
+    new = [balance.updated_bias(b, load, moe) for b, load in zip(leaves, loads, strict=True)]
+    return text_keys(jax.tree.unflatten(tree, new))
+
+
+def make_eval_step(model: Model, capacity_factor: float | None) -> Callable[[Weights, Batch], Sums]:
     """Sums of a batch without noise or dropout, dropless (None) or at a capacity factor."""
 
-    def eval_step(params: Any, batch: Batch) -> Sums:
-        return forward(model, params, batch, train=False, capacity_factor=capacity_factor)
+    def eval_step(weights: Weights, batch: Batch) -> Sums:
+        return forward(model, weights, batch, train=False, capacity_factor=capacity_factor)
 
     return eval_step
