@@ -368,7 +368,7 @@ def type_name(hint: Any) -> str:
         base, limit = typing.get_args(hint)
         signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
         limits = [(sign, getattr(m, name, None)) for m in limit.metadata for name, sign in signs.items()]
-        bounds = [f"{sign} {n:g}" for sign, n in limits if n is not None and n != 2**40]
+        bounds = [f"{sign} {n}" for sign, n in limits if n is not None and n != 2**40]
         return f"{base.__name__} {', '.join(bounds)}".strip()
     if typing.get_origin(hint) is Literal:
         return " / ".join(map(str, typing.get_args(hint)))

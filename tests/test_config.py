@@ -76,7 +76,7 @@ FLAT = st.fixed_dictionaries(
         "data.path": st.text(st.characters(exclude_categories=["Cs"]), max_size=9),
         "train.sample": st.text("abc", max_size=3),
         "train.optimizer.clip": st.floats(1e-9, 1e9),
-        "train.seed": st.integers(0, 2**40),
+        "train.seed": st.integers(0, 2**32 - 1),
     },
 )
 
@@ -198,6 +198,8 @@ REFUSED = [
     ("model.layers=0", "model.layers", "greater than or equal to 1"),
     ("train.steps=-1", "train.steps", "-1"),
     ("train.seed=-1", "train.seed", "greater than or equal to 0"),
+    ("train.seed=4294967296", "train.seed", "less than or equal to 4294967295"),
+    ("data.seed=4294967296", "data.seed", "less than or equal to 4294967295"),
     ("data.heldout=1", "data.heldout", "less than 1"),
     ("model.dropout=1.0", "model.dropout", "less than 1"),
     ("model.moe.capacity_factor=0", "model.moe.capacity_factor", "greater than 0"),
@@ -420,5 +422,8 @@ def test_the_reference_is_complete_and_true():
             value = tomllib.loads(f"x = {default.strip('`')}")["x"]
             assert (tuple(value) if isinstance(value, list) else value) == node
         assert meaning.strip()
-    assert next(row for row in rows if row[0] == "`model.dropout`")[1] == "float >= 0, < 1"
-    assert next(row for row in rows if row[0] == "`model.norm`")[1] == "layer / rms"
+    kinds = {row[0].strip("`"): row[1] for row in rows}
+    assert kinds["model.dropout"] == "float >= 0, < 1"
+    assert kinds["model.norm"] == "layer / rms"
+    assert kinds["train.steps"] == "int >= 1"
+    assert kinds["train.seed"] == kinds["data.seed"] == "int >= 0, <= 4294967295"
