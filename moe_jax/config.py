@@ -172,6 +172,24 @@ def all_keys() -> list[tuple[str, Any, dataclasses.Field]]:
     return rows
 
 
+WANTED = {  # what a value is not, where pydantic's own words are those of a parser
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dataclass_type": "a table of keys",
+}
+
+
+def _quoted(path: str, given: Any) -> str:
+    """How to write a number or a truth value that is meant as text: unquoted, TOML reads 2024 as a number."""
+    if not isinstance(given, (int, float)) or len(str(given)) >= 80:
+        return ""
+    return f", with quotes inside quotes: '{path}=\"{json.dumps(given)}\"'"
+
+
 def _problem(error: Any) -> Problem:
     """One pydantic error in our words."""
     loc = [str(part) for part in error["loc"]]
@@ -192,9 +210,10 @@ def _problem(error: Any) -> Problem:
         expected = error["ctx"]["expected"]
         options = [o.strip("' ") for o in expected.replace(" or ", ",").split(",")]
         return Problem(path, f"is {shown}", f"{nearest(str(given), options)}use one of {', '.join(options)}")
-    rule = error["msg"].removeprefix("Input should be ")
-    wanted = rule if rule.startswith(("a ", "an ")) else f"a value {rule}"
-    return Problem(path, f"is {shown}, which is not {rule}", f"give {wanted.replace('an object', 'a table of keys')}")
+    rule = WANTED.get(kind, error["msg"].removeprefix("Input should be "))
+    wanted = rule if kind in WANTED or rule.startswith("a ") else f"a value {rule}"
+    hint = _quoted(path, given) if kind == "string_type" and isinstance(error["loc"][-1], str) else ""
+    return Problem(path, f"is {shown}, which is not {rule}", f"give {wanted}{hint}")
 
 
 _ADAPTER: TypeAdapter | None = None
