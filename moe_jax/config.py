@@ -280,6 +280,17 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
 # Impossible combinations
 
 
+def _idle(table: Any, prefix: str, names: Sequence[str], why: str, remedy: str) -> list[Problem]:
+    """Keys that have no effect beside the others of their table; a value that is not the default was meant to."""
+    given = {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if f.name in names}
+    default = {f.name: f.default for f in dataclasses.fields(table)}
+    return [
+        Problem(f"{prefix}.{name}", f"is {value}, and {why}", f"take it out, or {remedy}")
+        for name, value in given.items()
+        if value != default[name]
+    ]
+
+
 def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
     """Impossible combinations inside the mixture of experts."""
     out = []
@@ -302,6 +313,10 @@ def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
         no("router.normalize", why, "leave it unset, or set it to after")
     if kind != "gshard" and moe.router.second != "always":
         no("router.second", f"is {moe.router.second!r} with the {kind} router", "set router.kind=gshard")
+    if kind != "gshard" or moe.router.second != "random":
+        why = "only a gshard router that keeps the second expert at random has a threshold"
+        remedy = "set router.kind=gshard and router.second=random"
+        out += _idle(moe.router, f"{prefix}.router", ["threshold"], why, remedy)
     if moe.capacity_factor is None and moe.overflow == "error":
         no("overflow", "is 'error', and a layer without capacity_factor never overflows", "leave it at drop")
     return out
@@ -322,11 +337,26 @@ def check_model(m: ModelConfig) -> list[Problem]:
         no("head_dim", f"{m.resolved_head_dim} is odd, and rotary positions turn pairs", "use an even head_dim")
     if m.positions == "sinusoidal" and m.d_model % 2:
         no("d_model", f"{m.d_model} is odd, and sinusoidal positions come in pairs", "use an even d_model")
+    if m.positions != "rotary":
+        why = f"{m.positions} positions do not turn"
+        out += _idle(m, "model", ["rope_theta"], why, "set model.positions=rotary")
     if m.moe is not None:
         out += check_moe(m.moe)
         if m.layers < m.moe.first_dense + m.moe.every:
             why = f"first_dense={m.moe.first_dense}, every={m.moe.every} leave no MoE layer among {m.layers}"
             no("moe.every", why, "lower model.moe.every or first_dense, or raise model.layers")
+    return out
+
+
+def _check_optimizer(o: OptimizerConfig) -> list[Problem]:
+    """Settings of one optimizer or schedule beside another."""
+    prefix = "train.optimizer"
+    unused = {"adamw": [], "muon": ["eps"], "adafactor": ["b1", "b2", "eps"]}[o.kind]
+    out = _idle(o, prefix, unused, f"{o.kind} has no such setting", "set train.optimizer.kind=adamw")
+    if o.schedule != "wsd":
+        out += _idle(
+            o, prefix, ["decay"], f"the {o.schedule} schedule has no final decay", f"set {prefix}.schedule=wsd"
+        )
     return out
 
 
@@ -349,7 +379,7 @@ def _check_groups(cfg: Config) -> list[Problem]:
 
 def check(cfg: Config) -> list[Problem]:
     """Every impossible combination of a config (`rules.validate` holds the rules and the mesh against the shapes)."""
-    out = check_model(cfg.model)
+    out = check_model(cfg.model) + _check_optimizer(cfg.train.optimizer)
     mesh, data, train, moe = cfg.mesh, cfg.data, cfg.train, cfg.model.moe
 
     def no(name: str, reason: str, remedy: str) -> None:

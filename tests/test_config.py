@@ -268,6 +268,10 @@ def moe(**keys):
     return {"model": {"moe": keys}}
 
 
+def adam(kind, **keys):
+    return {"train": {"optimizer": {"kind": kind, **keys}}}
+
+
 @pytest.mark.parametrize(
     "tree, key, words",
     [
@@ -275,6 +279,19 @@ def moe(**keys):
         (moe(top_k=1, router={"normalize": "before"}), "model.moe.router.normalize", "set router.kind=switch"),
         (moe(top_k=2, router={"kind": "topk_softmax", "normalize": "none"}), "model.moe.router.normalize", "already"),
         (moe(overflow="error"), "model.moe.overflow", "never overflows"),
+        (moe(router={"threshold": 0.2}), "model.moe.router.threshold", "is 0.2, and only a gshard router"),
+        (
+            moe(top_k=2, router={"kind": "gshard", "threshold": 0.2}),
+            "model.moe.router.threshold",
+            "router.second=random",
+        ),
+        ({"model": {"positions": "learned", "rope_theta": 5e5}}, "model.rope_theta", "learned positions do not turn"),
+        (adam("adafactor", b1=0.8), "train.optimizer.b1", "is 0.8, and adafactor has no such setting"),
+        (adam("adafactor", b2=0.99), "train.optimizer.b2", "take it out, or set train.optimizer.kind=adamw"),
+        (adam("adafactor", eps=1e-6), "train.optimizer.eps", "adafactor has no such setting"),
+        (adam("muon", eps=1e-6), "train.optimizer.eps", "muon has no such setting"),
+        (adam("adamw", decay=0.5), "train.optimizer.decay", "the cosine schedule has no final decay"),
+        (adam("adamw", schedule="constant", decay=0.5), "train.optimizer.decay", "set train.optimizer.schedule=wsd"),
         ({"model": {"positions": "sinusoidal", "d_model": 5, "heads": 1}}, "model.d_model", "5 is odd"),
         ({"mesh": {"expert": 2}, "rules": {"batch": ["data"]}}, "mesh.expert", "a dense model has no experts"),
         ({"model": {"layers": None}}, "model.layers", "None"),
@@ -287,6 +304,23 @@ def test_refused_tree(tree, key, words):
         from_dict(tree)
     assert key in {p.key for p in e.value.problems}
     assert words in message(e.value)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        adam("adamw", b1=0.8, b2=0.99, eps=1e-6),
+        adam("muon", b1=0.8, b2=0.99),
+        adam("muon", schedule="wsd", decay=0.5),
+        adam("adafactor", b1=0.9, b2=0.95, eps=1e-8, decay=0.2),  # the defaults
+        {"model": {"positions": "rotary", "rope_theta": 5e5}},
+        {"model": {"positions": "learned", "rope_theta": 1e4}},
+        moe(top_k=2, router={"kind": "gshard", "second": "random", "threshold": 0.2}),
+        moe(router={"threshold": 0.5}),
+    ],
+)
+def test_what_has_an_effect_or_is_the_default_is_allowed(tree):
+    from_dict(tree)
 
 
 def test_all_problems_at_once():
