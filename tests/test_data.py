@@ -149,7 +149,7 @@ BAD_SOURCES = {
         ["a.jsonl:1: no field 'text'; its fields are 'texts', 'id'", "did you mean 'texts'"],
     ),
     "no string": ({"a.jsonl": b'{"text": 3, "body": ""}'}, "", "text", "data.field", ["is a number", "text (body)"]),
-    "null": ({"a.jsonl": b'{"text": null}'}, "", "text", "data.field", ["'text' is null, not a string"]),
+    "no value": ({"a.jsonl": b'{"text": null}'}, "", "text", "data.field", ["'text' is null, not a string"]),
 }
 
 

@@ -25,8 +25,8 @@ SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
 NOT_LIBRARY = {"pydoc_data", "test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 
 # What JSON calls the values that Python reads from it.
-JSON_WORDS = {dict: "an object", list: "an array", str: "a string", int: "a number", float: "a number"}
-JSON_WORDS |= {bool: "true or false", type(None): "null"}
+JSON_WORDS: dict[type, str] = {dict: "an object", list: "an array", str: "a string", int: "a number"}
+JSON_WORDS |= {float: "a number", bool: "true or false", type(None): "null"}
 
 
 @dataclass(frozen=True)
