@@ -229,8 +229,8 @@ def test_full_disk(train, whole, tmp_path, call):
     assert done.returncode == 1 and done.stdout == "", done.stderr
     assert not NOISE.search(done.stderr), done.stderr
     said = done.stderr.partition("moe-jax train: failed\n")[2]
-    assert str(workdir / "checkpoints") in said and "not written" in said and "remedy: make room" in said, done.stderr
-    assert "step 20 is the newest complete one" in said
+    assert str(workdir / "checkpoints") in said and "not written: File too large\n" in said, done.stderr
+    assert "remedy: make room" in said and "step 20 is the newest complete one" in said
     assert steps_of(workdir) == [20]
     code, report, _ = call("eval", workdir, "--json")
     assert code == 0 and report["step"] == 20

@@ -91,7 +91,7 @@ class Run:
                     where = f"step {step} of {self.cfg.train.steps}"
                     self.screen.note(f"{stop.signal}: saved at {where}; the same command goes on from there")
         finally:
-            self.checkpoints.close()
+            self.checkpoints.wait()
         report = self.report(step)
         if self.main:
             self.finish(state, report)
