@@ -36,8 +36,7 @@ def build_mesh(mesh: MeshConfig, devices: list | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     if len(devices) != mesh.size:
-        sizes = " x ".join(f"{a}={n}" for a, n in zip(MESH_AXES, mesh.shape, strict=True) if n > 1) or "1"
-        why = f"{sizes} needs {mesh.size} devices, and {len(devices)} ({devices[0].platform}) are here"
+        why = f"a mesh of {mesh} needs {mesh.size} devices, and {len(devices)} ({devices[0].platform}) are here"
         remedy = f"choose mesh.<axis> sizes whose product is {len(devices)}, or try it with --fake-devices {mesh.size}"
         raise Refused(Problem("mesh", why, remedy))
     return jax.make_mesh(mesh.shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)

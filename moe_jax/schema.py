@@ -140,6 +140,11 @@ class MeshConfig:
         return tuple(getattr(self, axis) for axis in MESH_AXES)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The axes that hold more than one device."""
+        return {a: n for a, n in zip(MESH_AXES, self.shape, strict=True) if n > 1}
+
+    @property
     def size(self) -> int:
         return prod(self.shape)
 
@@ -148,8 +153,8 @@ class MeshConfig:
         return prod(getattr(self, axis, 1) for axis in axes)
 
     def __str__(self) -> str:
-        named = [f"{a}={n}" for a, n in zip(MESH_AXES, self.shape, strict=True) if n > 1]
-        return ",".join(named) or "one device"
+        """The mesh in words, for messages and logs."""
+        return " x ".join(f"{a}={n}" for a, n in self.sizes.items()) or "one device"
 
 
 @dataclass(frozen=True)

@@ -164,13 +164,12 @@ def test_build_refuses(axes, devices):
     with pytest.raises(Refused) as e:
         mesh.build_mesh(config, jax.devices()[:devices])
     text = str(e.value)
-    assert f"needs {config.size} devices, and {devices} (cpu) are here" in text
+    assert f"a mesh of {config} needs {config.size} devices, and {devices} (cpu) are here" in text
     assert f"--fake-devices {config.size}" in text and "remedy" in text
-    assert all(f"{a}={n}" in text for a, n in axes.items())
 
 
 def test_fake_devices_refused():
-    with pytest.raises(Refused, match=r"4 fake devices for a mesh of 6 \(data=2,expert=3\)[\s\S]*--fake-devices 6"):
+    with pytest.raises(Refused, match=r"4 fake devices for a mesh of 6 \(data=2 x expert=3\)[\s\S]*--fake-devices 6"):
         mesh.prepare_devices(MeshConfig(data=2, expert=3), 4)
 
 
