@@ -346,7 +346,7 @@ REFUSED_TRAIN = {
         "drop",
     ),
     "fake devices": (["--fake-devices", "3"], "--fake-devices", "3 fake devices for a mesh of 8"),
-    "negative fake devices": (["--fake-devices", "-4"], "--fake-devices", "-4"),
+    "negative fake devices": (["--fake-devices", "-4"], "--fake-devices: is -4", "give 1 or more"),
     "vocabulary too small": (["model.vocab=100"], "model.vocab", "257"),
     "no such text": (["data.path=texd.txt"], "data.path", "'texd.txt'", "'text.txt'"),
     "no such builtin": (["data.path=builtin:pros"], "data.path", "'builtin:prose'"),

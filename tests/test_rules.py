@@ -173,6 +173,20 @@ def test_fake_devices_refused():
         mesh.prepare_devices(MeshConfig(data=2, expert=3), 4)
 
 
+@pytest.mark.parametrize("count", [0, -4])
+def test_no_fake_devices_at_all_refused(count):
+    with pytest.raises(Refused, match=rf"^--fake-devices: is {count}\n    remedy: give 1 or more$"):
+        mesh.prepare_devices(MeshConfig(data=2), count)
+
+
+def test_fake_devices_beside_an_accelerator_that_has_started_refused(monkeypatch):
+    """Two accelerators and a mesh of two places: without a check the run would be on them."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(Refused, match=r"^--fake-devices: JAX has started on gpu in this process\n    remedy: "):
+        mesh.prepare_devices(MeshConfig(data=2), 2)
+    mesh.prepare_devices(MeshConfig(data=2), None)
+
+
 @pytest.mark.parametrize("fake", ["3", "None"])
 def test_fake_devices(fake):
     """In a process of its own: the number of devices is fixed once JAX has started."""
