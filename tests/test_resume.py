@@ -19,7 +19,7 @@ from test_cli import ENV, NOISE, STEPS, TINY, calls, check_refusal, finish, insi
 
 from moe_jax import config, mesh
 from moe_jax.checkpoint import COMPLETE, Checkpoints
-from moe_jax.train.resume import Stop
+from moe_jax.train.resume import Stop, changes
 from moe_jax.train.state import Model
 
 TIMES = ("step_seconds", "tokens_per_second")
@@ -199,7 +199,7 @@ def test_more_steps(train, whole, tmp_path, call):
         ("model.d_model=32", "model.d_model: is 32, and the run in this workdir began with 16"),
         ("model.moe.capacity_factor=1.25", "model.moe.capacity_factor"),
         ("model.moe.experts=4", "model.moe.experts"),
-        ("model.moe=", "model.moe"),
+        ("model.moe=", "model.moe: is unset, and the run in this workdir began with a table of keys\n"),
         ("data.batch=16", "data.batch"),
         ("data.seed=1", "data.seed"),
         ("data.path=builtin:prose", "data.path"),
@@ -211,6 +211,18 @@ def test_another_run_in_the_same_folder_is_refused(train, whole, call, change, k
     before = listing(whole)
     check_refusal(*call(*train, whole, change), "train", key, "--workdir")
     assert listing(whole) == before
+
+
+def test_a_table_that_one_side_lacks_is_one_change():
+    whole, dense = config.load("tiny_mixtral"), config.load("tiny_mixtral", ["model.moe="])
+    assert changes(config.to_dict(whole), whole) == []
+    for saved, now, words in (
+        (whole, dense, "is unset, and the run in this workdir began with a table of keys"),
+        (dense, whole, "is a table of keys, and the run in this workdir began with unset"),
+    ):
+        with pytest.raises(config.ConfigError) as e:
+            changes(config.to_dict(saved), now)
+        assert [(p.key, p.reason) for p in e.value.problems] == [("model.moe", words)]
 
 
 def test_full_disk(train, whole, tmp_path, call):

@@ -129,6 +129,22 @@ def test_all_conflicts_in_one_table():
     assert len({line.index(word) for line, word in ((lines[1], "conflict"), (lines[3], "unknown mesh"))}) == 1
 
 
+def test_equal_conflicts_of_many_arrays_are_one_row():
+    """Rows differ in axis, size or reason; rules and activations are always named one by one."""
+    shape, axes = LEAVES[0][1:]
+    leaves = [(f"blocks.{i}.{w}", shape, axes) for i in range(4) for w in ("w_gate", "w_up")]
+    leaves += [("w_down", (2, 9, 6), ("experts", "expert_mlp", "expert_embed"))]
+    with pytest.raises(rules.RulesError) as e:
+        rules.validate(replace(Rules(), vocab=("tensors",), mlp=("tensors",)), SIZES, leaves)
+    assert [p.key for p in e.value.problems] == [
+        "rules.vocab",
+        "rules.mlp",
+        "blocks.0.w_gate [2, 6, 5] and 7 more",
+        "w_down [2, 9, 6]",
+    ]
+    assert len(str(e.value).splitlines()) == 3 + 4
+
+
 def test_an_axis_of_size_one_holds_one_dimension_too():
     """JAX refuses a repeated axis whatever its size, so the table does."""
     change = {"expert_embed": ("expert",)}
