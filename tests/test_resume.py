@@ -19,6 +19,7 @@ from test_cli import ENV, NOISE, STEPS, TINY, calls, check_refusal, finish, insi
 
 from moe_jax import config, mesh
 from moe_jax.checkpoint import COMPLETE, Checkpoints
+from moe_jax.data import Windows
 from moe_jax.train.resume import Stop, changes
 from moe_jax.train.state import Model
 
@@ -183,14 +184,16 @@ def test_a_finished_run_does_nothing_and_reports(train, whole, tmp_path, call):
     assert code == 0 and f"nothing to do: the checkpoint is at step {STEPS} of 30\n" in log
 
 
-def test_more_steps(train, whole, tmp_path, call):
-    workdir = copy(whole, tmp_path)
+def test_more_steps(train, whole, tmp_path, call, monkeypatch):
+    workdir, built, init = copy(whole, tmp_path), [], Windows.__init__
+    monkeypatch.setattr(Windows, "__init__", lambda *args: built.append(args) or init(*args))
     code, report, log = call(*train, workdir, f"train.steps={STEPS + 3}")
     assert code == 0 and f"changed since that checkpoint: train.steps: {STEPS} -> {STEPS + 3}\n" in log
     assert report["step"] == STEPS + 3 and report["finished"] is True
     steps, evals = rows(workdir)
     assert len(steps) == STEPS + 3 and steps[:STEPS] == rows(whole)[0]
     assert [e["step"] for e in evals] == [0, STEPS, STEPS + 3]
+    assert len(built) == 2, "windows of the training text and of the held-out one, for all evaluations and the bigram"
 
 
 @pytest.mark.parametrize(

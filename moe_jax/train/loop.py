@@ -77,9 +77,8 @@ class Run:
         """Everything after the text is at hand."""
         data = self.cfg.data
         self.windows = Windows(self.corpus.train, data.length, data.packing)
-        heldout = Windows(self.corpus.heldout, data.length, data.packing)
-        self.bigram = bigram_loss(self.windows, heldout, self.cfg.model.vocab)
         self.evaluator = Evaluator(self.model, self.mesh, self.corpus)
+        self.bigram = bigram_loss(self.windows, self.evaluator.windows, self.cfg.model.vocab)
         state = self.start()
         try:
             with self.open_screen() as self.screen, self.open_log() as self.log, Stop() as stop:
