@@ -20,6 +20,7 @@ from moe_jax.checkpoint import Checkpoints, check_workdir
 from moe_jax.config import Config, Problem, Refused
 from moe_jax.data import Windows, batches, bigram_loss, load_tokenizer, prepare
 from moe_jax.generate import Generator
+from moe_jax.health import Watch
 from moe_jax.metrics import MetricsLog, Progress, load_max_over_mean, read_metrics
 from moe_jax.picture import draw_run
 from moe_jax.rules import sharding
@@ -64,6 +65,8 @@ class Run:
         if self.resumed_at is not None and (workdir / "metrics.jsonl").exists():
             read_metrics(workdir / "metrics.jsonl")  # a damaged log is refused here, not after the data is read
         self.timing: dict[str, float] = {}
+        self.watch = Watch(cfg.model.moe)
+        self.alarms: list[str] = []
 
     def __call__(self) -> dict[str, Any]:
         """Train, and return the report of the run."""
@@ -220,6 +223,9 @@ class Run:
         if self.log is not None:
             self.log.train(record)
         self.screen.step(record)
+        for alarm in self.watch.step(record):
+            self.alarms.append(f"step {step}: {alarm}")
+            self.screen.note(f"alarm at {self.alarms[-1]}")
         moe = self.cfg.model.moe
         if moe is not None and moe.overflow == "error" and host["dropped"]:
             remedy = "raise model.moe.capacity_factor, or set model.moe.overflow=drop"
@@ -265,6 +271,7 @@ class Run:
             "params_total": total,
             "params_active": active,
             "mesh": self.cfg.mesh.sizes,
+            "alarms": self.alarms,
             "devices": jax.device_count(),
             "platform": jax.devices()[0].platform,
             "workdir": str(self.workdir),
