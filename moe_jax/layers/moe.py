@@ -136,9 +136,9 @@ class MoELayer(nnx.Module):
         with jax.named_scope("routing"):
             routing, slots = self.route(tokens, mask, fold(groups, 0), C)
             stats = balance.statistics(routing, slots, self.moe, mask)
-        make_plan, dispatch, combine = DISPATCHERS[self.moe.dispatch]
+        make_plan, dispatch, combine = self.dispatcher(C, x.dtype)
         with jax.named_scope("dispatch"):
-            plan = make_plan(routing, slots, C, x.dtype)
+            plan = make_plan(routing, slots)
             buffers = self.exchange(dispatch(tokens, plan), to_experts=True)  # [E,G,C,D]
             buffers = checkpoint_name(buffers, "dispatched")
         with jax.named_scope("experts"):
@@ -174,6 +174,23 @@ class MoELayer(nnx.Module):
         current_mesh()
         groups: PartitionSpec = spec((self.rules.batch,))
         return jax.shard_map(f, in_specs=groups, out_specs=groups)
+
+    def dispatcher(self, slots: int, dtype) -> tuple[Callable, Callable, Callable]:
+        """Plan, dispatch and combine of the config's dispatcher, over shards of groups where they gather or scatter."""
+        chosen = DISPATCHERS[self.moe.dispatch]
+
+        def plan(routing: Routing, places: Slots) -> Any:
+            return chosen.plan(routing, places, slots, dtype)
+
+        if self.rules is None or not chosen.local:
+            return plan, chosen.dispatch, chosen.combine
+        groups, buffers = spec((self.rules.batch,)), spec(self.rules.token_major)
+        tokens = spec(self.rules.layout("batch", None, "act_embed"))
+        return (
+            self.per_group(plan),
+            jax.shard_map(chosen.dispatch, in_specs=(tokens, groups), out_specs=buffers),
+            jax.shard_map(chosen.combine, in_specs=(buffers, groups), out_specs=tokens),
+        )
 
     def exchange(self, buffers: jax.Array, *, to_experts: bool) -> jax.Array:
         """Move buffers [E, G, C, D] between their home groups and their experts: one all-to-all.
