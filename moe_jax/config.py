@@ -285,6 +285,9 @@ def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
         no("router.second", f"is {moe.router.second!r} with the {kind} router", "set router.kind=gshard")
     if moe.capacity_factor is None and moe.overflow == "error":
         no("overflow", "is 'error', and a layer without capacity_factor never overflows", "leave it at drop")
+    if moe.dispatch == "ragged" and moe.expert_dropout:
+        why = f"is {moe.expert_dropout}, and ragged dispatch has no slots to draw the noise for"
+        no("expert_dropout", why, "set dispatch=gather, or expert_dropout=0")
     return out
 
 

@@ -90,6 +90,37 @@ def gather_combine(y: jax.Array, plan: IndexPlan) -> jax.Array:
     return sum_rows(weighted.reshape(E * G * C, D), rows(plan.choice, plan.slot, K)).reshape(G, S, D)
 
 
+class RaggedPlan(NamedTuple):
+    """The kept choices of all groups as rows sorted by expert."""
+
+    rows: Rows  # tokens [G*S] to rows [R] and back
+    expert: jax.Array  # [R] int32, E after the last row in use
+    weight: jax.Array  # [R] float32, the gate of each row, 0 after the last one in use
+    sizes: jax.Array  # [E] int32, rows of each expert
+
+
+def ragged_plan(routing: Routing, slots: Slots, capacity: int) -> RaggedPlan:
+    """Rows sorted by expert, then by group, token and choice; as many as choices can be kept, whatever E is.
+
+    Args:
+        capacity: C, which bounds the rows by E*C a group; S where there is no limit.
+    """
+    G, S, K = routing.expert.shape
+    E = routing.prob.shape[-1]
+    choices, R = G * S * K, G * min(S * K, E * capacity)
+    expert = jnp.where(slots.kept, routing.expert, E).reshape(-1)
+    entry = jax.lax.iota(jnp.int32, choices)
+    by_expert, order = jax.lax.sort((expert, entry), num_keys=1, is_stable=True)
+    row = jnp.zeros_like(entry).at[order].set(entry, unique_indices=True)
+    home = jnp.where(slots.kept.reshape(-1), row, R)
+    by_expert, order = by_expert[:R], order[:R]
+    used = by_expert < E
+    gate = gather_rows(slots.gate.reshape(-1, 1), Rows(jnp.where(used, order, choices), home[:, None]))
+    sizes = jnp.zeros_like(entry, shape=(E,)).at[expert].add(1, mode="drop")
+    rows = Rows(jnp.where(used, order // K, G * S), home.reshape(G * S, K))
+    return RaggedPlan(rows, by_expert, gate[:, 0], sizes)
+
+
 class Dispatcher(NamedTuple):
     """Three functions with one meaning, and whether they must see one shard of groups at a time (`shard_map`)."""
 

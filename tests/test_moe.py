@@ -112,15 +112,16 @@ def expected(name: str, ffn: str, factor: float | None):
     return moe, weights, x, probe, mask, key, y, grads, kept
 
 
-CASES = [(name, "swiglu", 1.0, "einsum") for name in ROUTERS] + [
-    ("gshard", "relu", None, "einsum"),
-    ("gshard-after", "swiglu", 1.0, "gather"),
-    ("gshard", "relu", None, "gather"),
+CASES = [
+    *((where, name, "swiglu", 1.0, "einsum") for where in MESHES for name in ROUTERS),
+    *((where, "gshard", "relu", None, "einsum") for where in MESHES),
+    *((where, "gshard-after", "swiglu", 1.0, "gather") for where in MESHES),
+    *((where, "gshard", "relu", None, "ragged") for where in MESHES),
+    ("data=2,expert=2,tensor=2", "gshard-after", "swiglu", 1.0, "ragged"),
 ]
 
 
-@pytest.mark.parametrize("where", MESHES)
-@pytest.mark.parametrize("name,ffn,factor,dispatch", CASES)
+@pytest.mark.parametrize("where,name,ffn,factor,dispatch", CASES)
 def test_equals_the_oracle(where, name, ffn, factor, dispatch):
     """Outputs, all gradients and drops, with padding and full experts, to 1e-5 in float32 on every mesh."""
     moe, weights, x, probe, mask, key, want, want_grads, kept = expected(name, ffn, factor)

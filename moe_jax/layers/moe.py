@@ -12,11 +12,12 @@ from jax.sharding import PartitionSpec
 
 from moe_jax import balance, config
 from moe_jax.axes import Rules
-from moe_jax.capacity import Slots, assign, capacity
+from moe_jax.capacity import Slots, assign, capacity, unlimited
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.layers.common import ACTIVATIONS, Keys, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
+from moe_jax.layers.ragged import Weights, over_mesh, ragged_experts
 from moe_jax.routing import QUIET, Noise, Routing, draw, route
 from moe_jax.rules import current_mesh, spec
 
@@ -43,6 +44,11 @@ class Experts(nnx.Module):
         self.w_gate = param(rngs, (E, D, F), up, fan_in(D)) if kind == "swiglu" else None
         self.w_up = param(rngs, (E, D, F), up, fan_in(D))
         self.w_down = param(rngs, (E, F, D), down, fan_in(F))
+
+    def weights(self, dtype) -> Weights:
+        """The matrices in `dtype`, for grouped products."""
+        gate = None if self.w_gate is None else self.w_gate[...].astype(dtype)
+        return Weights(gate, self.w_up[...].astype(dtype), self.w_down[...].astype(dtype))
 
     def __call__(self, x: jax.Array, *, rate: float = 0.0, keys: Keys = None) -> jax.Array:
         """[E, G, C, D] -> [E, G, C, D], expert e working on row e; `keys` [G] draw the dropout of the hidden layer."""
@@ -136,20 +142,32 @@ class MoELayer(nnx.Module):
         with jax.named_scope("routing"):
             routing, slots = self.route(tokens, mask, fold(groups, 0), C)
             stats = balance.statistics(routing, slots, self.moe, mask)
-        make_plan, dispatch, combine = self.dispatcher(C, x.dtype)
+        run = self.ragged if self.moe.dispatch == "ragged" else self.buffered
+        y = run(tokens, routing, slots, C, fold(groups, 1)).reshape(B, L, D)
+        if self.shared is not None:
+            with jax.named_scope("shared_experts"):
+                y = y + self.shared(x, rate=self.moe.expert_dropout, keys=fold(rows, 2))
+        return lay(y, self.rules, names=("batch", "length", "act_embed")), stats
+
+    def buffered(self, tokens: jax.Array, routing: Routing, slots: Slots, C: int, keys: Keys) -> jax.Array:
+        """tokens [G, S, D] -> [G, S, D] through buffers of C slots an expert and group."""
+        make_plan, dispatch, combine = self.dispatcher(C, tokens.dtype)
         with jax.named_scope("dispatch"):
             plan = make_plan(routing, slots)
             buffers = self.exchange(dispatch(tokens, plan), to_experts=True)  # [E,G,C,D]
             buffers = checkpoint_name(buffers, "dispatched")
         with jax.named_scope("experts"):
-            out = self.experts(buffers, rate=self.moe.expert_dropout, keys=fold(groups, 1))
+            out = self.experts(buffers, rate=self.moe.expert_dropout, keys=keys)
         with jax.named_scope("combine"):
             out = checkpoint_name(self.exchange(out, to_experts=False), "expert_out")
-            y = combine(out, plan).reshape(B, L, D)
-        if self.shared is not None:
-            with jax.named_scope("shared_experts"):
-                y = y + self.shared(x, rate=self.moe.expert_dropout, keys=fold(rows, 2))
-        return lay(y, self.rules, names=("batch", "length", "act_embed")), stats
+            return combine(out, plan)
+
+    def ragged(self, tokens: jax.Array, routing: Routing, slots: Slots, C: int, keys: Keys) -> jax.Array:
+        """tokens [G, S, D] -> [G, S, D] through as many rows as there are kept choices."""
+        weights, kind = self.experts.weights(tokens.dtype), self.experts.kind
+        if self.rules is None:
+            return ragged_experts(tokens, routing, slots, weights, C, kind)
+        return over_mesh(self.rules, C, kind)(tokens, routing, slots, weights)
 
     def route(self, tokens: jax.Array, mask: jax.Array, keys: Keys, slots: int) -> tuple[Routing, Slots]:
         """Route and queue each group; everything here is local to a group."""
@@ -163,6 +181,8 @@ class MoELayer(nnx.Module):
 
         def local(logits: jax.Array, mask: jax.Array, noise: Noise) -> tuple[Routing, Slots]:
             routing = route(logits, self.moe, mask, noise)
+            if self.moe.dispatch == "ragged" and slots == logits.shape[1]:  # all are kept, and nobody asks for places
+                return routing, unlimited(routing, self.moe)
             return routing, assign(routing, self.moe, slots, noise)
 
         return self.per_group(local)(logits, mask, noise)
