@@ -6,6 +6,8 @@ Work follows the rows in use and temporaries do not grow with the number of expe
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +20,14 @@ WEIGHT_GRADIENT = jax.lax.RaggedDotDimensionNumbers(
 )
 
 
-def over_blocks(sizes: jax.Array, R: int, init: jax.Array, expert: Callable, block: Callable) -> jax.Array:
+def over_blocks(sizes: jax.Array, R: int, init: jax.Array, expert: Callable) -> jax.Array:
     """Loop over the experts with rows and, inside, over the blocks of their rows.
 
     Args:
         sizes: [E] int32, rows of each expert; they lie in this order.
         init: what the loop carries from expert to expert.
-        expert: (e, carry, run) -> carry; `run(init)` loops over the blocks of expert e and returns their carry.
-        block: (carry, e, at, keep) -> carry, for the rows from `at`, of which `keep` [rows, 1] belong to the block.
+        expert: (e, carry, loop) -> carry. `loop(block, start)` runs the blocks of expert e, block(carry, at, keep) ->
+            carry, on the rows from `at`, of which `keep` [rows, 1] are the block's own; it returns the last carry.
     """
     rows = min(BLOCK, R)
     ends = jnp.cumsum(sizes)
@@ -36,13 +38,15 @@ def over_blocks(sizes: jax.Array, R: int, init: jax.Array, expert: Callable, blo
         e = order[i]
         start, end = ends[e] - sizes[e], ends[e]
 
-        def step(j: jax.Array, carry):
-            first = start + j * rows
-            at = jnp.minimum(first, R - rows)  # the last block looks back rather than over the edge
-            row = at + lane
-            return block(carry, e, at, ((row >= first) & (row < end))[:, None])
+        def loop(block: Callable, carry: jax.Array) -> jax.Array:
+            def step(j: jax.Array, carry: jax.Array) -> jax.Array:
+                first = start + j * rows
+                at = jnp.minimum(first, R - rows)  # the last block looks back rather than over the edge
+                return block(carry, at, ((at + lane >= first) & (at + lane < end))[:, None])
 
-        return expert(e, carry, lambda init: jax.lax.fori_loop(0, (sizes[e] + rows - 1) // rows, step, init))
+            return jax.lax.fori_loop(0, (sizes[e] + rows - 1) // rows, step, carry)
+
+        return expert(e, carry, loop)
 
     return jax.lax.fori_loop(0, (sizes > 0).sum(dtype=jnp.int32), one, init)
 
@@ -52,31 +56,45 @@ def rows_at(x: jax.Array, at: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, at, min(BLOCK, x.shape[0]))
 
 
-def blocked_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool) -> jax.Array:
-    """x [R, D] times w [E, D, F], or w [E, F, D] transposed -> [R, F]; rows of no expert come out zero."""
-    width = w.shape[1 if transposed else 2]
+def wide(dtype) -> Any:
+    """The type in which products are added up."""
+    return jnp.float32 if dtype.itemsize < 4 else dtype
+
+
+def blocked_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool, widen: bool = False) -> jax.Array:
+    """x [R, D] times w [E, D, F], or w [E, F, D] transposed -> [R, F]; rows of no expert come out zero.
+
+    Args:
+        widen: multiply in float32, for processors without products of shorter types.
+    """
+    width, dtype = w.shape[1 if transposed else 2], wide(x.dtype) if widen else x.dtype
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
-    def block(out: jax.Array, e: jax.Array, at: jax.Array, keep: jax.Array) -> jax.Array:
-        y = jax.lax.dot_general(rows_at(x, at), w[e], contract)
-        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(keep, y, rows_at(out, at)), at, 0)
+    def expert(e: jax.Array, out: jax.Array, loop: Callable) -> jax.Array:
+        mine = w[e].astype(dtype)  # once for all blocks
 
-    init = jnp.zeros_like(x, shape=(x.shape[0], width))
-    return over_blocks(sizes, x.shape[0], init, lambda e, out, run: run(out), block)
+        def block(out: jax.Array, at: jax.Array, keep: jax.Array) -> jax.Array:
+            y = jax.lax.dot_general(rows_at(x, at).astype(dtype), mine, contract).astype(x.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(keep, y, rows_at(out, at)), at, 0)
+
+        return loop(block, out)
+
+    return over_blocks(sizes, x.shape[0], jnp.zeros_like(x, shape=(x.shape[0], width)), expert)
 
 
-def blocked_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
+def blocked_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, widen: bool = False) -> jax.Array:
     """x [R, D] and g [R, F] -> [E, D, F], the sum over the rows of each expert, added in float32 at least."""
-    wide = jnp.float32 if x.dtype.itemsize < 4 else x.dtype
-    zero = jnp.zeros_like(x, wide, shape=(x.shape[1], g.shape[1]))
+    total, dtype = wide(x.dtype), wide(x.dtype) if widen else x.dtype
+    zero = jnp.zeros_like(x, total, shape=(x.shape[1], g.shape[1]))
 
-    def block(total: jax.Array, e: jax.Array, at: jax.Array, keep: jax.Array) -> jax.Array:
-        mine, theirs = (jnp.where(keep, rows_at(a, at), jnp.zeros((), a.dtype)) for a in (x, g))
-        contract = (((0,), (0,)), ((), ()))
-        return total + jax.lax.dot_general(mine, theirs, contract, preferred_element_type=wide)
+    def block(carry: jax.Array, at: jax.Array, keep: jax.Array) -> jax.Array:
+        mine, theirs = (jnp.where(keep, rows_at(a, at), jnp.zeros((), a.dtype)).astype(dtype) for a in (x, g))
+        return carry + jax.lax.dot_general(mine, theirs, (((0,), (0,)), ((), ())), preferred_element_type=total)
 
-    init = jnp.zeros_like(x, shape=(sizes.shape[0], *zero.shape))
-    return over_blocks(sizes, x.shape[0], init, lambda e, out, run: out.at[e].set(run(zero).astype(x.dtype)), block)
+    def expert(e: jax.Array, out: jax.Array, loop: Callable) -> jax.Array:
+        return out.at[e].set(loop(block, zero).astype(x.dtype))
+
+    return over_blocks(sizes, x.shape[0], jnp.zeros_like(x, shape=(sizes.shape[0], *zero.shape)), expert)
 
 
 def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool) -> jax.Array:
@@ -95,14 +113,14 @@ def ragged_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
 
 def product(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool) -> jax.Array:
     """The grouped product by the means of the platform that the program is compiled for."""
-
-    def tpu(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-        return ragged_dot(x, w, sizes, transposed)
-
-    def blocks(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-        return blocked_dot(x, w, sizes, transposed)
-
-    return jax.lax.platform_dependent(x, w, sizes, tpu=tpu, default=blocks)
+    return jax.lax.platform_dependent(
+        x,
+        w,
+        sizes,
+        tpu=partial(ragged_dot, transposed=transposed),
+        cpu=partial(blocked_dot, transposed=transposed, widen=True),
+        default=partial(blocked_dot, transposed=transposed),
+    )
 
 
 @jax.custom_vjp
@@ -113,7 +131,8 @@ def dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 def backward(saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     """Gradients of `dot`, each a grouped product."""
     x, w, sizes = saved
-    dw = jax.lax.platform_dependent(x, g, sizes, tpu=ragged_gradient, default=blocked_gradient)
+    cpu = partial(blocked_gradient, widen=True)
+    dw = jax.lax.platform_dependent(x, g, sizes, tpu=ragged_gradient, cpu=cpu, default=blocked_gradient)
     return product(g, w, sizes, True), dw, None
 
 

@@ -27,7 +27,7 @@ class Times(NamedTuple):
 
 
 def by_turns(functions: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 1) -> dict[str, Times]:
-    """Run each function `rounds` times, one after the other, round after round; the first `warm` rounds do not count."""
+    """Run each function `rounds` times, one after the other, `warm` more rounds come first and do not count."""
     times = {name: Times([], [], []) for name in functions}
     for turn in range(warm + rounds):
         for name, f in functions.items():
