@@ -317,6 +317,9 @@ def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
     _check_balance(moe, no)
     if kind == "expert_choice":
         _check_expert_choice(moe, no)
+    if moe.dispatch == "ragged" and moe.expert_dropout:
+        why = f"is {moe.expert_dropout}, and ragged dispatch has no slots to draw the noise for"
+        no("expert_dropout", why, "set dispatch=gather, or expert_dropout=0")
     return out
 
 

@@ -101,7 +101,7 @@ class MoEConfig:
     priority: Literal["choice", "token", "probability", "random", "batch"] = key(
         "choice", "who gets a slot of a full expert: first choices first, or tokens in order, by gate, at random, batch"
     )
-    dispatch: Literal["einsum"] = key("einsum", "how tokens reach their experts")
+    dispatch: Literal["einsum", "gather", "ragged"] = key("einsum", "how tokens reach their experts")
     overflow: Literal["drop", "error"] = key(
         "drop", "choices without a slot pass by the residual, or stop `moe-jax train`"
     )

@@ -1,5 +1,6 @@
 """The MoE layer: outputs and every gradient against the oracle on every mesh, and its collectives."""
 
+import dataclasses
 import functools
 
 import jax
@@ -111,11 +112,20 @@ def expected(name: str, ffn: str, factor: float | None):
     return moe, weights, x, probe, mask, key, y, grads, kept
 
 
-@pytest.mark.parametrize("where", MESHES)
-@pytest.mark.parametrize("name,ffn,factor", [(n, "swiglu", 1.0) for n in ROUTERS] + [("gshard", "relu", None)])
-def test_equals_the_oracle(where, name, ffn, factor):
+CASES = [
+    *((where, name, "swiglu", 1.0, "einsum") for where in MESHES for name in ROUTERS),
+    *((where, "gshard", "relu", None, "einsum") for where in MESHES),
+    *((where, "gshard-after", "swiglu", 1.0, "gather") for where in MESHES),
+    *((where, "gshard", "relu", None, "ragged") for where in MESHES),
+    ("data=2,expert=2,tensor=2", "gshard-after", "swiglu", 1.0, "ragged"),
+]
+
+
+@pytest.mark.parametrize("where,name,ffn,factor,dispatch", CASES)
+def test_equals_the_oracle(where, name, ffn, factor, dispatch):
     """Outputs, all gradients and drops, with padding and full experts, to 1e-5 in float32 on every mesh."""
     moe, weights, x, probe, mask, key, want, want_grads, kept = expected(name, ffn, factor)
+    moe = dataclasses.replace(moe, dispatch=dispatch)
     with entered(MESHES[where]) as _:
         mesh = meshes.build_mesh(MESHES[where], jax.devices()[: MESHES[where].size])
         graph, _, state = split_layer(moe, ffn, Rules())
@@ -139,10 +149,11 @@ def test_equals_the_oracle(where, name, ffn, factor):
     assert int(stats.load.sum()) == int(stats.routed)
 
 
-def programs(config: MeshConfig):
+def programs(config: MeshConfig, dispatch: str = "einsum"):
     """Collectives of the compiled layer: forward, and forward with backward."""
     mesh = meshes.build_mesh(config, jax.devices()[: config.size])
-    moe = MoEConfig(experts=8, top_k=2, d_ff=64, capacity_factor=2.0, router=RouterConfig("gshard"))
+    router = RouterConfig("gshard")
+    moe = MoEConfig(experts=8, top_k=2, d_ff=64, capacity_factor=2.0, router=router, dispatch=dispatch)
     with jax.set_mesh(mesh):
         layer = MoELayer(moe, 32, rules=Rules(), rngs=nnx.Rngs(params=0))
         graph, state = nnx.split(layer)
@@ -161,6 +172,7 @@ def programs(config: MeshConfig):
     return [read(text, mesh) for text in texts]
 
 
+@pytest.mark.parametrize("dispatch", ["einsum", "gather"])
 @pytest.mark.parametrize(
     "config",
     [
@@ -172,9 +184,9 @@ def programs(config: MeshConfig):
     ],
     ids=str,
 )
-def test_collectives_are_pinned(config):
+def test_collectives_are_pinned(config, dispatch):
     """Two all-to-alls forward, four with the backward pass, over the expert axis and at the least bytes."""
-    forward, both = programs(config)
+    forward, both = programs(config, dispatch)
     buffer = 4 * 8 * (8 // config.over(Rules().batch)) * 8 * 32  # float32 [E, G, C, D] of one device, C = 2*16*2/8
     for program, count in ((forward, 2), (both, 4)):
         exchanges = [c for c in program if c.op == "all-to-all"]

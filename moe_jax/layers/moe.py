@@ -13,11 +13,12 @@ from jax.sharding import PartitionSpec
 
 from moe_jax import balance, config
 from moe_jax.axes import Rules
-from moe_jax.capacity import Slots, assign, capacity
+from moe_jax.capacity import Slots, assign, capacity, unlimited
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.layers.common import ACTIVATIONS, Keys, constant, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
+from moe_jax.layers.ragged import Weights, over_mesh, ragged_experts
 from moe_jax.routing import QUIET, Routing, draw, jittered, route
 from moe_jax.rules import current_mesh, spec
 
@@ -56,6 +57,11 @@ class Experts(nnx.Module):
         self.w_gate = param(rngs, (E, D, F), up, fan_in(D)) if kind == "swiglu" else None
         self.w_up = param(rngs, (E, D, F), up, fan_in(D))
         self.w_down = param(rngs, (E, F, D), down, fan_in(F))
+
+    def weights(self, dtype) -> Weights:
+        """The matrices in `dtype`, for grouped products."""
+        gate = None if self.w_gate is None else self.w_gate[...].astype(dtype)
+        return Weights(gate, self.w_up[...].astype(dtype), self.w_down[...].astype(dtype))
 
     def __call__(self, x: jax.Array, *, rate: float = 0.0, keys: Keys = None) -> jax.Array:
         """[E, G, C, D] -> [E, G, C, D], expert e working on row e; `keys` [G] draw the dropout of the hidden layer."""
@@ -162,25 +168,37 @@ class MoELayer(nnx.Module):
             ids, chosen = (None if a is None else a.reshape(-1, S, *a.shape[2:]) for a in (tokens, replay))
             routing, slots = self.route(moe, h, mask, groups, C, ids, chosen)
             stats = balance.statistics(routing, slots, moe, mask, rows=B)
-        make_plan, dispatch, combine = DISPATCHERS[moe.dispatch]
-        with jax.named_scope("dispatch"):
-            plan = make_plan(routing, slots, C, x.dtype)
-            buffers = self.exchange(dispatch(h, plan), to_experts=True)  # [E,G,C,D]
-            buffers = checkpoint_name(buffers, "dispatched")
         if self.shared is not None:  # needs nothing of the exchange, which may overlap it
             with jax.named_scope("shared_experts"):
                 shared = self.shared(x, rate=moe.expert_dropout, keys=fold(rows, 2))
-        with jax.named_scope("experts"):
-            out = self.experts(buffers, rate=moe.expert_dropout, keys=fold(groups, 1))
-        with jax.named_scope("combine"):
-            out = checkpoint_name(self.exchange(out, to_experts=False), "expert_out")
-            y = combine(out, plan).reshape(B, L, D)
-            y = y if self.shared is None else y + shared
+        run = self.ragged if moe.dispatch == "ragged" else self.buffered
+        y = run(h, routing, slots, C, fold(groups, 1)).reshape(B, L, D)
+        y = y if self.shared is None else y + shared
         y = lay(y, self.rules, names=("batch", "length", "act_embed"))
         if not record:
             return y, stats
         expert = jnp.where(routing.valid, routing.expert, -1)
         return y, stats, Record(expert.reshape(B, L, -1), slots.gate.reshape(B, L, -1))
+
+    def buffered(self, tokens: jax.Array, routing: Routing, slots: Slots, C: int, keys: Keys) -> jax.Array:
+        """tokens [G, S, D] -> [G, S, D] through buffers of C slots an expert and group."""
+        make_plan, dispatch, combine = self.dispatcher(C, tokens.dtype)
+        with jax.named_scope("dispatch"):
+            plan = make_plan(None, routing, slots)
+            buffers = self.exchange(dispatch(tokens, plan), to_experts=True)  # [E,G,C,D]
+            buffers = checkpoint_name(buffers, "dispatched")
+        with jax.named_scope("experts"):
+            out = self.experts(buffers, rate=self.moe.expert_dropout, keys=keys)
+        with jax.named_scope("combine"):
+            out = checkpoint_name(self.exchange(out, to_experts=False), "expert_out")
+            return combine(out, plan)
+
+    def ragged(self, tokens: jax.Array, routing: Routing, slots: Slots, C: int, keys: Keys) -> jax.Array:
+        """tokens [G, S, D] -> [G, S, D] through as many rows as there are kept choices."""
+        weights, kind = self.experts.weights(tokens.dtype), self.experts.kind
+        if self.rules is None:
+            return ragged_experts(tokens, routing, slots, weights, C, kind)
+        return over_mesh(self.rules, C, kind)(tokens, routing, slots, weights)
 
     def gate(self, rngs: nnx.Rngs, D: int) -> tuple[nnx.Param | None, nnx.Param | None, nnx.Param | None]:
         """Parameters that make the logits: the first matrix of an MLP gate, the router, the scale of learned noise."""
@@ -210,7 +228,7 @@ class MoELayer(nnx.Module):
             h = jax.nn.gelu(jnp.einsum("gsd,dw->gsw", h, self.gate_in[...], precision=HIGHEST))
         return jnp.einsum("gsd,de->gse", h, self.router[...], precision=HIGHEST), spread
 
-    def route(self, moe: MoEConfig, h, mask, keys: Keys, C: int, ids, chosen) -> tuple[Routing, Slots]:
+    def route(self, moe: MoEConfig, h, mask, keys: Keys, C: int, ids=None, chosen=None) -> tuple[Routing, Slots]:
         """Route and queue each group [G, S, D]; all that follows the logits is local to a group."""
         logits, spread = self.scores(h, fold(keys, 3))
         noise = QUIET if keys is None else jax.vmap(lambda k: draw(k, moe, logits.shape[1:]))(fold(keys, 0))
@@ -218,6 +236,8 @@ class MoELayer(nnx.Module):
         def local(bias, logits, mask, noise, spread, ids, chosen) -> tuple[Routing, Slots]:
             given = {"bias": bias, "spread": spread, "ids": ids, "slots": C, "chosen": chosen}
             routing = route(logits, moe, mask, noise, **given)
+            if moe.dispatch == "ragged" and C == logits.shape[1]:  # all are kept, and nobody asks for places
+                return routing, unlimited(routing, moe)
             return routing, assign(routing, moe, C, noise)
 
         bias = None if self.bias is None else self.bias[...]
@@ -235,6 +255,23 @@ class MoELayer(nnx.Module):
             return jax.shard_map(f, in_specs=specs, out_specs=groups)(shared, *grouped)
 
         return over
+
+    def dispatcher(self, slots: int, dtype) -> tuple[Callable, Callable, Callable]:
+        """Plan, dispatch and combine of the config's dispatcher, over shards of groups where they gather or scatter."""
+        chosen = DISPATCHERS[self.moe.dispatch]
+
+        def plan(_: None, routing: Routing, places: Slots) -> Any:
+            return chosen.plan(routing, places, slots, dtype)
+
+        if self.rules is None or not chosen.local:
+            return plan, chosen.dispatch, chosen.combine
+        groups, buffers = spec((self.rules.batch,)), spec(self.rules.token_major)
+        tokens = spec(self.rules.layout("batch", None, "act_embed"))
+        return (
+            self.per_group(plan),
+            jax.shard_map(chosen.dispatch, in_specs=(tokens, groups), out_specs=buffers),
+            jax.shard_map(chosen.combine, in_specs=(buffers, groups), out_specs=tokens),
+        )
 
     def exchange(self, buffers: jax.Array, *, to_experts: bool) -> jax.Array:
         """Move buffers [E, G, C, D] between their home groups and their experts: one all-to-all.
