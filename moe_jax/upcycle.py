@@ -10,7 +10,8 @@ in group r.
 The experts of a group share one column of the router, and so one logit: the K best are K/G whole groups, each of
 which adds up to y. Their gates are equal within a group, so the layer returns y times (sum of the K gates) / G. That is
 y itself for every token where the sum does not depend on the token and the experts are scaled by a = G / sum.
-Neighbours make a group, so that ties fall whole groups at a time and group-limited routers never part one.
+Neighbours make a group, so that ties fall whole groups at a time and group-limited routers never part one. In training
+drops and the noise of noisy_topk, which is drawn for each expert, can part them.
 
 He et al. scale every matrix by a^(1/3) or a^(1/2), which SwiGLU's and GELU's gates do not pass on exactly. Here the
 factor goes onto the matrices in which the layer is homogeneous: `w_up` and `w_down` by a^(1/2) each, for GELU `w_down`
@@ -20,7 +21,7 @@ by a.
 import math
 import operator
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +63,11 @@ def cut(m: ModelConfig, method: Method) -> Cut:
     """How `method` makes the experts of model `m`, and what it promises.
 
     Raises:
-        Refused: a dense model, or experts that the dense layer cannot fill.
+        Refused: no such method, a dense model, or experts that the dense layer cannot fill.
     """
     moe = m.moe
+    if method not in get_args(Method):
+        raise Refused(Problem("method", f"is {method!r}", f"use one of {', '.join(get_args(Method))}"))
     if moe is None:
         raise Refused(Problem("model.moe", "is unset: this is a dense model", "give a config with experts"))
     width = moe.d_ff or m.d_ff
@@ -101,10 +104,8 @@ def _split_slices(m: ModelConfig, moe: MoEConfig, width: int) -> int:
         raise Refused(Problem("model.moe.d_ff", why, f"use a divisor of {m.d_ff}"))
     slices = m.d_ff // width - moe.shared_experts
     if slices < 1:
-        why = (
-            f"is {moe.shared_experts}, and the dense layer has {m.d_ff // width} slices of width {width}: none is left"
-        )
-        raise Refused(Problem("model.moe.shared_experts", f"{why} for the routed experts", "lower it, or moe.d_ff"))
+        why = f"is {moe.shared_experts}, and of the {m.d_ff // width} slices of the dense layer none is left for others"
+        raise Refused(Problem("model.moe.shared_experts", why, "lower it, or model.moe.d_ff"))
     out = []
     if moe.experts % slices:
         why = f"{moe.experts} experts are no whole number of groups of {slices} slices"
