@@ -2,7 +2,7 @@
 
 The dense feed-forward layer y(x) is cut along its hidden width into slices that add up to it: for ReLU, GELU and
 SwiGLU y = f_0 + f_1 + ... exactly. `copy` makes one slice of it, so that every expert is the dense layer (Komatsuzaki
-et al. 2022, Sparse Upcycling, section 3). `split` makes d_ff / moe.d_ff of them: the first ones become the shared
+et al. 2022, Sparse Upcycling). `split` makes d_ff / moe.d_ff of them: the first ones become the shared
 experts, if there are any (always-active slices as in CMoE, Pei et al. 2025), the other G are spread over R = E/G
 virtual groups (He et al. 2024, Upcycling Large Language Models into Mixture of Experts). Expert r*G + g holds slice g
 in group r.

@@ -214,7 +214,7 @@ def test_parameters_of_another_model_are_refused():
     m = sized(router=TOPK)
     with pytest.raises(Refused, match=r"params: 3 leaves .*\(2, 24, 8\) instead of \(2, 48, 8\)"):
         upcycle(numbers(without(m)), dataclasses.replace(m, d_ff=48), "copy")
-    with pytest.raises(Refused, match="method: is 'splt'\n.*copy, split"):
+    with pytest.raises(Refused, match="method: is 'splt'"):
         cut(m, "splt")
 
 
