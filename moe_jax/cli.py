@@ -1,4 +1,4 @@
-"""The command line: `moe-jax train | eval | generate`.
+"""The command line: `moe-jax train | eval | generate | upcycle`.
 
 Only the standard library is imported before the arguments are read, so that `--help` answers at once.
 Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 130 interrupted twice.
@@ -70,6 +70,23 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=run_generate)
+
+    upcycle = add("upcycle", "make a mixture of experts out of a trained dense model; `train` goes on in its workdir")
+    upcycle.add_argument("dense", type=Path, metavar="DENSE_DIR", help="workdir of the dense run")
+    upcycle.add_argument("config", metavar="CONFIG", help="the new model: the dense one but for model.moe")
+    upcycle.add_argument("overrides", nargs="*", metavar="key.path=value")
+    upcycle.add_argument("--workdir", type=Path, metavar="OUT", required=True, help="a new or an empty folder")
+    upcycle.add_argument(
+        "--method",
+        choices=("copy", "split"),
+        default="copy",
+        help="experts are copies of the dense layer (default), or slices of it, model.moe.d_ff wide",
+    )
+    upcycle.add_argument(
+        "--noise", type=float, default=0.0, metavar="S", help="noise on the experts, 1: that of fresh ones (default 0)"
+    )
+    upcycle.add_argument("--seed", type=int, metavar="N", help="of router and noise (default: train.seed)")
+    upcycle.set_defaults(run=run_upcycle)
     return top
 
 
@@ -195,6 +212,18 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     del speeds["tokens"]
     say(args, ", ".join(f"{name.split('_')[0]} {value:,.0f} tokens/s" for name, value in speeds.items()))
     return {"workdir": str(args.workdir), "step": trained.step, "text": texts[0], "texts": texts, **speeds}
+
+
+def run_upcycle(args: argparse.Namespace) -> dict[str, Any]:
+    """`moe-jax upcycle`."""
+    from moe_jax import config, mesh
+
+    cfg = config.load(args.config, args.overrides)
+    mesh.prepare_devices(cfg.mesh, args.fake_devices)
+    from moe_jax.train.upcycling import run
+
+    options = {"method": args.method, "noise": args.noise, "seed": args.seed, "quiet": args.quiet}
+    return run(args.dense, cfg, args.workdir, **options)
 
 
 def finite(value: Any) -> Any:

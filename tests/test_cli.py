@@ -245,7 +245,7 @@ def test_a_continuation_does_not_depend_on_what_shares_the_batch(trained, call):
 # Help
 
 
-COMMANDS = [[], ["train"], ["eval"], ["generate"]]
+COMMANDS = [[], ["train"], ["eval"], ["generate"], ["upcycle"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[0] if c else "top")
@@ -260,7 +260,8 @@ def test_help_needs_no_jax(command):
     assert out.stderr == ""
     assert out.stdout.endswith("HEAVY []\n")
     assert f"usage: moe-jax {''.join(command)}" in out.stdout
-    for word in {"train": "--workdir", "eval": "--batches", "generate": "--prompt"}.get("".join(command), "").split():
+    options = {"train": "--workdir", "eval": "--batches", "generate": "--prompt", "upcycle": "--method --noise"}
+    for word in options.get("".join(command), "").split():
         assert word in out.stdout
 
 

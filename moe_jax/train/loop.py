@@ -1,7 +1,6 @@
 """The training run: from a config and a folder to checkpoints, a log, a picture and a report."""
 
 import contextlib
-import importlib.metadata
 import resource
 import statistics
 import sys
@@ -14,7 +13,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import config
 from moe_jax import mesh as meshes
 from moe_jax.checkpoint import Checkpoints, check_workdir
 from moe_jax.config import Config, Problem, Refused
@@ -25,13 +23,12 @@ from moe_jax.metrics import MetricsLog, Progress, load_max_over_mean, read_metri
 from moe_jax.picture import draw_run
 from moe_jax.rules import sharding
 from moe_jax.train.evaluate import Evaluator, to_devices
-from moe_jax.train.resume import Stop, changes, claimed, locked
+from moe_jax.train.resume import Stop, changes, checkpoint_info, claimed, locked
 from moe_jax.train.state import Model, State
 from moe_jax.train.step import make_train_step
 
 IN_FLIGHT = 1  # steps dispatched ahead of the one whose metrics are read
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes elsewhere
-WRITTEN_BY = ("jax", "flax", "optax", "orbax-checkpoint", "moe-jax")
 
 
 class Overflow(Exception):
@@ -122,7 +119,7 @@ class Run:
                 if evaluates:
                     self.evaluate(state, step)
                 if saves:
-                    self.checkpoints.save(step, state, self.info(step))
+                    self.checkpoints.save(step, state, checkpoint_info(self.cfg, self.corpus, step))
                 if last:
                     break
                 if saves or evaluates:
@@ -169,10 +166,10 @@ class Run:
         )
 
     def open_log(self) -> contextlib.AbstractContextManager[MetricsLog | None]:
-        """The log of process 0; others write none."""
+        """The log of process 0; others write none. From a checkpoint of step 0, an upcycled model, it begins anew."""
         if not self.main:
             return contextlib.nullcontext()
-        return MetricsLog(self.workdir, tensorboard=self.cfg.train.tensorboard, resume_step=self.resumed_at)
+        return MetricsLog(self.workdir, tensorboard=self.cfg.train.tensorboard, resume_step=self.resumed_at or None)
 
     def rows(self, first: int) -> Yields[dict[str, np.ndarray]]:
         """The rows of this process from step `first` on."""
@@ -236,12 +233,6 @@ class Run:
         if self.log is not None:
             self.log.eval(record)
         self.screen.eval(record)
-
-    def info(self, step: int) -> dict[str, Any]:
-        """What a checkpoint says of itself: the config, the position in the data, the versions that wrote it."""
-        versions = {name: importlib.metadata.version(name) for name in WRITTEN_BY}
-        cfg = config.to_dict(self.cfg)
-        return {"config": cfg, "data_position": step, "text": self.corpus.fingerprint, "versions": versions}
 
     # After the loop
 

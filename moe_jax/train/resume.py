@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.metadata
 import signal
 from collections.abc import Generator
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 from moe_jax import config
 from moe_jax.checkpoint import MARKER, check_workdir, claim_workdir
 from moe_jax.config import Config, Problem, Refused
+from moe_jax.data import Corpus
 
+WRITTEN_BY = ("jax", "flax", "optax", "orbax-checkpoint", "moe-jax")
 FREE = ("name", "mesh.", "rules.", "train.", "model.scan", "model.remat", "model.moe.eval_capacity_factor")
 """Keys that a resumed run may change: where and how it computes, not what."""
 FIXED = ("train.seed", "train.optimizer.kind")  # but not these
@@ -67,6 +70,12 @@ def locked(workdir: Path) -> Generator[None]:
             remedy = "wait until it ends, stop it, or use another --workdir"
             raise Refused(Problem("--workdir", f"another run is using {workdir}", remedy)) from None
         yield
+
+
+def checkpoint_info(cfg: Config, corpus: Corpus, step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself: the config, the position in the data, the versions that wrote it."""
+    versions = {name: importlib.metadata.version(name) for name in WRITTEN_BY}
+    return {"config": config.to_dict(cfg), "data_position": step, "text": corpus.fingerprint, "versions": versions}
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
