@@ -131,7 +131,7 @@ def run(
         preserved = how.preserved and not noise
         origin = {"workdir": str(folder), "step": step, "method": method, "noise": noise, "seed": seed}
         target.save(0, state, checkpoint_info(cfg, corpus, 0) | {"upcycled": origin})
-        target.close()
+        target.wait()
     total, active = model.count()
     report = {
         "workdir": str(workdir),
