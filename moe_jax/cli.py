@@ -1,4 +1,4 @@
-"""The command line: `moe-jax train | eval | generate`.
+"""The command line: `moe-jax train | eval | generate | bench`.
 
 Only the standard library is imported before the arguments are read, so that `--help` answers at once.
 Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 130 interrupted twice.
@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from moe_jax.bench.options import add_benchmarks
 
 STARTED = time.perf_counter()
 
@@ -62,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=run_generate)
+
+    text = "speed of one layer or of a train step, as a ratio to its matrix products"
+    add_benchmarks(commands.add_parser("bench", help=text, description=text))
     return top
 
 

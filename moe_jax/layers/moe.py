@@ -14,12 +14,13 @@ from moe_jax import balance, config
 from moe_jax.axes import Rules
 from moe_jax.capacity import Slots, assign, capacity, unlimited
 from moe_jax.config import MoEConfig
+from moe_jax.cost import choose
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.layers.common import ACTIVATIONS, Keys, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.ragged import Weights, over_mesh, ragged_experts
 from moe_jax.routing import QUIET, Noise, Routing, draw, route
-from moe_jax.rules import current_mesh, spec
+from moe_jax.rules import current_mesh, platform, spec
 
 FROM_CONFIG: Any = "the config's capacity factor"
 DROPLESS_GROUP = 128  # without a limit the group size changes no result, and small groups have small masks
@@ -139,22 +140,63 @@ class MoELayer(nnx.Module):
         tokens = lay(x.reshape(-1, S, D), self.rules, names=("batch", None, "act_embed"))  # [G,S,D]
         mask = jnp.ones((B, L), bool) if mask is None else mask
         mask = mask.reshape(-1, S)  # [G,S]
+        dispatch = self.dispatch_for(S, C)
+        fallback = self.moe.overflow == "fallback" and C < S
         with jax.named_scope("routing"):
-            routing, slots = self.route(tokens, mask, fold(groups, 0), C)
+            routing, slots = self.route(tokens, mask, fold(groups, 0), C, dispatch)
+            limited = slots
+            if fallback:
+                slots = unlimited(routing, self.moe)
             stats = balance.statistics(routing, slots, self.moe, mask)
-        run = self.ragged if self.moe.dispatch == "ragged" else self.buffered
-        y = run(tokens, routing, slots, C, fold(groups, 1)).reshape(B, L, D)
+        if fallback:
+            y = self.with_fallback(tokens, routing, limited, slots, C, dispatch)
+        elif dispatch == "ragged":
+            y = self.ragged(tokens, routing, slots, C)
+        else:
+            y = self.buffered(tokens, routing, slots, C, dispatch, fold(groups, 1))
+        y = y.reshape(B, L, D)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y = y + self.shared(x, rate=self.moe.expert_dropout, keys=fold(rows, 2))
         return lay(y, self.rules, names=("batch", "length", "act_embed")), stats
 
-    def buffered(self, tokens: jax.Array, routing: Routing, slots: Slots, C: int, keys: Keys) -> jax.Array:
+    def dispatch_for(self, S: int, C: int) -> str:
+        """The dispatcher of a call with groups of S tokens; `auto` asks the cost model."""
+        moe, experts = self.moe, self.experts
+        if moe.dispatch != "auto":
+            return moe.dispatch
+        E, F, _ = experts.w_down.shape
+        matrices = 2 if experts.w_gate is None else 3
+        dropless = C == S and not moe.expert_dropout  # sorted rows have no slots to draw dropout for
+        sizes = {"experts": E, "top_k": moe.top_k, "d_ff": F, "matrices": matrices, "group": S}
+        return choose(platform(), **sizes, dropless=dropless).dispatch
+
+    def with_fallback(
+        self, tokens: jax.Array, routing: Routing, limited: Slots, everyone: Slots, C: int, dispatch: str
+    ) -> jax.Array:
+        """tokens [G, S, D] -> [G, S, D] through bounded buffers, or dropless where any of them would overflow.
+
+        One predicate over all groups, so that every device takes the same branch. The dropless branch is recomputed in
+        the backward pass: a conditional saves the residuals of both its branches.
+        """
+        overflow = jnp.any(routing.valid & ~limited.kept)
+
+        def exact() -> jax.Array:
+            return jax.checkpoint(lambda t, r, s: self.ragged(t, r, s, t.shape[1]))(tokens, routing, everyone)
+
+        def fast() -> jax.Array:
+            return self.buffered(tokens, routing, limited, C, dispatch, None)
+
+        return jax.lax.cond(overflow, exact, fast)
+
+    def buffered(
+        self, tokens: jax.Array, routing: Routing, slots: Slots, C: int, dispatch: str, keys: Keys
+    ) -> jax.Array:
         """tokens [G, S, D] -> [G, S, D] through buffers of C slots an expert and group."""
-        make_plan, dispatch, combine = self.dispatcher(C, tokens.dtype)
+        make_plan, move, combine = self.dispatcher(dispatch, C, tokens.dtype)
         with jax.named_scope("dispatch"):
             plan = make_plan(routing, slots)
-            buffers = self.exchange(dispatch(tokens, plan), to_experts=True)  # [E,G,C,D]
+            buffers = self.exchange(move(tokens, plan), to_experts=True)  # [E,G,C,D]
             buffers = checkpoint_name(buffers, "dispatched")
         with jax.named_scope("experts"):
             out = self.experts(buffers, rate=self.moe.expert_dropout, keys=keys)
@@ -162,14 +204,14 @@ class MoELayer(nnx.Module):
             out = checkpoint_name(self.exchange(out, to_experts=False), "expert_out")
             return combine(out, plan)
 
-    def ragged(self, tokens: jax.Array, routing: Routing, slots: Slots, C: int, keys: Keys) -> jax.Array:
+    def ragged(self, tokens: jax.Array, routing: Routing, slots: Slots, C: int) -> jax.Array:
         """tokens [G, S, D] -> [G, S, D] through as many rows as there are kept choices."""
         weights, kind = self.experts.weights(tokens.dtype), self.experts.kind
         if self.rules is None:
             return ragged_experts(tokens, routing, slots, weights, C, kind)
         return over_mesh(self.rules, C, kind)(tokens, routing, slots, weights)
 
-    def route(self, tokens: jax.Array, mask: jax.Array, keys: Keys, slots: int) -> tuple[Routing, Slots]:
+    def route(self, tokens: jax.Array, mask: jax.Array, keys: Keys, slots: int, dispatch: str) -> tuple[Routing, Slots]:
         """Route and queue each group; everything here is local to a group."""
         logits = jnp.einsum(
             "gsd,de->gse",
@@ -181,7 +223,7 @@ class MoELayer(nnx.Module):
 
         def local(logits: jax.Array, mask: jax.Array, noise: Noise) -> tuple[Routing, Slots]:
             routing = route(logits, self.moe, mask, noise)
-            if self.moe.dispatch == "ragged" and slots == logits.shape[1]:  # all are kept, and nobody asks for places
+            if dispatch == "ragged" and slots == logits.shape[1]:  # all are kept, and nobody asks for places
                 return routing, unlimited(routing, self.moe)
             return routing, assign(routing, self.moe, slots, noise)
 
@@ -195,9 +237,9 @@ class MoELayer(nnx.Module):
         groups: PartitionSpec = spec((self.rules.batch,))
         return jax.shard_map(f, in_specs=groups, out_specs=groups)
 
-    def dispatcher(self, slots: int, dtype) -> tuple[Callable, Callable, Callable]:
-        """Plan, dispatch and combine of the config's dispatcher, over shards of groups where they gather or scatter."""
-        chosen = DISPATCHERS[self.moe.dispatch]
+    def dispatcher(self, name: str, slots: int, dtype) -> tuple[Callable, Callable, Callable]:
+        """Plan, dispatch and combine of a dispatcher, over shards of groups where they gather or scatter."""
+        chosen = DISPATCHERS[name]
 
         def plan(routing: Routing, places: Slots) -> Any:
             return chosen.plan(routing, places, slots, dtype)
