@@ -1,4 +1,4 @@
-"""The command line: `moe-jax train | eval | generate | upcycle`.
+"""The command line: `moe-jax train | eval | generate | upcycle | bench`.
 
 Only the standard library is imported before the arguments are read, so that `--help` answers at once.
 Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 130 interrupted twice.
@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from moe_jax.bench.options import add_benchmarks
 
 STARTED = time.perf_counter()
 
@@ -87,6 +89,9 @@ def parser() -> argparse.ArgumentParser:
     )
     upcycle.add_argument("--seed", type=int, metavar="N", help="of router and noise (default: train.seed)")
     upcycle.set_defaults(run=run_upcycle)
+
+    text = "speed of one layer or of a train step, as a ratio to its matrix products"
+    add_benchmarks(commands.add_parser("bench", help=text, description=text))
     return top
 
 

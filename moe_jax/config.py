@@ -310,16 +310,21 @@ def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
         want = TOP_K[kind]
         why = f"is {moe.top_k}, and the {kind} router picks {want}"
         no("top_k", why, f"set top_k={want} or router.kind=softmax_topk")
-    if moe.capacity_factor is None and moe.overflow == "error":
-        no("overflow", "is 'error', and a layer without capacity_factor never overflows", "leave it at drop")
+    if moe.capacity_factor is None and moe.overflow != "drop":
+        why = f"is {moe.overflow!r}, and a layer without capacity_factor never overflows"
+        no("overflow", why, "leave it at drop")
+    if moe.expert_dropout and (moe.dispatch == "ragged" or moe.overflow == "fallback"):
+        name = "ragged dispatch" if moe.dispatch == "ragged" else "overflow=fallback"
+        why = f"is {moe.expert_dropout}, and the sorted rows of {name} have no slots to draw its noise for"
+        no("expert_dropout", why, "set dispatch=gather and overflow=drop, or expert_dropout=0")
+    if moe.overflow == "fallback" and moe.dispatch == "ragged":
+        why = "is 'fallback', and ragged dispatch without capacity_factor is what it would fall back to"
+        no("overflow", why, "take capacity_factor out, or set dispatch=gather")
     _check_router(moe, no)
     _check_groups_of_experts(moe, no)
     _check_balance(moe, no)
     if kind == "expert_choice":
         _check_expert_choice(moe, no)
-    if moe.dispatch == "ragged" and moe.expert_dropout:
-        why = f"is {moe.expert_dropout}, and ragged dispatch has no slots to draw the noise for"
-        no("expert_dropout", why, "set dispatch=gather, or expert_dropout=0")
     return out
 
 

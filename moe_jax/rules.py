@@ -38,6 +38,12 @@ def current_mesh() -> jax.sharding.AbstractMesh:
     return mesh
 
 
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: where programs of the current mesh run, or of the default device without a mesh."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, layout: Layout) -> jax.Array:
     """`x` laid out over the current mesh.
 

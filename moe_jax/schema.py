@@ -101,9 +101,12 @@ class MoEConfig:
     priority: Literal["choice", "token", "probability", "random", "batch"] = key(
         "choice", "who gets a slot of a full expert: first choices first, or tokens in order, by gate, at random, batch"
     )
-    dispatch: Literal["einsum", "gather", "ragged"] = key("einsum", "how tokens reach their experts")
-    overflow: Literal["drop", "error"] = key(
-        "drop", "choices without a slot pass by the residual, or stop `moe-jax train`"
+    dispatch: Literal["auto", "einsum", "gather", "ragged"] = key(
+        "einsum", "how tokens reach their experts: one-hot products, index tables, sorted rows, or by the cost model"
+    )
+    overflow: Literal["drop", "error", "fallback"] = key(
+        "drop",
+        "choices without a slot pass by the residual, or stop `moe-jax train`, or the layer runs dropless that time",
     )
     balance_loss: NonNegative = key(0.0, "coefficient of the expert-level load-balance loss, summed over layers")
     balance_form: Literal["per_choice", "per_token"] = key(

@@ -179,3 +179,62 @@ order = dict(zip(names, drops))
 assert order["none"] > order["1e-3"] > order["1e-2"] > order["1e-1"], "a stronger loss drops less"
 assert order["bias"] < 0.01, "the bias balances without a loss"
 print("no balance > 1e-3 > 1e-2 > 1e-1, and the bias under 1 percent:", {n: f"{d:.2%}" for n, d in order.items()})
+
+# %% [markdown]
+# ## 4. Capacity against drops
+#
+# The model balanced by the loss `1e-2`, on held-out text, at growing capacity factors `f`: an expert has
+# `C = ceil(K*T*f/E)` slots for the `T` tokens of a step. More room drops less and costs memory and time in proportion.
+# Beside it a router that throws a fair die for each token: the least that independent choices can drop.
+
+# %%
+run = runs["1e-2"]
+checkpoints = open_workdir(run["workdir"])
+cfg = config.from_dict(checkpoints.info()["config"])
+model, mesh = Model.of(cfg), build_mesh(cfg.mesh)
+weights = checkpoints.restore_weights(model.weight_targets(mesh))
+evaluator = Evaluator(model, mesh, open_prepared(run["workdir"] / "tokens", cfg.data))
+
+factors, moe, T = [0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0], cfg.model.moe, 1024
+found = {f: evaluator.sums(weights, 8, f) for f in factors}
+measured = [1 - int(s.stats.kept.sum()) / int(s.stats.routed.sum()) for s in found.values()]
+nats = [float(s.nats / s.targets) for s in found.values()]
+dropless = evaluator.sums(weights, 8, None)
+
+dice = np.random.default_rng(0).multinomial(T, np.ones(8) / 8, size=2000)  # [2000, E], loads of fair dice
+fair = [np.maximum(dice - capacity(moe, T, f), 0).sum() / dice.sum() for f in factors]
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
+left.plot(factors, measured, "o-", label="trained router")
+left.plot(factors, fair, "s--", color=COLORS[6], label="fair dice")
+left.set(xlabel="capacity factor f", ylabel="dropped choices", title="held-out text")
+left.legend()
+right.plot(factors, nats, "o-", color=COLORS[2])
+right.axhline(float(dropless.nats / dropless.targets), color=COLORS[6], linestyle="--", label="dropless")
+right.set(xlabel="capacity factor f", ylabel="nats/token", title="held-out loss at capacity")
+right.legend()
+assert all(a >= b for a, b in zip(measured, measured[1:])), "more room never drops more"
+assert measured[0] >= 0.5 - 1e-9, "at f = 0.5 half of the choices cannot have a slot"
+assert int(dropless.stats.kept.sum()) == int(dropless.stats.routed.sum())
+print({f"f={f}": f"{m:.1%}" for f, m in zip(factors, measured)})
+
+# %% [markdown]
+# ## 5. The z-loss
+#
+# `z = mean of logsumexp(logits)^2` (Zoph et al. 2022, ST-MoE) keeps the logits of the router small. The choice of experts
+# does not need large ones, and in short number formats large logits lose their differences: bfloat16 has 8 bits, so
+# that above 256 neighbouring values are 2 apart.
+
+# %%
+runs["z"] = train("z", balance_loss="1e-2", z_loss="1e-2")
+with_z = np.array([r["z_loss"] for r in runs["z"]["steps"]])
+without = np.array([r["z_loss"] for r in runs["1e-2"]["steps"]])
+fig, ax = plt.subplots(figsize=(6, 3.2))
+ax.semilogy(STEPS, np.sqrt(without), label="no z-loss")
+ax.semilogy(STEPS, np.sqrt(with_z), label="z-loss 1e-2")
+ax.set(xlabel="step", ylabel="root mean square of logsumexp", title="size of the router's logits")
+ax.legend()
+assert with_z[-100:].mean() < 0.5 * without[-100:].mean(), "the z-loss keeps the logits smaller"
+change = runs["z"]["report"]["eval_loss"] - runs["1e-2"]["report"]["eval_loss"]
+print(f"mean z of the last 100 steps: {without[-100:].mean():.2f} without, {with_z[-100:].mean():.2f} with;")
+print(f"held-out loss {runs['1e-2']['report']['eval_loss']:.3f} without, {change:+.3f} with")

@@ -12,7 +12,7 @@ FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sort
 FLOORS = [
     ("words", {"schema", "config", "axes"}),
     ("where things live", {"mesh", "rules", "collectives"}),
-    ("mathematics", {"routing", "capacity", "balance", "dispatch", "rows", "grouped", "placement"}),
+    ("mathematics", {"routing", "capacity", "balance", "dispatch", "rows", "grouped", "cost", "placement"}),
     ("layers", {"layers", "model", "pipeline", "cache"}),
 ]
 MATHEMATICS = FLOORS[2][1]

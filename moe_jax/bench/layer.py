@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import balance
+from moe_jax import balance, cost
 from moe_jax.bench.timing import by_turns, cpu_ratio, machine, ratio
 from moe_jax.capacity import capacity
 from moe_jax.config import MoEConfig, Problem, Refused, RouterConfig
@@ -23,7 +23,6 @@ from moe_jax.layers.moe import MoELayer
 from moe_jax.layers.ragged import grouped_ffn
 from moe_jax.rows import gather_rows, sum_rows
 
-EINSUM_GROUP = 128
 PHASES = ("forward", "forward+backward")
 
 
@@ -39,7 +38,17 @@ class Shape:
     ffn: str = "relu"
     dtype: str = "float32"
     capacity_factor: float = 1.25
-    group_size: int | None = None  # unset: einsum 128, others all tokens
+    group_size: int | None = None  # unset: einsum by the cost model, others all tokens
+
+    @property
+    def matrices(self) -> int:
+        return 3 if self.ffn == "swiglu" else 2
+
+    def group(self, dispatch: str) -> int:
+        """Tokens of a group."""
+        if self.group_size or dispatch != "einsum":
+            return self.group_size or self.tokens
+        return cost.einsum_groups(self.tokens, self.d_ff, self.matrices).size
 
 
 def both(f: Callable) -> Callable:
@@ -97,7 +106,7 @@ def ideal(shape: Shape, phase: str) -> Piece:
 
 def build(shape: Shape, dispatch: str) -> tuple[MoELayer, jax.Array]:
     """The layer and its tokens [1, T, D]. Ragged dispatch drops nothing, the others hold to the capacity."""
-    group = shape.group_size or (EINSUM_GROUP if dispatch == "einsum" else shape.tokens)
+    group = shape.group(dispatch)
     if shape.tokens % group:
         why = f"{group} does not divide {shape.tokens} tokens"
         raise Refused(Problem("--group-size", why, f"use a divisor of {shape.tokens}"))
@@ -127,7 +136,7 @@ def pieces(layer: MoELayer, x: jax.Array, phase: str) -> dict[str, Piece]:
         return nnx.merge(graph, v[0])(v[1], train=True)[0]
 
     def routing(v: Any, _: Any) -> Any:
-        routed, slots = nnx.merge(graph, v[0]).route(moe, v[1], mask, None, C)
+        routed, slots = nnx.merge(graph, v[0]).route(moe, v[1], mask, None, C, moe.dispatch)
         return slots, routed, balance.statistics(routed, slots, moe, mask)
 
     slots, routed, _ = jax.jit(routing)((state, tokens), ())
@@ -150,7 +159,7 @@ def pieces(layer: MoELayer, x: jax.Array, phase: str) -> dict[str, Piece]:
         out["experts"] = Piece(experts, phase, (rows, weights), plan.sizes)
         out["combine"] = Piece(combine, phase, (rows, plan.weight), plan)
     else:
-        make_plan, move, back = layer.dispatcher(C, x.dtype)
+        make_plan, move, back = layer.dispatcher(moe.dispatch, C, x.dtype)
 
         def dispatch(v: Any, c: Any) -> Any:
             made = make_plan(c[0], c[1]._replace(gate=v[1]))
@@ -186,7 +195,8 @@ def measure(shape: Shape, dispatchers: tuple[str, ...], rounds: int = 9, parts: 
         times = by_turns(run, rounds)
         for name in dispatchers:
             layer, floor = times[f"{name}.layer"], times["ideal"]
-            group = shape.group_size or (EINSUM_GROUP if name == "einsum" else shape.tokens)
+            group = shape.group(name)
+            overhead = cost.einsum_overhead(group, shape.d_ff, shape.matrices) if name == "einsum" else None
             where = ("routing", "dispatch", "experts", "combine") if parts else ()
             rows.append(
                 {
@@ -202,6 +212,7 @@ def measure(shape: Shape, dispatchers: tuple[str, ...], rounds: int = 9, parts: 
                     "capacity_factor": None if name == "ragged" else shape.capacity_factor,
                     "phase": phase,
                     "ratio_to_ideal": ratio(layer, floor),
+                    "predicted_ratio": None if overhead is None else 1 + overhead,
                     "ratio_to_ideal_cpu": cpu_ratio(layer, floor),
                     "seconds": layer.seconds,
                     "ideal_seconds": floor.seconds,
@@ -210,12 +221,16 @@ def measure(shape: Shape, dispatchers: tuple[str, ...], rounds: int = 9, parts: 
                     "parts_seconds": {part: times[f"{name}.{part}"].seconds for part in where},
                 }
             )
-    return {"bench": "layer", **machine(), "rounds": rounds, "rows": rows}
+    rule = cost.formula(shape.group("einsum"), shape.d_ff, shape.matrices)
+    return {"bench": "layer", **machine(), "rounds": rounds, "formula": rule, "rows": rows}
 
 
 def lines(report: dict[str, Any]) -> list[str]:
     """The report as a table for people."""
-    out = [f"{'dispatcher':10} {'phase':17} {'x ideal':>7} {'x cpu':>6} {'ms':>8} {'temp MB':>8}  parts, ms"]
+    out = [
+        report["formula"],
+        f"{'dispatcher':10} {'phase':17} {'x ideal':>7} {'x cpu':>6} {'ms':>8} {'temp MB':>8}  parts, ms",
+    ]
     for r in report["rows"]:
         parts = " ".join(f"{name} {1e3 * s:.1f}" for name, s in r["parts_seconds"].items())
         memory = "-" if r["temporaries_bytes"] is None else f"{r['temporaries_bytes'] / 1e6:.0f}"

@@ -15,12 +15,13 @@ from moe_jax import balance, config
 from moe_jax.axes import Rules
 from moe_jax.capacity import Slots, assign, capacity, unlimited
 from moe_jax.config import MoEConfig
+from moe_jax.cost import choose
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.layers.common import ACTIVATIONS, Keys, constant, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.ragged import Weights, over_mesh, ragged_experts
 from moe_jax.routing import QUIET, Routing, draw, jittered, route
-from moe_jax.rules import current_mesh, spec
+from moe_jax.rules import current_mesh, platform, spec
 
 FROM_CONFIG: Any = "the config's capacity factor"
 HIGHEST = jax.lax.Precision.HIGHEST  # of the router's products (Switch, section 2.4: selective precision)
@@ -164,15 +165,25 @@ class MoELayer(nnx.Module):
 
         h = lay(x.reshape(-1, S, D), self.rules, names=("batch", None, "act_embed"))  # [G,S,D]
         mask = (jnp.ones((B, L), bool) if mask is None else mask).reshape(-1, S)  # [G,S]
+        dispatch = self.dispatch_for(moe, S, C)
+        fallback = moe.overflow == "fallback" and C < S
         with jax.named_scope("routing"):
             ids, chosen = (None if a is None else a.reshape(-1, S, *a.shape[2:]) for a in (tokens, replay))
-            routing, slots = self.route(moe, h, mask, groups, C, ids, chosen)
+            routing, slots = self.route(moe, h, mask, groups, C, dispatch, ids, chosen)
+            limited = slots
+            if fallback:
+                slots = unlimited(routing, moe)
             stats = balance.statistics(routing, slots, moe, mask, rows=B)
         if self.shared is not None:  # needs nothing of the exchange, which may overlap it
             with jax.named_scope("shared_experts"):
                 shared = self.shared(x, rate=moe.expert_dropout, keys=fold(rows, 2))
-        run = self.ragged if moe.dispatch == "ragged" else self.buffered
-        y = run(h, routing, slots, C, fold(groups, 1)).reshape(B, L, D)
+        if fallback:
+            y = self.with_fallback(h, routing, limited, slots, C, dispatch)
+        elif dispatch == "ragged":
+            y = self.ragged(h, routing, slots, C)
+        else:
+            y = self.buffered(h, routing, slots, C, dispatch, fold(groups, 1))
+        y = y.reshape(B, L, D)
         y = y if self.shared is None else y + shared
         y = lay(y, self.rules, names=("batch", "length", "act_embed"))
         if not record:
@@ -180,12 +191,42 @@ class MoELayer(nnx.Module):
         expert = jnp.where(routing.valid, routing.expert, -1)
         return y, stats, Record(expert.reshape(B, L, -1), slots.gate.reshape(B, L, -1))
 
-    def buffered(self, tokens: jax.Array, routing: Routing, slots: Slots, C: int, keys: Keys) -> jax.Array:
+    def dispatch_for(self, moe: MoEConfig, S: int, C: int) -> str:
+        """The dispatcher of a call with groups of S tokens; `auto` asks the cost model."""
+        if moe.dispatch != "auto":
+            return moe.dispatch
+        E, F, _ = self.experts.w_down.shape
+        matrices = 2 if self.experts.w_gate is None else 3
+        dropless = C == S and not moe.expert_dropout  # sorted rows have no slots to draw dropout for
+        sizes = {"experts": E, "top_k": moe.top_k, "d_ff": F, "matrices": matrices, "group": S}
+        return choose(platform(), **sizes, dropless=dropless).dispatch
+
+    def with_fallback(
+        self, tokens: jax.Array, routing: Routing, limited: Slots, everyone: Slots, C: int, dispatch: str
+    ) -> jax.Array:
+        """tokens [G, S, D] -> [G, S, D] through bounded buffers, or dropless where any of them would overflow.
+
+        One predicate over all groups, so that every device takes the same branch. The dropless branch is recomputed in
+        the backward pass: a conditional saves the residuals of both its branches.
+        """
+        overflow = jnp.any(routing.valid & ~limited.kept)
+
+        def exact() -> jax.Array:
+            return jax.checkpoint(lambda t, r, s: self.ragged(t, r, s, t.shape[1]))(tokens, routing, everyone)
+
+        def fast() -> jax.Array:
+            return self.buffered(tokens, routing, limited, C, dispatch, None)
+
+        return jax.lax.cond(overflow, exact, fast)
+
+    def buffered(
+        self, tokens: jax.Array, routing: Routing, slots: Slots, C: int, dispatch: str, keys: Keys
+    ) -> jax.Array:
         """tokens [G, S, D] -> [G, S, D] through buffers of C slots an expert and group."""
-        make_plan, dispatch, combine = self.dispatcher(C, tokens.dtype)
+        make_plan, move, combine = self.dispatcher(dispatch, C, tokens.dtype)
         with jax.named_scope("dispatch"):
             plan = make_plan(None, routing, slots)
-            buffers = self.exchange(dispatch(tokens, plan), to_experts=True)  # [E,G,C,D]
+            buffers = self.exchange(move(tokens, plan), to_experts=True)  # [E,G,C,D]
             buffers = checkpoint_name(buffers, "dispatched")
         with jax.named_scope("experts"):
             out = self.experts(buffers, rate=self.moe.expert_dropout, keys=keys)
@@ -193,7 +234,7 @@ class MoELayer(nnx.Module):
             out = checkpoint_name(self.exchange(out, to_experts=False), "expert_out")
             return combine(out, plan)
 
-    def ragged(self, tokens: jax.Array, routing: Routing, slots: Slots, C: int, keys: Keys) -> jax.Array:
+    def ragged(self, tokens: jax.Array, routing: Routing, slots: Slots, C: int) -> jax.Array:
         """tokens [G, S, D] -> [G, S, D] through as many rows as there are kept choices."""
         weights, kind = self.experts.weights(tokens.dtype), self.experts.kind
         if self.rules is None:
@@ -228,7 +269,9 @@ class MoELayer(nnx.Module):
             h = jax.nn.gelu(jnp.einsum("gsd,dw->gsw", h, self.gate_in[...], precision=HIGHEST))
         return jnp.einsum("gsd,de->gse", h, self.router[...], precision=HIGHEST), spread
 
-    def route(self, moe: MoEConfig, h, mask, keys: Keys, C: int, ids=None, chosen=None) -> tuple[Routing, Slots]:
+    def route(
+        self, moe: MoEConfig, h: jax.Array, mask: jax.Array, keys: Keys, C: int, dispatch: str, ids=None, chosen=None
+    ) -> tuple[Routing, Slots]:
         """Route and queue each group [G, S, D]; all that follows the logits is local to a group."""
         logits, spread = self.scores(h, fold(keys, 3))
         noise = QUIET if keys is None else jax.vmap(lambda k: draw(k, moe, logits.shape[1:]))(fold(keys, 0))
@@ -236,7 +279,7 @@ class MoELayer(nnx.Module):
         def local(bias, logits, mask, noise, spread, ids, chosen) -> tuple[Routing, Slots]:
             given = {"bias": bias, "spread": spread, "ids": ids, "slots": C, "chosen": chosen}
             routing = route(logits, moe, mask, noise, **given)
-            if moe.dispatch == "ragged" and C == logits.shape[1]:  # all are kept, and nobody asks for places
+            if dispatch == "ragged" and C == logits.shape[1]:  # all are kept, and nobody asks for places
                 return routing, unlimited(routing, moe)
             return routing, assign(routing, moe, C, noise)
 
@@ -256,9 +299,9 @@ class MoELayer(nnx.Module):
 
         return over
 
-    def dispatcher(self, slots: int, dtype) -> tuple[Callable, Callable, Callable]:
-        """Plan, dispatch and combine of the config's dispatcher, over shards of groups where they gather or scatter."""
-        chosen = DISPATCHERS[self.moe.dispatch]
+    def dispatcher(self, name: str, slots: int, dtype) -> tuple[Callable, Callable, Callable]:
+        """Plan, dispatch and combine of a dispatcher, over shards of groups where they gather or scatter."""
+        chosen = DISPATCHERS[name]
 
         def plan(_: None, routing: Routing, places: Slots) -> Any:
             return chosen.plan(routing, places, slots, dtype)
