@@ -320,6 +320,9 @@ def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
     if moe.overflow == "fallback" and moe.dispatch == "ragged":
         why = "is 'fallback', and ragged dispatch without capacity_factor is what it would fall back to"
         no("overflow", why, "take capacity_factor out, or set dispatch=gather")
+    if moe.group_size == "auto" and moe.dispatch == "auto":
+        why = "is 'auto' with dispatch=auto: what is dropped would depend on the platform"
+        no("group_size", why, "name the dispatcher, for example dispatch=einsum, or give a number")
     _check_router(moe, no)
     _check_groups_of_experts(moe, no)
     _check_balance(moe, no)
@@ -498,7 +501,7 @@ def _check_groups(cfg: Config) -> list[Problem]:
     """Group sizes against sequences, microbatches and the mesh."""
     moe, length = cfg.model.moe, cfg.data.length
     assert moe is not None
-    size = moe.group_size or length
+    size = moe.group_size if isinstance(moe.group_size, int) else length  # auto: a divisor of it
     rows = cfg.data.batch // cfg.train.microbatches
     shards = cfg.mesh.over(cfg.rules.batch)
     if size % length and length % size:

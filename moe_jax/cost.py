@@ -6,6 +6,8 @@ One-hot products cost in proportion to the tokens of a group and nothing else do
 
 from typing import NamedTuple
 
+from moe_jax.config import MoEConfig
+
 EINSUM_LIMIT = 0.25  # overhead that a group size is chosen for
 TPU_LIMIT = 0.125  # below it the one-hot products of a TPU are as fast as index tables: S <= F/8 with two matrices
 
@@ -62,3 +64,30 @@ def choose(platform: str, *, experts: int, top_k: int, d_ff: int, matrices: int,
         return Choice("einsum", why)
     why = f"index tables cost 0.01 to 0.15 of the expert products on {platform}"
     return Choice("gather", f"{why}; {formula(group, d_ff, matrices)}")
+
+
+def group_size(setting: int | str | None, dispatch: str, length: int, d_ff: int, matrices: int) -> int:
+    """Tokens of a routing group: the setting, or one sequence; `auto` takes the part of one that keeps einsum cheap."""
+    if isinstance(setting, int):
+        return setting
+    if setting == "auto" and dispatch == "einsum":
+        return einsum_groups(length, d_ff, matrices).size
+    return length
+
+
+def describe(platform: str, moe: MoEConfig, *, length: int, d_ff: int, matrices: int) -> str:
+    """The dispatcher and the groups of a training step in words, with the cost of one-hot products where they are used.
+
+    Args:
+        length: tokens of a sequence.
+        d_ff: hidden width of an expert.
+    """
+    S = group_size(moe.group_size, moe.dispatch, length, d_ff, matrices)
+    sizes = {"experts": moe.experts, "top_k": moe.top_k, "d_ff": d_ff, "matrices": matrices, "group": S}
+    picked, why = moe.dispatch, "as set"
+    if moe.dispatch == "auto":
+        picked, why = choose(platform, **sizes, dropless=moe.capacity_factor is None and not moe.expert_dropout)
+    elif moe.dispatch == "einsum":
+        why = formula(S, d_ff, matrices)
+    groups = "" if moe.capacity_factor is None else f", groups of {S:,} tokens"
+    return f"dispatch {picked}{groups} ({why})"

@@ -97,7 +97,9 @@ class MoEConfig:
     )
     eval_capacity_factor: Positive | None = key(None, "capacity factor in evaluation; unset: dropless")
     min_capacity: Count = key(4, "least capacity of an expert")
-    group_size: Count | None = key(None, "tokens S that compete for capacity; unset: one sequence")
+    group_size: Count | Literal["auto"] | None = key(
+        None, "tokens S that compete for capacity; unset: one sequence; auto: as many of it as keep einsum cheap"
+    )
     priority: Literal["choice", "token", "probability", "random", "batch"] = key(
         "choice", "who gets a slot of a full expert: first choices first, or tokens in order, by gate, at random, batch"
     )

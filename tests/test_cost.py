@@ -2,6 +2,8 @@
 
 import pytest
 
+from moe_jax import cost
+from moe_jax.config import MoEConfig
 from moe_jax.cost import choose, einsum_groups, einsum_overhead
 
 
@@ -42,3 +44,17 @@ def test_choice_and_reason(platform, options, want, why):
     usual = dict(experts=8, top_k=2, d_ff=2048, matrices=2, group=512, dropless=False)
     choice = choose(platform, **(usual | options))
     assert choice.dispatch == want and why in choice.reason
+
+
+def test_settings_in_words():
+    """What a run says of itself: the dispatcher, the groups, and the cost or the reason."""
+
+    def words(**settings):
+        moe = MoEConfig(experts=8, top_k=2, capacity_factor=settings.pop("capacity_factor", 1.25), **settings)
+        return cost.describe("cpu", moe, length=512, d_ff=512, matrices=3)
+
+    auto = words(dispatch="einsum", group_size="auto")
+    assert "dispatch einsum, groups of 128 tokens" in auto and "2*128/(3*512) = 0.167" in auto
+    assert "dispatch gather, groups of 512 tokens" in words(dispatch="auto")
+    assert "dispatch ragged (dropless" in words(dispatch="auto", capacity_factor=None)
+    assert "dispatch gather, groups of 64 tokens" in words(dispatch="gather", group_size=64)

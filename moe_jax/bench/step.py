@@ -11,6 +11,7 @@ from moe_jax import mesh as meshes
 from moe_jax.bench.timing import by_turns, cpu_ratio, machine, ratio
 from moe_jax.capacity import capacity
 from moe_jax.config import Config, ModelConfig, Problem, Refused
+from moe_jax.cost import group_size
 from moe_jax.layers.attention import QUERY_BLOCK, QUERY_BLOCKS
 from moe_jax.rules import sharding
 from moe_jax.train.state import Model
@@ -47,7 +48,8 @@ def layer_products(m: ModelConfig, kind: str, B: int, L: int) -> list[Product]:
     if kind == "dense" or m.moe is None:
         return out + ffn_products(T, 1, D, m.d_ff, m.ffn)
     moe = m.moe
-    F, S = moe.d_ff or m.d_ff, moe.group_size or L
+    F = moe.d_ff or m.d_ff
+    S = group_size(moe.group_size, moe.dispatch, L, F, 3 if m.ffn == "swiglu" else 2)
     # Without a limit, the rows in use: what sorted rows multiply, and buffers that drop nothing exceed.
     dropless = moe.capacity_factor is None
     rows = -(-moe.top_k * T // moe.experts) if dropless else capacity(moe, S, moe.capacity_factor) * (T // S)

@@ -11,11 +11,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from moe_jax import balance, config
+from moe_jax import balance, config, cost
 from moe_jax.axes import Rules
 from moe_jax.capacity import Slots, assign, capacity, unlimited
 from moe_jax.config import MoEConfig
-from moe_jax.cost import choose
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.layers.common import ACTIVATIONS, Keys, constant, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
@@ -58,6 +57,11 @@ class Experts(nnx.Module):
         self.w_gate = param(rngs, (E, D, F), up, fan_in(D)) if kind == "swiglu" else None
         self.w_up = param(rngs, (E, D, F), up, fan_in(D))
         self.w_down = param(rngs, (E, F, D), down, fan_in(F))
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of an expert."""
+        return 2 if self.w_gate is None else 3
 
     def weights(self, dtype) -> Weights:
         """The matrices in `dtype`, for grouped products."""
@@ -196,10 +200,9 @@ class MoELayer(nnx.Module):
         if moe.dispatch != "auto":
             return moe.dispatch
         E, F, _ = self.experts.w_down.shape
-        matrices = 2 if self.experts.w_gate is None else 3
         dropless = C == S and not moe.expert_dropout  # sorted rows have no slots to draw dropout for
-        sizes = {"experts": E, "top_k": moe.top_k, "d_ff": F, "matrices": matrices, "group": S}
-        return choose(platform(), **sizes, dropless=dropless).dispatch
+        sizes = {"experts": E, "top_k": moe.top_k, "d_ff": F, "matrices": self.experts.matrices, "group": S}
+        return cost.choose(platform(), **sizes, dropless=dropless).dispatch
 
     def with_fallback(
         self, tokens: jax.Array, routing: Routing, limited: Slots, everyone: Slots, C: int, dispatch: str
@@ -332,7 +335,8 @@ class MoELayer(nnx.Module):
         """Tokens S of a group for a call on [B, L]."""
         if factor is None and self.moe.router.kind != "expert_choice":
             return next(s for s in range(min(L, DROPLESS_GROUP), 0, -1) if L % s == 0)
-        S = self.moe.group_size or L
+        F = self.experts.w_down.shape[1]
+        S = cost.group_size(self.moe.group_size, self.moe.dispatch, L, F, self.experts.matrices)
         if (L % S and S % L) or B * L % S:
             raise ValueError(
                 f"moe.group_size={S} fits no [B={B}, L={L}]: use a divisor of L, or a multiple dividing B*L"

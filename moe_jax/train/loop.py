@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from moe_jax import mesh as meshes
 from moe_jax.checkpoint import Checkpoints, check_workdir
 from moe_jax.config import Config, Problem, Refused
+from moe_jax.cost import describe
 from moe_jax.data import Windows, batches, bigram_loss, load_tokenizer, prepare
 from moe_jax.generate import Generator
 from moe_jax.health import Watch
@@ -182,12 +183,21 @@ class Run:
         note = self.screen.note
         note(f"{self.cfg.name}: {total:,} parameters, {active:,} of them active for a token")
         note(f"mesh {self.cfg.mesh}, on {jax.device_count()} {jax.devices()[0].platform} device(s)")
+        if self.cfg.model.moe is not None:
+            note(self.dispatch())
         note(f"workdir {self.workdir}")
         note(f"text {self.cfg.data.path}: {len(self.corpus.train):,} tokens, {len(self.corpus.heldout):,} held out")
         if self.resumed_at is not None:
             note(f"goes on from the checkpoint at step {self.resumed_at}")
         for line in self.changed:
             note(f"changed since that checkpoint: {line}")
+
+    def dispatch(self) -> str:
+        """The dispatcher, the groups and why, in words."""
+        m, moe = self.cfg.model, self.cfg.model.moe
+        assert moe is not None
+        matrices, platform = 3 if m.ffn == "swiglu" else 2, jax.devices()[0].platform
+        return describe(platform, moe, length=self.cfg.data.length, d_ff=moe.d_ff or m.d_ff, matrices=matrices)
 
     def compile(self, state: State, seed: jax.Array) -> Any:
         """The train step for these shapes; the old state's memory is reused for the new one."""
@@ -262,6 +272,7 @@ class Run:
             "params_total": total,
             "params_active": active,
             "mesh": self.cfg.mesh.sizes,
+            "dispatch": None if self.cfg.model.moe is None else self.dispatch(),
             "alarms": self.alarms,
             "devices": jax.device_count(),
             "platform": jax.devices()[0].platform,
