@@ -228,7 +228,7 @@ class MoELayer(nnx.Module):
         """tokens [G, S, D] -> [G, S, D] through buffers of C slots an expert and group."""
         make_plan, move, combine = self.dispatcher(dispatch, C, tokens.dtype)
         with jax.named_scope("dispatch"):
-            plan = make_plan(None, routing, slots)
+            plan = make_plan(routing, slots)
             buffers = self.exchange(move(tokens, plan), to_experts=True)  # [E,G,C,D]
             buffers = checkpoint_name(buffers, "dispatched")
         with jax.named_scope("experts"):
@@ -287,18 +287,22 @@ class MoELayer(nnx.Module):
             return routing, assign(routing, moe, C, noise)
 
         bias = None if self.bias is None else self.bias[...]
-        return self.per_group(local)(bias, logits, mask, noise, spread, ids, chosen)
+        return self.per_group(local, shared=1)(bias, logits, mask, noise, spread, ids, chosen)
 
-    def per_group(self, f: Callable) -> Callable:
-        """`f(shared, *groups)` over shards of groups. The compiler would gather the groups for a top-k or a sort."""
+    def per_group(self, f: Callable, shared: int = 0) -> Callable:
+        """`f` over shards of groups. The compiler would gather the groups for a top-k or a sort.
+
+        Args:
+            shared: leading arguments that every group needs whole.
+        """
         if self.rules is None:
             return f
         current_mesh()
         groups: PartitionSpec = spec((self.rules.batch,))
 
-        def over(shared: Any, *grouped: Any) -> Any:
-            specs = (PartitionSpec(), *(groups for _ in grouped))
-            return jax.shard_map(f, in_specs=specs, out_specs=groups)(shared, *grouped)
+        def over(*args: Any) -> Any:
+            specs = tuple(PartitionSpec() if i < shared else groups for i in range(len(args)))
+            return jax.shard_map(f, in_specs=specs, out_specs=groups)(*args)
 
         return over
 
@@ -306,7 +310,7 @@ class MoELayer(nnx.Module):
         """Plan, dispatch and combine of a dispatcher, over shards of groups where they gather or scatter."""
         chosen = DISPATCHERS[name]
 
-        def plan(_: None, routing: Routing, places: Slots) -> Any:
+        def plan(routing: Routing, places: Slots) -> Any:
             return chosen.plan(routing, places, slots, dtype)
 
         if self.rules is None or not chosen.local:
