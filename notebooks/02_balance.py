@@ -82,16 +82,17 @@ RUNS = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## The model
 #
-# Two layers, each with 8 experts of which a token uses one (`K = 1`), on bytes. Each expert has room for 1.25 times its
+# Two layers, each with 8 experts of which a token uses two (`K = 2`), on bytes. Each expert has room for 1.25 times its
 # fair share of the 1,024 tokens of a step; what finds no slot is **dropped**: it passes by the layer. `train` is the same
 # program as `moe-jax train`; only the settings of the balance differ between the runs below.
 
 # %%
 SETTINGS = """
-mesh.data=1 mesh.expert=1 model.layers=2 model.moe.every=1 model.d_model=64 model.d_ff=128 model.heads=2
-model.moe.dispatch=gather model.moe.capacity_factor=1.25 model.moe.group_size=1024 model.moe.z_loss=0
-model.moe.router.kind=softmax_topk data.length=64 data.batch=16 train.steps=400 train.eval_batches=8
-train.tensorboard=false train.sample=
+mesh.data=1 mesh.expert=1 model.layers=2 model.d_model=64 model.d_ff=128 model.heads=2
+model.moe.every=1 model.moe.top_k=2 model.moe.d_ff=64 model.moe.dispatch=gather model.moe.z_loss=0
+model.moe.router.kind=softmax_topk model.moe.router.normalize=before
+model.moe.capacity_factor=1.25 model.moe.group_size=1024
+data.length=64 data.batch=16 train.steps=400 train.eval_batches=8 train.tensorboard=false train.sample=
 """.split()
 STEPS = np.arange(1, 401)
 
@@ -185,7 +186,7 @@ print("no balance > 1e-3 > 1e-2 > 1e-1, and the bias under 1 percent:", {n: f"{d
 #
 # The model balanced by the loss `1e-2`, on held-out text, at growing capacity factors `f`: an expert has
 # `C = ceil(K*T*f/E)` slots for the `T` tokens of a step. More room drops less and costs memory and time in proportion.
-# Beside it a router that throws a fair die for each token: the least that independent choices can drop.
+# Beside it a router that throws fair dice for each choice: the least that independent choices drop.
 
 # %%
 run = runs["1e-2"]
@@ -201,7 +202,7 @@ measured = [1 - int(s.stats.kept.sum()) / int(s.stats.routed.sum()) for s in fou
 nats = [float(s.nats / s.targets) for s in found.values()]
 dropless = evaluator.sums(weights, 8, None)
 
-dice = np.random.default_rng(0).multinomial(T, np.ones(8) / 8, size=2000)  # [2000, E], loads of fair dice
+dice = np.random.default_rng(0).multinomial(2 * T, np.ones(8) / 8, size=2000)  # [2000, E], loads of fair dice
 fair = [np.maximum(dice - capacity(moe, T, f), 0).sum() / dice.sum() for f in factors]
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
