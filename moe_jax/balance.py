@@ -55,13 +55,10 @@ def first_only(moe: MoEConfig) -> bool:
     return choice == "first"
 
 
-def counted(routing: Routing, mask: jax.Array, moe: MoEConfig) -> tuple[jax.Array, jax.Array]:
-    """The choices that the balance loss counts and whether each is one.
-
-    First choices count whether or not they were kept; a token's first choice is valid unless it is padding.
-    """
+def counted(routing: Routing, moe: MoEConfig) -> tuple[jax.Array, jax.Array]:
+    """The choices that the balance loss counts, kept or not, and whether each is one."""
     if first_only(moe):
-        return routing.expert[..., :1], mask[..., None]
+        return routing.expert[..., :1], routing.valid[..., :1]
     return routing.expert, routing.valid
 
 
@@ -77,7 +74,7 @@ def statistics(
     mask = jnp.ones(routing.prob.shape[:-1], bool) if mask is None else mask
     lead = tuple(range(routing.prob.ndim - 1))
     load = count_experts(routing.expert, routing.valid, E)
-    count = count_experts(*counted(routing, mask, moe), E) if first_only(moe) else load
+    count = count_experts(*counted(routing, moe), E) if first_only(moe) else load
     log_z = jax.nn.logsumexp(routing.logits, axis=-1)  # [..., S]
     surprise = jax.lax.stop_gradient(-(routing.prob * jnp.log(routing.prob + 1e-30)).sum(-1))
     stats = Stats(
@@ -118,33 +115,33 @@ def by_sequence(routing: Routing, mask: jax.Array, moe: MoEConfig, rows: int) ->
     def row(x: jax.Array, *last: int) -> jax.Array:
         return x.reshape(rows, -1, *last)
 
-    expert, valid = counted(routing, mask, moe)
+    expert, valid = counted(routing, moe)
     mask = row(mask)  # [rows, L]
     prob = jnp.where(mask[..., None], row(routing.prob, E), 0.0).sum(1)  # [rows, E]
     tokens = jnp.maximum(mask.sum(1), 1).astype(jnp.float32)  # [rows]
 
-    def loss(expert: jax.Array, valid: jax.Array) -> jax.Array:
+    def loss(expert: jax.Array, valid: jax.Array, form: str) -> jax.Array:
         """Sum over sequences of E sum_i f_i P_i."""
         count = hits(expert, valid, E).sum((1, 2), dtype=jnp.int32)  # [rows, E]
-        return per_count(count, prob, tokens, moe).sum()
+        return per_count(count, prob, tokens, form).sum()
 
     out = {"sequences": mask.any(1).sum(dtype=jnp.int32)}
     if moe.balance_over == "sequence":
-        out["by_sequence"] = loss(row(expert, expert.shape[-1]), row(valid, valid.shape[-1]))
+        out["by_sequence"] = loss(row(expert, expert.shape[-1]), row(valid, valid.shape[-1]), moe.balance_form)
     if moe.sequence_loss:
         assert routing.ranked is not None
         ranked = row(routing.ranked, moe.top_k)  # [rows, L, K]
-        out["unbiased"] = loss(ranked, jnp.broadcast_to(mask[..., None], ranked.shape))
+        out["unbiased"] = loss(ranked, jnp.broadcast_to(mask[..., None], ranked.shape), "per_choice")
     return out
 
 
-def per_count(count: jax.Array, prob: jax.Array, tokens: jax.Array, moe: MoEConfig) -> jax.Array:
-    """E sum_i f_i P_i from counts and sums of probabilities [..., E] over tokens [...]."""
+def per_count(count: jax.Array, prob: jax.Array, tokens: jax.Array, form: str) -> jax.Array:
+    """E sum_i f_i P_i, f_i by `balance_form`, from counts and sums of probabilities [..., E] over tokens [...]."""
     counted = jnp.maximum(count.sum(-1, keepdims=True), 1)  # K a token, or 1, or what a random policy kept
     share = count.astype(jnp.float32) / counted.astype(jnp.float32)  # [..., E]
-    if moe.balance_form == "per_token":
+    if form == "per_token":
         share = count.astype(jnp.float32) / tokens[..., None]
-    return moe.experts * (share * prob / tokens[..., None]).sum(-1)
+    return count.shape[-1] * (share * prob / tokens[..., None]).sum(-1)
 
 
 def token_count(stats: Stats) -> jax.Array:
@@ -160,7 +157,7 @@ def balance_loss(stats: Stats, moe: MoEConfig) -> jax.Array:
     `balance_form="per_token"` f_i counts choices a token, K times as much, as transformers does for Mixtral. The
     gradient flows through P alone. Works on one layer or on [layers, ...].
     """
-    return per_count(stats.count, stats.prob, token_count(stats), moe)
+    return per_count(stats.count, stats.prob, token_count(stats), moe.balance_form)
 
 
 def expert_loss(stats: Stats, moe: MoEConfig) -> jax.Array:
@@ -212,7 +209,7 @@ def communication_loss(stats: Stats, moe: MoEConfig) -> jax.Array:
 def squared_cv(x: jax.Array) -> jax.Array:
     """Squared coefficient of variation over the last axis: population variance over squared mean."""
     mean = x.mean(-1)
-    return x.var(-1) / (mean**2 + 1e-10)
+    return x.var(-1) / jnp.maximum(mean**2, 1e-20)
 
 
 def importance_loss(stats: Stats, moe: MoEConfig) -> jax.Array:

@@ -145,7 +145,7 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
 class Trained:
     """A trained model opened for reading: its config with overrides, mesh, text and parameters."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, *, decodes: bool = False):
         from moe_jax import config, mesh
         from moe_jax.checkpoint import open_workdir
         from moe_jax.data import open_prepared
@@ -155,6 +155,8 @@ class Trained:
         for text in args.overrides:
             tree = config.override(tree, text)
         self.cfg = config.from_dict(tree)
+        if decodes:
+            config.require_decoding(self.cfg.model)
         mesh.prepare_devices(self.cfg.mesh, args.fake_devices)
         self.mesh = mesh.build_mesh(self.cfg.mesh)
         from moe_jax.train.state import Model
@@ -203,7 +205,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
             problems.append(Problem("--prompt", f"is not UTF-8: {prompt[:40]!a}", "convert it to UTF-8"))
     if problems:
         raise Refused(*problems)
-    trained = Trained(args)
+    trained = Trained(args, decodes=True)
     from moe_jax.generate import Generator, Sampling
 
     tokenizer = trained.corpus.tokenizer

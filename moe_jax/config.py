@@ -292,6 +292,7 @@ def _idle(table: Any, prefix: str, names: Sequence[str], why: str, remedy: str) 
 
 
 TOP_K = {"switch": 1, "gshard": 2}
+STEERING = ("balance_loss", "importance_loss", "load_loss", "device_loss", "communication_loss")  # towards equal loads
 GROUPED = ("deepseek_v2", "deepseek_v3")
 BIASED = ("softmax_topk", *GROUPED)
 
@@ -360,10 +361,13 @@ def _check_router(moe: MoEConfig, no: Refuse) -> None:
         no("router.gate_width", f"is {moe.router.gate_width} with a linear gate", "set router.gate=mlp")
     if kind == "hash":
         learned = [n for n in ("gate", "jitter") if getattr(moe.router, n) not in ("linear", 0.0)]
-        learned += [n for n in ("z_loss", "balance_loss", "sequence_loss", "device_loss") if getattr(moe, n)]
+        learned += [n for n in (*STEERING, "sequence_loss", "z_loss") if getattr(moe, n)]
         for name in learned:
             where = f"router.{name}" if name in ("gate", "jitter") else name
             no(where, "has no effect on the hash router, which learns nothing", "leave it out")
+        if moe.priority in ("probability", "batch"):
+            why = f"is {moe.priority!r}, and to the hash router all choices are equally probable"
+            no("priority", why, "use choice, token or random")
     if moe.router.force_std != RouterConfig.force_std and moe.router.force != "biased":
         no("router.force_std", f"is {moe.router.force_std:g} without router.force=biased", "set router.force=biased")
 
@@ -400,12 +404,14 @@ def _check_groups_of_experts(moe: MoEConfig, no: Refuse) -> None:
             no("router.group_score", why, "use max or sum2, or a topk_groups that divides top_k")
     elif r.group_score is not None:
         no("router.group_score", "has no effect while every group may be used", "set router.topk_groups")
+    if r.groups > 1 and r.topk_groups is None:
+        no("router.groups", f"is {r.groups}, and every group may be used", "set router.topk_groups, or groups=1")
 
 
 def _check_balance(moe: MoEConfig, no: Refuse) -> None:
     """Losses and the bias: what they need, and what fights what."""
     kind = moe.router.kind
-    steering = [n for n in ("balance_loss", "importance_loss", "load_loss", "device_loss") if getattr(moe, n)]
+    steering = [n for n in STEERING if getattr(moe, n)]
     if moe.bias_rate is not None:
         if kind not in BIASED:
             no(
@@ -421,6 +427,8 @@ def _check_balance(moe: MoEConfig, no: Refuse) -> None:
     if moe.load_loss and kind != "noisy_topk":
         why = f"the counts of the {kind} router have no gradient"
         no("load_loss", why, "set router.kind=noisy_topk, or use balance_loss or importance_loss")
+    elif moe.load_loss and moe.router.force is not None:
+        no("load_loss", "has no effect on forced choices, which noise does not move", "take it or router.force out")
     if moe.device_loss or moe.communication_loss:
         name = "device_loss" if moe.device_loss else "communication_loss"
         if moe.balance_devices is None:
@@ -430,6 +438,10 @@ def _check_balance(moe: MoEConfig, no: Refuse) -> None:
     if moe.balance_devices is not None and moe.experts % moe.balance_devices:
         why = f"{moe.experts} experts do not divide into {moe.balance_devices} groups"
         no("balance_devices", why, "use a divisor of experts")
+    limited = moe.router.topk_groups is not None and moe.balance_devices not in (None, moe.router.groups)
+    if moe.communication_loss and limited:
+        why = f"is {moe.balance_devices}, and a token may use {moe.router.topk_groups} of {moe.router.groups} groups"
+        no("balance_devices", why, "set it to router.groups, of which the communication loss knows the limit")
     for name in ("balance_form", "balance_over"):
         if getattr(moe, name) != getattr(MoEConfig, name) and not moe.balance_loss:
             no(name, f"is {getattr(moe, name)!r} without a balance loss", "set balance_loss, for example 0.01")
@@ -449,8 +461,10 @@ def _check_expert_choice(moe: MoEConfig, no: Refuse) -> None:
         no("overflow", f"is {moe.overflow!r}, and expert_choice never overflows", "leave it unset")
     if moe.router.force is not None:
         no("router.force", "forces the choice of tokens, and here experts choose", "use another router.kind")
-    for name in ("balance_loss", "sequence_loss", "device_loss", "communication_loss", "importance_loss"):
-        if getattr(moe, name):
+    if moe.router.balance is not None:
+        no("router.balance", f"is {moe.router.balance!r}, and here a token has no choices", "leave it unset")
+    for name in (*STEERING, "sequence_loss"):
+        if getattr(moe, name) and name != "load_loss":
             no(name, "has no effect: expert_choice is balanced by construction", "leave it out")
 
 
@@ -497,6 +511,24 @@ def _check_optimizer(o: OptimizerConfig) -> list[Problem]:
     return out
 
 
+def check_decoding(m: ModelConfig) -> list[Problem]:
+    """What a model cannot do one token at a time."""
+    if m.moe is None or m.moe.router.kind != "expert_choice":
+        return []
+    why = "with expert_choice experts choose among the tokens of a sequence, and decoding has one token at a time"
+    return [Problem("model.moe.router.kind", why, "use a model with another router, or evaluate whole sequences")]
+
+
+def require_decoding(m: ModelConfig) -> None:
+    """Refuse a model that cannot generate text.
+
+    Raises:
+        ConfigError: names the router and what to use instead.
+    """
+    if problems := check_decoding(m):
+        raise ConfigError(*problems)
+
+
 def _check_groups(cfg: Config) -> list[Problem]:
     """Group sizes against sequences, microbatches and the mesh."""
     moe, length = cfg.model.moe, cfg.data.length
@@ -540,6 +572,8 @@ def check(cfg: Config) -> list[Problem]:
         no("mesh.expert", why, f"use a divisor of {moe.experts}, or set model.moe.experts to a multiple of {n}")
     if moe is None and mesh.expert > 1 and "expert" not in cfg.rules.batch:
         no("mesh.expert", "a dense model has no experts to split", "set mesh.expert=1")
+    if train.sample is not None and check_decoding(cfg.model):
+        no("train.sample", "asks for text, and expert_choice cannot decode a token at a time", "set train.sample= ")
     if data.length > cfg.model.max_length:
         no("data.length", f"{data.length} exceeds model.max_length={cfg.model.max_length}", "raise model.max_length")
     return out

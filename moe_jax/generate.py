@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.cache import Cache
-from moe_jax.config import Problem, Refused
+from moe_jax.config import Problem, Refused, require_decoding
 from moe_jax.rules import sharding
 from moe_jax.train.state import Model, Weights
 
@@ -48,9 +48,14 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling, known: int) -
 
 
 class Generator:
-    """Compiled generation for one model, mesh and shape."""
+    """Compiled generation for one model, mesh and shape.
+
+    Raises:
+        ConfigError: a router that needs the whole sequence.
+    """
 
     def __init__(self, model: Model, mesh: Mesh, known: int, stop: int, sampling: Sampling = SAMPLING):
+        require_decoding(model.cfg.model)
         self.model, self.mesh, self.known, self.stop, self.sampling = model, mesh, known, stop, sampling
 
     def keys(self, step: jax.Array, rows: int) -> jax.Array:

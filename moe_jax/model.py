@@ -180,6 +180,8 @@ class Transformer(nnx.Module):
                 values[name] = [value] * count
             elif len(value) != count:
                 raise ValueError(f"{name} lists {len(value)} values for {count} MoE layers")
+        if record and len(set(values["top_k"])) > 1:
+            raise ValueError("record needs as many choices in every layer, and top_k differs: record without the list")
         pairs = zip(*values.values(), strict=True)
         return [{"capacity_factor": f, "top_k": k, "record": record} for f, k in pairs]
 
@@ -230,7 +232,10 @@ class Transformer(nnx.Module):
 
         Args:
             lengths: [B] int32 tokens of each prompt; default: all `width`.
+        Raises:
+            ConfigError: a router that needs the whole sequence.
         """
+        config.require_decoding(self.m)
         if places > self.m.max_length:
             raise ValueError(f"a cache of {places} places exceeds model.max_length={self.m.max_length}")
         start = jnp.zeros((batch,), jnp.int32) if lengths is None else (width - lengths).astype(jnp.int32)

@@ -50,7 +50,8 @@ class Inputs(NamedTuple):
     spread: jax.Array | None = None  # [..., S, E] float32 > 0, noisy_topk: standard deviation of its noise
     ids: jax.Array | None = None  # [..., S] int32, hash: token ids
     slots: int | None = None  # expert_choice: tokens an expert takes
-    chosen: jax.Array | None = None  # [..., S, K] int32 experts to take in place of the router's, -1 for none
+    chosen: jax.Array | None = None  # [..., S, K] int32 experts to take in place of the router's
+    asked: jax.Array | None = None  # [..., S, K] bool, which of those are choices; there if `chosen` is
 
 
 class Choice(NamedTuple):
@@ -86,8 +87,8 @@ def jittered(x: jax.Array, jitter: float, key: jax.Array | None) -> jax.Array:
 
 
 def pick(values: jax.Array, index: jax.Array) -> jax.Array:
-    """values [..., E] at index [..., K]; index -1 gives a value that is not used."""
-    return jnp.take_along_axis(values, jnp.maximum(index, 0), axis=-1)
+    """values [..., E] at index [..., K]."""
+    return jnp.take_along_axis(values, index, axis=-1)
 
 
 def best(scores: jax.Array, k: int) -> jax.Array:
@@ -98,6 +99,11 @@ def best(scores: jax.Array, k: int) -> jax.Array:
 def normalized(gate: jax.Array) -> jax.Array:
     """Gates [..., K] divided by their sum."""
     return gate / (gate.sum(-1, keepdims=True) + 1e-9)  # 1e-9 as in mesh-tensorflow's top-2 gating
+
+
+def softmax_of(logits: jax.Array, i: Inputs) -> jax.Array:
+    """Softmax over the logits [..., K] of the choices."""
+    return jax.nn.softmax(logits if i.asked is None else jnp.where(i.asked, logits, jnp.finfo(jnp.float32).min))
 
 
 def all_of(expert: jax.Array) -> jax.Array:
@@ -139,7 +145,7 @@ def gshard(i: Inputs, moe: MoEConfig) -> Choice:
 def topk_softmax(i: Inputs, moe: MoEConfig) -> Choice:
     """Softmax over the K chosen logits (Jiang et al. 2024, Mixtral, section 2.1)."""
     expert = best(i.logits, moe.top_k) if i.chosen is None else i.chosen  # [..., S, K]
-    return Choice(expert, jax.nn.softmax(pick(i.logits, expert)), all_of(expert), jax.nn.softmax(i.logits))
+    return Choice(expert, softmax_of(pick(i.logits, expert), i), all_of(expert), jax.nn.softmax(i.logits))
 
 
 def noisy_topk(i: Inputs, moe: MoEConfig) -> Choice:
@@ -153,7 +159,7 @@ def noisy_topk(i: Inputs, moe: MoEConfig) -> Choice:
     if i.noise is not None and i.spread is not None:
         noisy = i.logits + i.noise * i.spread
     expert = best(noisy, moe.top_k) if i.chosen is None else i.chosen  # [..., S, K]
-    gate = jax.nn.softmax(pick(noisy, expert))
+    gate = softmax_of(pick(noisy, expert), i)
     chance = None
     if i.noise is not None and i.spread is not None and i.chosen is None:
         if moe.top_k == moe.experts:
@@ -198,6 +204,8 @@ def scored(i: Inputs, moe: MoEConfig, score: jax.Array, measure: str, normalize:
     else:
         expert = i.chosen
     gate = pick(score, expert)
+    if i.asked is not None:
+        gate = jnp.where(i.asked, gate, 0.0)
     if moe.router.normalize == "before" or (moe.router.normalize is None and normalize):
         gate = gate / jnp.maximum(gate.sum(-1, keepdims=True), 1e-18)
     return expert, gate
@@ -228,6 +236,8 @@ def expert_choice(i: Inputs, moe: MoEConfig) -> Choice:
     """
     assert i.slots is not None
     prob = jax.nn.softmax(i.logits)
+    if i.chosen is not None:
+        return Choice(i.chosen, pick(prob, i.chosen), all_of(i.chosen), prob)
     score = prob if i.mask is None else jnp.where(i.mask[..., None], prob, -1.0)
     by_expert = jnp.swapaxes(score, -1, -2)  # [..., E, S]
     token = best(by_expert, min(i.slots, score.shape[-2]))  # [..., E, C]
@@ -314,8 +324,8 @@ def route(
         spread: [..., S, E] float32, standard deviation of the noise of noisy_topk.
         ids: [..., S] int32, token ids, for hash.
         slots: tokens that an expert takes of a group, for expert_choice.
-        chosen: [..., S, K] int32, experts to take in place of the router's own (replay); -1 for none. Gates are
-            still computed from the logits.
+        chosen: [..., S, K] int32, experts to take in place of the router's own, from `recorded`; negative for none.
+            Gates are still computed from the logits.
     Returns:
         Routing with expert, gate and valid [..., S, K], prob and logits [..., S, E].
     """
@@ -323,13 +333,20 @@ def route(
     if chosen is None and moe.router.force is not None:
         chosen = forced(moe, logits.shape)
     bias = None if bias is None else jax.lax.stop_gradient(bias)
-    choice = ROUTERS[moe.router.kind](Inputs(logits, mask, noise.router, bias, spread, ids, slots, chosen), moe)
-    valid = choice.valid
-    if chosen is not None:
-        valid = valid & (chosen >= 0)
+    asked = None if chosen is None else chosen >= 0
+    chosen = None if chosen is None else jnp.where(chosen < 0, ~chosen, chosen)
+    choice = ROUTERS[moe.router.kind](Inputs(logits, mask, noise.router, bias, spread, ids, slots, chosen, asked), moe)
+    valid = choice.valid if asked is None else choice.valid & asked
     if mask is not None:
         valid = valid & mask[..., None]
     gate = jnp.where(valid, choice.gate * moe.router.scale, 0.0)
-    expert = jnp.maximum(choice.expert, 0).astype(jnp.int32)
     ranked = best(logits, moe.top_k) if moe.sequence_loss else None
-    return Routing(expert, gate, valid, choice.prob, logits, choice.chance, ranked)
+    return Routing(choice.expert.astype(jnp.int32), gate, valid, choice.prob, logits, choice.chance, ranked)
+
+
+def recorded(routing: Routing) -> jax.Array:
+    """Experts [..., S, K] that `route` takes as `chosen`: e, or ~e (negative) where e was not chosen after all.
+
+    Which one that was counts for gshard, where a second expert that is not kept still shares in the first one's gate.
+    """
+    return jnp.where(routing.valid, routing.expert, ~routing.expert)

@@ -4,34 +4,89 @@ It shares no code with the library. Choices are made in float64 NumPy, one token
 plain JAX expression in the chosen experts, so that its gradients are those of the definition.
 """
 
+import math
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def softmax(x):
-    e = np.exp(x - x.max())
-    return e / e.sum()
+def weights_of(x, router, xp=np):
+    """What makes an expert eligible, from logits x [..., E]: softmax, or in DeepSeek-V3 a sigmoid."""
+    if router.kind == "deepseek_v3":
+        return 1.0 / (1.0 + xp.exp(-x))
+    e = xp.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
 
 
-def choose(logits, kind, k, *, normalize=None, second="always", threshold=0.5, uniform=None):
+def probabilities(x, router, xp=np):
+    """Weights that sum to 1 over the experts, for the balance losses."""
+    w = weights_of(x, router, xp)
+    return w / w.sum(-1, keepdims=True)
+
+
+def gates_of(x, expert, router, xp=np):
+    """Gates [..., K] of the experts from (noisy) logits [..., E], before dropping; softmax of K logits is p / sum p."""
+    if router.kind == "hash":
+        return xp.ones(expert.shape) / expert.shape[-1]
+    gate = xp.take_along_axis(weights_of(x, router, xp), expert, -1)
+    papers = ("gshard", "topk_softmax", "noisy_topk", "deepseek_v3")
+    if router.normalize == "before" or (router.normalize is None and router.kind in papers):
+        gate = gate / gate.sum(-1, keepdims=True)
+    return gate * router.scale
+
+
+def best(score, k):
+    """The k largest, best first, equals in order."""
+    return sorted(range(len(score)), key=lambda i: (-score[i], i))[:k]
+
+
+def inside_groups(score, router, k):
+    """Scores [E] with -inf outside the best groups of neighbouring experts."""
+    measure = router.group_score or ("sum2" if router.kind == "deepseek_v3" else "max")
+    count = {"max": 1, "sum2": 2, "sumk": k // router.topk_groups}[measure]
+    groups = np.split(score, router.groups)
+    chosen = best([np.sort(g)[-count:].sum() for g in groups], router.topk_groups)
+    return np.concatenate([g if i in chosen else np.full(len(g), -np.inf) for i, g in enumerate(groups)])
+
+
+def choose(logits, router, k, *, mask=None, noise=None, spread=None, bias=None, slots=None, replay=None):
     """Choices of one group [S, E]: (expert [S, K], gate [S, K], asked [S, K]) by the formulas of the papers."""
-    S = len(logits)
+    x = np.asarray(logits, np.float64)
+    mask = np.ones(len(x), bool) if mask is None else mask
+    if router.kind == "expert_choice" and replay is None:
+        return experts_choose(x, router, mask, slots)
+    if router.kind == "noisy_topk" and noise is not None:
+        x = x + np.asarray(noise, np.float64) * spread
+    S, E = x.shape
     expert, gate, asked = np.zeros((S, k), int), np.zeros((S, k)), np.ones((S, k), bool)
     for s in range(S):
-        p = softmax(np.asarray(logits[s], np.float64))
-        order = sorted(range(len(p)), key=lambda e: (-logits[s][e], e))[:k]
-        if kind == "gshard" and second == "sample" and uniform is not None:
-            noisy = np.asarray(logits[s], np.float64) - np.log(-np.log(np.asarray(uniform[s], np.float64)))
-            noisy[order[0]] = -np.inf
-            order[1] = int(noisy.argmax())
-        expert[s], gate[s] = order, p[order]
-        share = gate[s] / gate[s].sum()
-        if kind == "topk_softmax" or (kind == "gshard" and normalize in (None, "before")) or normalize == "before":
-            gate[s] = share
-        if kind == "gshard" and second == "random" and uniform is not None:
-            asked[s, 1] = uniform[s] < share[1] / threshold
-    return expert, gate, asked
+        score = x[s]  # in the order of the weights
+        if bias is not None or router.topk_groups is not None:
+            score = weights_of(x[s], router) + (0.0 if bias is None else bias)
+        if router.topk_groups is not None:
+            score = inside_groups(score, router, k)
+        order = best(score, k) if replay is None else replay[s]
+        if router.second == "sample" and noise is not None:
+            gumbel = x[s] - np.log(-np.log(np.asarray(noise[s], np.float64)))
+            order[1] = best(np.where(np.arange(E) == order[0], -np.inf, gumbel), 1)[0]
+        expert[s] = order
+        gate[s] = gates_of(x[s], expert[s], router)
+        if router.second == "random" and noise is not None:
+            share = weights_of(x[s], router)[order]
+            asked[s, 1] = noise[s] < share[1] / share.sum() / router.threshold
+    return expert, gate, asked & mask[:, None]
+
+
+def experts_choose(x, router, mask, slots):
+    """Each expert takes the tokens with its largest softmax weights; choice k of a token is expert k."""
+    gate = weights_of(x, router)
+    asked = np.zeros(x.shape, bool)
+    tokens = np.nonzero(mask)[0]
+    for e in range(x.shape[1]):
+        asked[tokens[best(gate[tokens, e], slots)], e] = True
+    return np.tile(np.arange(x.shape[1]), (len(x), 1)), gate * router.scale, asked
 
 
 def queue(expert, asked, score, capacity, priority, uniform=None):
@@ -58,20 +113,92 @@ def queue(expert, asked, score, capacity, priority, uniform=None):
     return position, kept
 
 
-def layer(x, weights, expert, kept, *, kind, k, normalize=None, ffn="swiglu"):
+def layer(x, weights, expert, kept, router, *, noise=None, ffn="swiglu"):
     """y [T, D] = sum of gate * expert(x) over kept choices, every expert computed on every token, differentiable."""
-    logits = jnp.matmul(x, weights["router"], precision="highest")
-    prob = jax.nn.softmax(logits)
-    chosen = jnp.take_along_axis(logits if kind == "topk_softmax" else prob, expert, axis=-1)
-    gate = jax.nn.softmax(chosen) if kind == "topk_softmax" else chosen
-    if normalize == "before" or (kind == "gshard" and normalize is None):
-        gate = gate / gate.sum(-1, keepdims=True)
-    gate = jnp.where(kept, gate, 0.0)
-    if normalize == "after":
+    logits = jnp.zeros((len(x), len(weights["w_up"])))
+    if router.kind != "hash":
+        logits = jnp.matmul(x, weights["router"], precision="highest")
+    if noise is not None:
+        logits = logits + noise * jax.nn.softplus(jnp.matmul(x, weights["noise"], precision="highest"))
+    gate = jnp.where(kept, gates_of(logits, expert, router, jnp), 0.0)
+    if router.normalize == "after":
         gate = gate / (gate.sum(-1, keepdims=True) + 1e-9)
     y = jnp.zeros_like(x)
-    for e in range(weights["router"].shape[1]):
+    for e in range(len(weights["w_up"])):
         up = x @ weights["w_up"][e]
         h = jax.nn.silu(x @ weights["w_gate"][e]) * up if ffn == "swiglu" else jax.nn.relu(up)
         y = y + jnp.where(expert == e, gate, 0.0).sum(-1, keepdims=True) * (h @ weights["w_down"][e])
-    return y, logits, prob
+    return y
+
+
+# Balance: sums over the tokens that are not padding, one by one
+
+
+def expert_loss(prob, expert, asked, mask, *, per_token=False):
+    """E sum_i f_i P_i (Switch, eq. 4-6): f_i the share of the counted choices, P_i the mean probability."""
+    f, P = shares(prob, expert, asked, mask, per_token)
+    return prob.shape[1] * (f * P).sum()
+
+
+def shares(prob, expert, asked, mask, per_token=False):
+    count, mean = np.zeros(prob.shape[1]), np.zeros(prob.shape[1])
+    for t in np.nonzero(mask)[0]:
+        mean += prob[t] / mask.sum()
+        for e in expert[t][asked[t]]:
+            count[e] += 1
+    return count / max(1, mask.sum() if per_token else count.sum()), mean
+
+
+def over_rows(loss, rows, *arrays):
+    """Mean of a loss over the sequences that are not all padding; the mask comes last."""
+    parts = zip(*(np.split(a, rows) for a in arrays), strict=True)
+    values = [loss(*part) for part in parts if part[-1].any()]
+    return sum(values) / max(1, len(values))
+
+
+def device_loss(prob, expert, asked, mask, devices):
+    """sum_d mean(E f over the experts of d) sum(P over them) (DeepSeek-V2, eq. 26-28)."""
+    f, P = shares(prob, expert, asked, mask)
+    pairs = zip(np.split(len(f) * f, devices), np.split(P, devices), strict=True)
+    return sum(a.mean() * b.sum() for a, b in pairs)
+
+
+def communication_loss(prob, expert, asked, mask, devices, limit):
+    """sum_d D/(M T) (tokens sent to d) sum(P over the experts of d) (DeepSeek-V2, eq. 29-31)."""
+    sent, size = np.zeros(devices), prob.shape[1] // devices
+    for t in np.nonzero(mask)[0]:
+        for d in set(expert[t][asked[t]] // size):
+            sent[d] += devices / limit / mask.sum()
+    _, P = shares(prob, expert, asked, mask)
+    return sum(sent[d] * P[d * size : (d + 1) * size].sum() for d in range(devices))
+
+
+def squared_cv(x):
+    return x.var() / x.mean() ** 2 if x.any() else 0.0
+
+
+def importance_loss(gate, expert, asked, experts):
+    """Squared CV of the sums of gates (Shazeer et al. 2017, eq. 6-7)."""
+    return squared_cv(np.array([gate[asked & (expert == e)].sum() for e in range(experts)]))
+
+
+def chance(x, noise, spread, k):
+    """P(x, i) of one token: that expert i is among the K best if its own noise is drawn again (appendix A, eq. 8-9)."""
+    noisy, out = x + noise * spread, np.ones(len(x))
+    for i in range(len(x)):
+        others = np.sort(np.delete(noisy, i))[::-1]
+        if k <= len(others):
+            out[i] = 0.5 * (1.0 + math.erf((x[i] - others[k - 1]) / spread[i] / math.sqrt(2.0)))
+    return out
+
+
+def z_loss(logits, mask):
+    """Mean of squared logsumexp (ST-MoE, eq. 5)."""
+    return np.mean([np.log(np.exp(x).sum()) ** 2 for x in logits[mask]]) if mask.any() else 0.0
+
+
+def moves(load, centred=False):
+    """Where the selection biases go, in steps: up below the mean load, down above it, exactly."""
+    mean = Fraction(sum(load), len(load))
+    out = [Fraction((n < mean) - (n > mean)) for n in load]
+    return [m - sum(out) / len(out) for m in out] if centred else out

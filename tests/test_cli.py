@@ -439,6 +439,8 @@ DAMAGE = {
     "garbled tokens": rewrite("tokens/index.json"),
 }
 
+EXPERT_CHOICE = ["model.moe.router={kind = 'expert_choice', lookahead = true}", "model.moe.balance_loss=0"]
+
 # id: damage of the run, command and arguments, and what the message must say
 REFUSED_RUN = {
     "train, flipped bits": ("flipped bits", ["train"], "60", "damaged", "remove", "step 40"),
@@ -478,6 +480,12 @@ REFUSED_RUN = {
     "generate, nan": ("", ["generate", "run", "--prompt", "a", "--temperature", "nan"], "--temperature", "nan"),
     "generate, top-k": ("", ["generate", "run", "--prompt", "a", "--top-k", "-1"], "--top-k", "0 or more"),
     "generate, negative seed": ("", ["generate", "run", "--prompt", "a", "--seed", "-1"], "--seed", "4294967295"),
+    "generate, expert choice": (
+        "",
+        ["generate", "run", *EXPERT_CHOICE, "train.sample=", "--prompt", "a"],
+        "model.moe.router.kind",
+        "one token at a time",
+    ),
     "generate, large seed": ("", ["generate", "run", "--prompt", "a", "--seed", str(2**64)], "--seed", "4294967295"),
 }
 

@@ -80,7 +80,7 @@ def one(stack, i):
 def context(tokens, segments=None):
     segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return Context(positions, segments, None)
+    return Context(positions, segments, tokens, None)
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
@@ -112,9 +112,17 @@ def test_block_is_its_parts(norm, order):
         np.testing.assert_allclose(last.var(-1), 1, atol=1e-3)
 
 
-@pytest.mark.parametrize("final_norm", [True, False])
-def test_transformer_is_its_blocks(final_norm):
-    """Dense, dense, MoE, dense, MoE in several runs; statistics come bottom first."""
+@pytest.mark.parametrize(
+    "final_norm, settings",
+    [
+        (True, {"capacity_factor": 0.5}),
+        (False, {"capacity_factor": 0.5}),
+        (True, {"capacity_factor": [0.25, 0.5], "top_k": [3, 2]}),
+    ],
+)
+def test_transformer_is_its_blocks(final_norm, settings):
+    """Dense, dense, MoE, dense, MoE in several runs; settings and statistics of the MoE layers come bottom first."""
+    options = [{k: v[i] if isinstance(v, list) else v for k, v in settings.items()} for i in range(2)]
     m = replace(TINY, layers=5, final_norm=final_norm, tied_head=False, moe=replace(MOE, first_dense=1))
     model = transformer(m)
     assert len(model.runs) > 1 and (model.final_norm is None) != final_norm
@@ -126,22 +134,38 @@ def test_transformer_is_its_blocks(final_norm):
         for stack, (_, repeats) in zip(model.stacks, model.runs, strict=True):
             for i in range(repeats):
                 for block in one(stack, i).blocks:
-                    x, s, _ = block(x, ctx, train=False, keys=None, cache=None, capacity_factor=0.5)
-                    stats += [] if s is None else [s]
+                    own = options[len(stats)] if isinstance(block.ffn, MoELayer) else {}
+                    x, routed, _ = block(x, ctx, train=False, keys=None, cache=None, **own)
+                    stats += [] if routed is None else [routed.stats]
         x = model.final_norm(x) if final_norm else x
-        return model.embedding.logits(x), stats, model(tokens, capacity_factor=0.5)
+        return model.embedding.logits(x), stats, model(tokens, **settings)
 
     want, stats, got = both(TOKENS)
     np.testing.assert_allclose(got.logits, want, atol=1e-5)
     assert len(stats) == 2
-    for i, layer in enumerate(stats):
-        for name, values in layer._asdict().items():
-            np.testing.assert_allclose(getattr(got.stats, name)[i], values, rtol=1e-5, err_msg=name)
+    stacked = jax.tree.map(lambda *layers: np.stack(layers), *stats)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got.stats, stacked)
     assert (got.stats.load[0] != got.stats.load[1]).any()  # so that a swap would show
     assert got.stats.tokens.tolist() == [48, 48]
-    assert got.stats.routed.tolist() == [96, 96]
+    assert got.stats.routed.tolist() == [48 * own.get("top_k", 2) for own in options]
     np.testing.assert_array_equal(got.stats.load.sum(-1), got.stats.routed)
     assert (got.stats.kept < got.stats.routed).all()
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_replay_of_a_model(scan):
+    """Every token goes in every layer where a recorded call sent it, whichever tokens the call is on."""
+    m = replace(TINY, layers=5, scan=scan, moe=replace(MOE, first_dense=1))
+    graph, state = nnx.split(transformer(m))
+    call = jit(lambda tokens, past: nnx.merge(graph, state)(tokens, replay=past, record=True))
+    first = call(TOKENS, None)
+    assert first.record.expert.shape == (2, 4, 12, 2) == first.record.gate.shape
+    assert (first.record.expert[0] != first.record.expert[1]).any()  # so that a swap of layers would show
+    again, other = (call(tokens, first.record.expert) for tokens in (TOKENS, TOKENS[::-1]))
+    np.testing.assert_allclose(again.logits, first.logits, atol=1e-5)
+    np.testing.assert_array_equal(other.record.expert, first.record.expert)
+    assert (call(TOKENS[::-1], None).record.expert != first.record.expert).any()
+    assert not np.allclose(other.record.gate, first.record.gate)
 
 
 def test_kept_are_the_loads_cut_at_the_capacity():
@@ -384,6 +408,13 @@ def test_transformer_refuses():
         model(TOKENS)
     with pytest.raises(ValueError, match=r"9 places exceeds model\.max_length=8"):
         model.empty_cache(1, 9)
+    model = transformer(TINY)
+    with pytest.raises(ValueError, match=r"capacity_factor lists 3 values for 2 MoE layers"):
+        model(TOKENS, capacity_factor=[1.0, None, 2.0])
+    with pytest.raises(ValueError, match=r"record needs as many choices in every layer"):
+        model(TOKENS, top_k=[1, 2], record=True)
+    with pytest.raises(ConfigError, match=r"moe\.top_k: 5 choices among 4 experts"):
+        model(TOKENS, top_k=5)
 
 
 # Dropout, padding
@@ -432,8 +463,7 @@ def test_padding_changes_nothing():
     want = padded_run()(TOKENS, segments, positions)
     got = padded_run()(jnp.where(segments > 0, TOKENS, (TOKENS + 5) % 13), segments, positions)
     np.testing.assert_array_equal(np.asarray(got.logits)[real], np.asarray(want.logits)[real])
-    for name, a, b in zip(want.stats._fields, want.stats, got.stats, strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, want.stats, got.stats)
     assert want.stats.tokens.tolist() == [real.sum()] * 2
     assert want.stats.routed.tolist() == [2 * real.sum()] * 2
     assert (want.stats.kept < want.stats.routed).all()
@@ -451,8 +481,7 @@ def test_padding_is_as_if_it_were_not_there():
     want = run(jnp.asarray(short), jnp.ones((3, 8), jnp.int32), jnp.tile(jnp.arange(8)[None], (3, 1)))
     got = run(*map(jnp.asarray, (tokens, segments, positions)))
     np.testing.assert_allclose(np.asarray(got.logits)[rows, at], want.logits, atol=2e-5)
-    for name, a, b in zip(want.stats._fields, want.stats, got.stats, strict=True):
-        np.testing.assert_allclose(b, a, rtol=1e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5), want.stats, got.stats)
 
 
 # Decoding
@@ -510,9 +539,23 @@ def decoded_on_one_device():
     return decode_case(SPARSE)
 
 
-def test_decoding_of_a_mixture():
-    want, got = decoded_on_one_device()
+@pytest.mark.parametrize("router", [None, "hash", "deepseek_v3"])
+def test_decoding_of_a_mixture(router):
+    """A hash router sees the ids of the tokens; a selection bias counts."""
+    rate = 0.0 if router == "deepseek_v3" else None
+    m = replace(SPARSE, moe=replace(SPARSE.moe, router=RouterConfig(router or "softmax_topk"), bias_rate=rate))
+    want, got = decoded_on_one_device() if router is None else decode_case(m)
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_expert_choice_does_not_decode():
+    """Nor does it have a cache: a token at a time has no sequence of which experts choose."""
+    chooses = RouterConfig("expert_choice", lookahead=True)
+    m = replace(SPARSE, moe=replace(SPARSE.moe, router=chooses))
+    model = transformer(m)
+    assert bool(jnp.isfinite(model(TOKENS).logits).all())
+    with pytest.raises(ConfigError, match=r"model\.moe\.router\.kind: .* one token at a time\n +remedy: use"):
+        model.empty_cache(4, 12)
 
 
 @pytest.mark.parametrize("axes", [dict(expert=4), dict(expert=2, tensor=2)], ids=str)

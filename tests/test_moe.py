@@ -16,10 +16,13 @@ from moe_jax.axes import Rules
 from moe_jax.capacity import capacity
 from moe_jax.collectives import read
 from moe_jax.config import ConfigError, MeshConfig, MoEConfig, RouterConfig
+from moe_jax.layers.common import fold
 from moe_jax.layers.moe import MoELayer
+from moe_jax.routing import draw, route
 from moe_jax.rules import spec
 
 B, L, D, F, E = 8, 16, 12, 20, 8
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 50, (B, L)))
 
 ROUTERS = {
     "switch": (RouterConfig("switch"), 1),
@@ -30,6 +33,11 @@ ROUTERS = {
     "topk_softmax": (RouterConfig("topk_softmax"), 3),
     "softmax_topk": (RouterConfig("softmax_topk"), 2),
     "softmax_topk-before": (RouterConfig("softmax_topk", normalize="before"), 2),
+    "noisy_topk": (RouterConfig("noisy_topk"), 2),
+    "deepseek_v2": (RouterConfig("deepseek_v2", groups=4, topk_groups=2, scale=4.0), 3),
+    "deepseek_v3": (RouterConfig("deepseek_v3", groups=4, topk_groups=2, scale=2.5), 3),
+    "expert_choice": (RouterConfig("expert_choice"), 2),
+    "hash": (RouterConfig("hash"), 2),
 }
 MESHES = {
     "one": MeshConfig(),
@@ -53,9 +61,13 @@ def close(got, want, name):
 
 
 def split_layer(moe: MoEConfig, ffn: str, rules: Rules | None):
-    """The layer's graph and its weights as a dict of arrays; a large router, so that gates differ."""
+    """The layer's graph and its weights as a dict of arrays; a large router, so that gates differ, noise and biases."""
     layer = MoELayer(moe, D, ffn=ffn, rules=rules, rngs=nnx.Rngs(params=3))
-    layer.router[...] = 8.0 * layer.router[...]
+    if layer.router is not None:
+        layer.router[...] = 8.0 * layer.router[...]
+    for i, extra in enumerate((layer.noise, layer.bias)):
+        if extra is not None:
+            extra[...] = 0.2 * jax.random.normal(jax.random.key(i), extra.shape)
     graph, state = nnx.split(layer)
     return graph, nnx.to_pure_dict(state), state
 
@@ -74,50 +86,48 @@ def shard(mesh, state, weights):
 def expected(name: str, ffn: str, factor: float | None):
     """Output and gradients of the oracle for one router: choices by loops, the sums differentiated by JAX."""
     router, k = ROUTERS[name]
-    moe = MoEConfig(experts=E, top_k=k, d_ff=F, router=router, capacity_factor=factor, min_capacity=1)
+    rate = 0.0 if router.kind == "deepseek_v3" else None
+    moe = MoEConfig(E, k, d_ff=F, router=router, capacity_factor=factor, min_capacity=1, bias_rate=rate)
     graph, weights, _ = split_layer(moe, ffn, None)
     x = jax.random.normal(jax.random.key(0), (B, L, D))
     probe = jax.random.normal(jax.random.key(1), (B, L, D))
     mask = np.arange(L)[None] < np.array([L, L, 9, L, L, 1, L, 12])[:, None]
     key = jax.random.key(2)
     layer = nnx.merge(graph, weights)
-    # The layer's own noise, so that the loop sees the same uniform numbers.
-    from moe_jax.layers.moe import draw, fold
-
-    noise = jax.vmap(lambda k: draw(k, moe, (L, E)))(fold(jax.random.split(key, B), 0))
-    logits = np.asarray(jnp.matmul(x, layer.router[...], precision="highest"))
-    C = capacity(moe, L, factor)
-    expert, kept = np.zeros((B, L, k), int), np.zeros((B, L, k), bool)
+    # The layer's own noise, so that the loop sees the same numbers.
+    noise = jax.vmap(lambda k: draw(k, moe, (L, E)))(fold(jax.random.split(key, B), 0)).router
+    logits = np.zeros((B, L, E))
+    if layer.router is not None:
+        logits = np.asarray(jnp.matmul(x, layer.router[...], precision="highest"))
+    more: dict = {"slots": capacity(moe, L, factor), "bias": None if layer.bias is None else layer.bias[...]}
+    spread = None if layer.noise is None else np.asarray(jax.nn.softplus(x @ layer.noise[...]))
+    hashed = route(jnp.asarray(logits, jnp.float32), moe, ids=IDS).expert if router.kind == "hash" else None
+    K = E if router.kind == "expert_choice" else k
+    expert, kept = np.zeros((B, L, K), int), np.zeros((B, L, K), bool)
     for g in range(B):
-        uniform = None if noise.router is None else np.asarray(noise.router[g])
-        options = {"normalize": router.normalize, "second": router.second, "threshold": router.threshold}
-        expert[g], gate, asked = oracle.choose(logits[g], router.kind, k, uniform=uniform, **options)
-        _, kept[g] = oracle.queue(expert[g], asked & mask[g][:, None], gate, C, "choice")
+        own = {"noise": noise, "spread": spread, "replay": hashed}
+        own = more | {name: None if a is None else np.asarray(a[g]) for name, a in own.items()}
+        expert[g], gate, asked = oracle.choose(logits[g], router, K, mask=mask[g], **own)
+        _, kept[g] = oracle.queue(expert[g], asked, gate, more["slots"], "choice")
+    drawn = noise.reshape(-1, E) if router.kind == "noisy_topk" else None
 
     def loss(weights, x):
-        flat = {"router": weights["router"], **weights["experts"]}
-        y, _, _ = oracle.layer(
-            x.reshape(-1, D),
-            flat,
-            jnp.asarray(expert).reshape(-1, k),
-            jnp.asarray(kept).reshape(-1, k),
-            kind=router.kind,
-            k=k,
-            normalize=router.normalize,
-            ffn=ffn,
-        )
+        choices = (jnp.asarray(a).reshape(-1, K) for a in (expert, kept))
+        y = oracle.layer(x.reshape(-1, D), weights | weights["experts"], *choices, router, noise=drawn, ffn=ffn)
         return (y.reshape(B, L, D) * probe).sum(), y.reshape(B, L, D)
 
     (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(weights, x)
     return moe, weights, x, probe, mask, key, y, grads, kept
 
 
+FEW = ("noisy_topk", "deepseek_v2", "deepseek_v3", "expert_choice", "hash")  # differ in their routing, which is local
+TWO = ("one", "data=2,expert=2,tensor=2")
 CASES = [
-    *((where, name, "swiglu", 1.0, "einsum") for where in MESHES for name in ROUTERS),
+    *((w, n, "swiglu", 1.0, "einsum") for n in ROUTERS for w in MESHES if n not in FEW or w in TWO),
     *((where, "gshard", "relu", None, "einsum") for where in MESHES),
     *((where, "gshard-after", "swiglu", 1.0, "gather") for where in MESHES),
     *((where, "gshard", "relu", None, "ragged") for where in MESHES),
-    ("data=2,expert=2,tensor=2", "gshard-after", "swiglu", 1.0, "ragged"),
+    *(("data=2,expert=2,tensor=2", n, "swiglu", 1.0, d) for n in (*FEW, "gshard-after") for d in ("gather", "ragged")),
 ]
 
 
@@ -132,7 +142,7 @@ def test_equals_the_oracle(where, name, ffn, factor, dispatch):
         weights = shard(mesh, state, weights)
 
         def loss(weights, x, mask):
-            y, stats = nnx.merge(graph, weights)(x, mask=mask, train=True, key=key)
+            y, stats = nnx.merge(graph, weights)(x, mask=mask, train=True, key=key, tokens=IDS)
             return (y * probe).sum(), (y, stats)
 
         run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
@@ -140,11 +150,14 @@ def test_equals_the_oracle(where, name, ffn, factor, dispatch):
     close(y, want, "output")
     paths = jax.tree_util.tree_leaves_with_path(want_grads)
     for (path, w), g in zip(paths, jax.tree.leaves(grads), strict=True):
+        if "bias" in jax.tree_util.keystr(path):
+            assert not w.any() and not g.any()
+            continue
         assert float(jnp.abs(w).max()) > 0, f"{path}: the test needs a gradient"
         close(g, w, jax.tree_util.keystr(path))
     assert int(stats.kept) == kept.sum()
     assert int(stats.tokens) == mask.sum()
-    if factor is not None:
+    if factor is not None and name != "expert_choice":
         assert int(stats.kept) < int(stats.routed), "the test needs drops"
     assert int(stats.load.sum()) == int(stats.routed)
 
@@ -342,3 +355,85 @@ def test_bfloat16_keeps_the_router_in_float32():
     np.testing.assert_array_equal(stats.load, exact_stats.load)
     np.testing.assert_allclose(stats.prob, exact_stats.prob, rtol=1e-6)
     np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.03 * float(jnp.abs(exact).max()))
+
+
+def test_mlp_gate_is_its_formula():
+    """Logits are gelu(x w1) w2 in float32, of the width asked for; a linear gate has no first matrix."""
+    gated = RouterConfig("noisy_topk", gate="mlp", gate_width=7)
+    graph, _, state = split_layer(MoEConfig(E, 2, d_ff=F, router=gated), "swiglu", None)
+    layer = nnx.merge(graph, state)
+    assert layer.gate_in.shape == (D, 7) and layer.router.shape == (7, E)
+    x = jax.random.normal(jax.random.key(0), (2, L, D))
+    logits, spread = layer.scores(x, None)
+    w1, w2, noise, x = (np.asarray(a, np.float64) for a in (layer.gate_in[...], layer.router[...], layer.noise[...], x))
+    h = x @ w1
+    h = 0.5 * h * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (h + 0.044715 * h**3)))
+    np.testing.assert_allclose(logits, h @ w2, atol=1e-5)
+    np.testing.assert_allclose(spread, np.log1p(np.exp(x @ noise)), atol=1e-5)  # the noise's scale stays linear
+    assert MoELayer(MoEConfig(E, 2, d_ff=F), D, rngs=nnx.Rngs(0)).gate_in is None
+
+
+NOISY = [
+    RouterConfig("softmax_topk", jitter=0.3),
+    RouterConfig("noisy_topk"),
+    RouterConfig("gshard", second="random", threshold=2.0),
+]
+
+
+@pytest.mark.parametrize("router", NOISY, ids=lambda r: r.kind)
+def test_noise_is_drawn_in_training_only(router):
+    """Evaluation is a function of the tokens; training needs a key, and another key routes otherwise."""
+    graph, _, state = split_layer(MoEConfig(E, 2, d_ff=F, router=router), "swiglu", None)
+    x = jax.random.normal(jax.random.key(0), (2, L, D))
+    call = jax.jit(lambda train, key: nnx.merge(graph, state)(x, train=train, key=key)[0], static_argnums=0)
+    keys = jax.random.split(jax.random.key(1))
+    plain, quiet = call(False, None), call(False, keys[0])
+    np.testing.assert_array_equal(quiet, plain)
+    noisy, again, other = (call(True, key) for key in (keys[0], keys[0], keys[1]))
+    np.testing.assert_array_equal(again, noisy)
+    assert not jnp.allclose(noisy, plain) and not jnp.allclose(noisy, other)
+    with pytest.raises(ValueError, match="pass key="):
+        nnx.merge(graph, state)(x, train=True)
+
+
+def test_jitter_reaches_the_router_alone():
+    """With one expert the gate is 1 whatever the logits: jitter moves the z statistics and not the output."""
+    moe = MoEConfig(1, 1, d_ff=F, router=RouterConfig("switch", jitter=0.5))
+    layer = MoELayer(moe, D, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, L, D))
+    (y, plain), (noisy, stats) = layer(x), layer(x, train=True, key=jax.random.key(1))
+    np.testing.assert_allclose(noisy, y, rtol=1e-6)
+    assert abs(float(stats.z) - float(plain.z)) > 1e-3 * float(plain.z)
+
+
+@pytest.mark.parametrize("name", ["gshard-random", "deepseek_v3", "expert_choice"])
+def test_replay_of_a_layer(name):
+    """The record of a noisy, padded, overfull call gives its output again; without the noise, the same experts."""
+    router, k = ROUTERS[name]
+    moe = MoEConfig(E, k, d_ff=F, router=router, capacity_factor=0.7, min_capacity=1)
+    graph, _, state = split_layer(moe, "swiglu", None)
+    x, key = jax.random.normal(jax.random.key(0), (B, L, D)), jax.random.key(5)
+    mask = jnp.arange(L)[None] < 3 + jnp.arange(B)[:, None]
+
+    @jax.jit
+    def call(x, replay):
+        return nnx.merge(graph, state)(x, mask=mask, train=True, key=key, replay=replay, record=True)
+
+    y, stats, record = call(x, None)
+    again = call(x, record.expert)
+    jax.tree.map(np.testing.assert_array_equal, again, (y, stats, record))
+    other, _, moved = call(x[::-1], record.expert)
+    np.testing.assert_array_equal(moved.expert, record.expert)
+    np.testing.assert_array_equal(moved.gate > 0, record.gate > 0)
+    assert not jnp.allclose(other, y)
+    quiet = nnx.merge(graph, state)(x, mask=mask, replay=record.expert, capacity_factor=0.7)[0]
+    np.testing.assert_allclose(quiet, y, atol=1e-6)
+    with pytest.raises(ValueError, match=r"replay is \[8, 16, 1\], this call \[B=8, L=16, K="):
+        call(x, record.expert[..., :1])
+
+
+def test_the_hash_router_needs_token_ids():
+    layer = MoELayer(MoEConfig(E, 2, d_ff=F, router=RouterConfig("hash")), D, rngs=nnx.Rngs(0))
+    assert layer.router is None
+    with pytest.raises(ValueError, match=r"MoELayer\(x, tokens=ids\)"):
+        layer(jnp.ones((2, 4, D)))

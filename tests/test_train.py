@@ -1,20 +1,24 @@
 """Training: losses against plain definitions, invariance to microbatches and mesh, optimizers and their sharding."""
 
 import dataclasses
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import config
 from moe_jax import mesh as meshes
+from moe_jax.checkpoint import Checkpoints
 from moe_jax.collectives import read
 from moe_jax.config import OptimizerConfig
+from moe_jax.generate import Generator, Sampling
 from moe_jax.train import optimizer
-from moe_jax.train.state import Model, State
+from moe_jax.train.state import Model, State, Weights
 from moe_jax.train.step import cross_entropy, make_eval_step, make_train_step, total_loss
 
 SMALL = [
@@ -50,11 +54,12 @@ def batch_of(cfg: config.Config, padding: bool = True) -> dict[str, np.ndarray]:
     }
 
 
-def one_step(cfg: config.Config) -> tuple[State, dict]:
+def one_step(cfg: config.Config, bias: float = 0.0) -> tuple[State, dict]:
     """A train step from the initial state on the config's mesh, everything on the host."""
     model = Model.of(cfg)
     mesh = meshes.build_mesh(cfg.mesh, jax.devices()[: cfg.mesh.size])
     state = model.create(mesh)
+    state = state._replace(bias=jax.tree.map(lambda b: b + bias, state.bias))
     with jax.set_mesh(mesh):
         step = jax.jit(make_train_step(model), out_shardings=(model.shardings(mesh), None))
         state, metrics = step(state, batch_of(cfg), jax.random.key(7))
@@ -179,6 +184,101 @@ def test_parameters_are_equal_on_every_mesh():
     many = small("mesh.fsdp=2", "mesh.data=1", "mesh.expert=2", "mesh.tensor=2", ONE[2])
     states = [Model.of(c).create(meshes.build_mesh(c.mesh, jax.devices()[: c.mesh.size])) for c in (one, many)]
     same(*(jax.tree.map(np.asarray, s.params) for s in states), rtol=1e-6)
+
+
+# The selection bias
+
+BIASED = [
+    'model.moe.router={kind = "deepseek_v3"}',
+    "model.moe.balance_loss=0",
+    "model.moe.bias_rate=0.125",
+    "model.moe.every=1",
+    "model.moe.first_dense=1",
+    "model.layers=3",
+    "train.optimizer.weight_decay=0.5",
+]
+
+
+@pytest.fixture(scope="module")
+def biased():
+    """One step with the bias at 0.5, on one device."""
+    return one_step(small(*ONE, *BIASED), bias=0.5)
+
+
+def test_the_bias_moves_by_the_load(biased):
+    """Each layer's by its own loads before dropping, exactly; no weight decay, no moments, no gradient touch it."""
+    state, metrics = biased
+    (bias,) = jax.tree.leaves(state.bias)
+    want = [[Fraction(1, 2) + Fraction(1, 8) * m for m in oracle.moves(load.tolist())] for load in metrics["load"]]
+    assert [[Fraction(float(b)) for b in row] for row in bias] == want
+    assert len({tuple(row) for row in want}) == 2, "the test needs layers that differ"
+    assert metrics["load"].sum() == metrics["routed"].sum() > metrics["kept"].sum()
+    paths = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+    assert not any("bias" in jax.tree_util.keystr(path) for path, _ in paths)
+
+
+@pytest.mark.parametrize("change", [["train.microbatches=2"], ["mesh.data=2", "mesh.expert=2"]], ids=",".join)
+def test_the_bias_moves_by_the_load_of_the_whole_step(biased, change):
+    """Microbatches and shards of tokens have loads of their own; the bias moves once, by their sum."""
+    state, metrics = one_step(small(*ONE, *BIASED, *change), bias=0.5)
+    np.testing.assert_array_equal(metrics["load"], biased[1]["load"])
+    jax.tree.map(np.testing.assert_array_equal, state.bias, biased[0].bias)
+
+
+def test_evaluation_and_generation_use_the_bias():
+    """A large bias on two experts sends every token there, and changes the text."""
+    cfg = small(*ONE, *BIASED, "mesh.expert=1")
+    model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[:1])
+    state, batch = model.create(mesh), batch_of(cfg)
+    loud = jax.tree_util.tree_map_with_path(
+        lambda path, p: 30.0 * p if "experts" in jax.tree_util.keystr(path) else p, state.params
+    )
+    generator = Generator(model, mesh, 40, 40, Sampling(temperature=0.0))
+    texts = []
+    for favoured in ([0, 1], [2, 3]):
+        bias = jax.tree.map(lambda b, f=favoured: b.at[:, jnp.array(f)].set(9.0), state.bias)
+        weights = Weights(loud, bias)
+        with jax.set_mesh(mesh):
+            stats = jax.jit(make_eval_step(model, None))(weights, batch).stats
+            assert set(np.nonzero(np.asarray(stats.load).sum(0))[0]) == set(favoured)
+            tokens = np.asarray(batch["tokens"][:, :5])
+            logits = jax.jit(model.module(*weights))(tokens).logits[:, -1]
+        new = generator(weights, list(tokens), 2).tokens
+        assert [row[0] for row in new] == np.argmax(logits, -1).tolist()
+        texts.append(new)
+    assert texts[0] != texts[1]
+
+
+def test_the_bias_comes_back_with_the_checkpoint(tmp_path):
+    """Saved after a step and restored on another mesh: the next step is the one that an unbroken run takes."""
+    cfg = small(*ONE, *BIASED)
+    other = small(*BIASED, "mesh.data=2", "mesh.expert=2", ONE[2])
+    model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        step = jax.jit(make_train_step(model), out_shardings=(model.shardings(mesh), None))
+        first, _ = step(model.create(mesh), batch_of(cfg), jax.random.key(7))
+        second, _ = step(first, batch_of(cfg), jax.random.key(7))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, first, {})
+    checkpoints.close()
+    elsewhere = meshes.build_mesh(other.mesh, jax.devices()[:4])
+    restored, _ = Checkpoints(tmp_path).restore(Model.of(other).targets(elsewhere))
+    same(jax.tree.map(np.asarray, restored.bias), jax.tree.map(np.asarray, first.bias), rtol=0)
+    assert all(np.asarray(b).any() for b in jax.tree.leaves(first.bias))
+    restored, _ = Checkpoints(tmp_path).restore(model.targets(mesh))
+    with jax.set_mesh(mesh):
+        again, _ = step(restored, batch_of(cfg), jax.random.key(7))
+    same(*(jax.tree.map(np.asarray, s._asdict()) for s in (again, second)), rtol=0)
+    weights = Checkpoints(tmp_path).restore_weights(model.weight_targets(mesh))
+    jax.tree.map(np.testing.assert_array_equal, weights.bias, first.bias)
+
+
+def test_generating_with_expert_choice_is_refused():
+    """Before anything is compiled or read, with the router's key and a remedy."""
+    router = "model.moe.router={kind = 'expert_choice', lookahead = true}"
+    cfg = small(router, "model.moe.balance_loss=0", "train.sample=")
+    with pytest.raises(config.ConfigError, match=r"model\.moe\.router\.kind: .* one token at a time\n +remedy: use"):
+        Generator(Model.of(cfg), None, 40, 0)
 
 
 def test_schedules():

@@ -19,7 +19,7 @@ from moe_jax.dispatch import DISPATCHERS
 from moe_jax.layers.common import ACTIVATIONS, Keys, constant, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.ragged import Weights, over_mesh, ragged_experts
-from moe_jax.routing import QUIET, Routing, draw, jittered, route
+from moe_jax.routing import QUIET, Routing, draw, jittered, recorded, route
 from moe_jax.rules import current_mesh, platform, spec
 
 FROM_CONFIG: Any = "the config's capacity factor"
@@ -43,7 +43,7 @@ class SelectionBias(nnx.Variable):
 class Record(NamedTuple):
     """Where each token went. `expert` given back as `replay` sends it there again."""
 
-    expert: jax.Array  # [B, L, K] int32, best first; -1 where there was no choice
+    expert: jax.Array  # [B, L, K] int32, best first; negative where there was no choice (`routing.recorded`)
     gate: jax.Array  # [B, L, K] float32, weight of the expert's output; 0 where it was dropped
 
 
@@ -159,6 +159,9 @@ class MoELayer(nnx.Module):
             config.require(moe, "moe")
         if mask is not None:
             chex.assert_shape(mask, (B, L))
+        K = moe.experts if moe.router.kind == "expert_choice" else moe.top_k
+        if replay is not None and replay.shape != (B, L, K):
+            raise ValueError(f"replay is {list(replay.shape)}, this call [B={B}, L={L}, K={K}]: record it on the same")
         if capacity_factor is FROM_CONFIG:
             capacity_factor = moe.capacity_factor if train else moe.eval_capacity_factor
         S = self.group_size(B, L, capacity_factor)
@@ -192,7 +195,7 @@ class MoELayer(nnx.Module):
         y = lay(y, self.rules, names=("batch", "length", "act_embed"))
         if not record:
             return y, stats
-        expert = jnp.where(routing.valid, routing.expert, -1)
+        expert = recorded(routing)
         return y, stats, Record(expert.reshape(B, L, -1), slots.gate.reshape(B, L, -1))
 
     def dispatch_for(self, moe: MoEConfig, S: int, C: int) -> str:
