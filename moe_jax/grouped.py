@@ -12,12 +12,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128  # rows of one product: fewer run slower, more are wasted on the last block of each expert
+BLOCK_LIMITS = 32, 160  # rows of one product: fewer run slower, more are wasted on the last block of each expert
 
 # [R, K] x [R, N] -> [E, K, N]: the ragged dimension is contracted.
 WEIGHT_GRADIENT = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
+
+
+class Block:
+    """Some rows of one expert among R rows: from `first` on, those before `end`, `rows` of them at the most."""
+
+    def __init__(self, first: jax.Array, end: jax.Array, rows: int, R: int):
+        self.rows, self.at = rows, jnp.minimum(first, R - rows)  # the last block looks back rather than over the edge
+        row = self.at + jnp.arange(rows, dtype=jnp.int32)
+        self.own = ((row >= first) & (row < end))[:, None]
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """The rows of x [R, D] -> [rows, D], those of other experts among them."""
+        return jax.lax.dynamic_slice_in_dim(x, self.at, self.rows)
+
+    def take_own(self, x: jax.Array) -> jax.Array:
+        """The same with zeros in the rows of other experts."""
+        return jnp.where(self.own, self.take(x), jnp.zeros((), x.dtype))
+
+    def put(self, out: jax.Array, y: jax.Array) -> jax.Array:
+        """out [R, F] with y [rows, F] in the expert's own rows."""
+        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(self.own, y, self.take(out)), self.at, 0)
+
+
+def block_rows(R: int, E: int) -> int:
+    """Rows of a block: with even loads an expert's fit into one, so that few products are half empty."""
+    least, most = BLOCK_LIMITS
+    even = -(-5 * R // (4 * E * least)) * least  # 1.25 times the mean, in multiples of the least
+    return min(R, max(least, min(most, even)))
 
 
 def over_blocks(sizes: jax.Array, R: int, init: jax.Array, expert: Callable) -> jax.Array:
@@ -26,34 +54,24 @@ def over_blocks(sizes: jax.Array, R: int, init: jax.Array, expert: Callable) -> 
     Args:
         sizes: [E] int32, rows of each expert; they lie in this order.
         init: what the loop carries from expert to expert.
-        expert: (e, carry, loop) -> carry. `loop(block, start)` runs the blocks of expert e, block(carry, at, keep) ->
-            carry, on the rows from `at`, of which `keep` [rows, 1] are the block's own; it returns the last carry.
+        expert: (e, carry, loop) -> carry. `loop(step, start)` runs step(carry, Block) -> carry over the blocks of
+            expert e and returns the last carry.
     """
-    rows = min(BLOCK, R)
+    rows = block_rows(R, sizes.shape[0])
     ends = jnp.cumsum(sizes)
     order = jnp.argsort(sizes == 0, stable=True)  # experts with rows first
-    lane = jnp.arange(rows, dtype=jnp.int32)
 
     def one(i: jax.Array, carry: jax.Array) -> jax.Array:
         e = order[i]
-        start, end = ends[e] - sizes[e], ends[e]
+        begin, end = ends[e] - sizes[e], ends[e]
 
-        def loop(block: Callable, carry: jax.Array) -> jax.Array:
-            def step(j: jax.Array, carry: jax.Array) -> jax.Array:
-                first = start + j * rows
-                at = jnp.minimum(first, R - rows)  # the last block looks back rather than over the edge
-                return block(carry, at, ((at + lane >= first) & (at + lane < end))[:, None])
-
-            return jax.lax.fori_loop(0, (sizes[e] + rows - 1) // rows, step, carry)
+        def loop(step: Callable, carry: jax.Array) -> jax.Array:
+            count = (sizes[e] + rows - 1) // rows
+            return jax.lax.fori_loop(0, count, lambda j, c: step(c, Block(begin + j * rows, end, rows, R)), carry)
 
         return expert(e, carry, loop)
 
     return jax.lax.fori_loop(0, (sizes > 0).sum(dtype=jnp.int32), one, init)
-
-
-def rows_at(x: jax.Array, at: jax.Array) -> jax.Array:
-    """The block of rows of x [R, D] that begins at `at`."""
-    return jax.lax.dynamic_slice_in_dim(x, at, min(BLOCK, x.shape[0]))
 
 
 def wide(dtype) -> Any:
@@ -65,7 +83,8 @@ def blocked_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool, 
     """x [R, D] times w [E, D, F], or w [E, F, D] transposed -> [R, F]; rows of no expert come out zero.
 
     Args:
-        widen: multiply in float32, for processors without products of shorter types.
+        widen: multiply and write in float32, for processors without shorter types: there each write of a block into
+            a shorter array would convert the whole array.
     """
     width, dtype = w.shape[1 if transposed else 2], wide(x.dtype) if widen else x.dtype
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
@@ -73,13 +92,12 @@ def blocked_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool, 
     def expert(e: jax.Array, out: jax.Array, loop: Callable) -> jax.Array:
         mine = w[e].astype(dtype)  # once for all blocks
 
-        def block(out: jax.Array, at: jax.Array, keep: jax.Array) -> jax.Array:
-            y = jax.lax.dot_general(rows_at(x, at).astype(dtype), mine, contract).astype(x.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(keep, y, rows_at(out, at)), at, 0)
+        def step(out: jax.Array, block: Block) -> jax.Array:
+            return block.put(out, jax.lax.dot_general(block.take(x).astype(dtype), mine, contract))
 
-        return loop(block, out)
+        return loop(step, out)
 
-    return over_blocks(sizes, x.shape[0], jnp.zeros_like(x, shape=(x.shape[0], width)), expert)
+    return over_blocks(sizes, x.shape[0], jnp.zeros_like(x, dtype, shape=(x.shape[0], width)), expert).astype(x.dtype)
 
 
 def blocked_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, widen: bool = False) -> jax.Array:
@@ -87,14 +105,15 @@ def blocked_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, widen: bool =
     total, dtype = wide(x.dtype), wide(x.dtype) if widen else x.dtype
     zero = jnp.zeros_like(x, total, shape=(x.shape[1], g.shape[1]))
 
-    def block(carry: jax.Array, at: jax.Array, keep: jax.Array) -> jax.Array:
-        mine, theirs = (jnp.where(keep, rows_at(a, at), jnp.zeros((), a.dtype)).astype(dtype) for a in (x, g))
+    def step(carry: jax.Array, block: Block) -> jax.Array:
+        mine, theirs = block.take_own(x).astype(dtype), block.take_own(g).astype(dtype)
         return carry + jax.lax.dot_general(mine, theirs, (((0,), (0,)), ((), ())), preferred_element_type=total)
 
     def expert(e: jax.Array, out: jax.Array, loop: Callable) -> jax.Array:
-        return out.at[e].set(loop(block, zero).astype(x.dtype))
+        return out.at[e].set(loop(step, zero).astype(dtype))
 
-    return over_blocks(sizes, x.shape[0], jnp.zeros_like(x, shape=(sizes.shape[0], *zero.shape)), expert)
+    out = jnp.zeros_like(x, dtype, shape=(sizes.shape[0], *zero.shape))
+    return over_blocks(sizes, x.shape[0], out, expert).astype(x.dtype)
 
 
 def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool) -> jax.Array:

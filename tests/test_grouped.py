@@ -48,7 +48,7 @@ CASES = {  # rows, sizes, block
 def test_equals_a_loop(case, dtype, monkeypatch):
     R, sizes, block = CASES[case]
     sizes = sizes if sum(sizes) <= R else sizes[: R // 2]
-    monkeypatch.setattr(grouped, "BLOCK", block)
+    monkeypatch.setattr(grouped, "BLOCK_LIMITS", (block, block))
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (R, D), (len(sizes), D, F), (R, F)
     x, w, g = (jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=True))
