@@ -517,7 +517,7 @@ def check(cfg: Config) -> list[Problem]:
         )
     elif (data.batch // train.microbatches) % shards:
         why = f"{data.batch} sequences in {train.microbatches} microbatches do not divide over {shards} token shards"
-        no("data.batch", f"{why} (mesh {mesh})", f"use a multiple of {shards * train.microbatches}")
+        no("data.batch", f"{why} (mesh {mesh})", f"set it to a multiple of {shards * train.microbatches}")
     elif moe is not None:
         out += _check_groups(cfg)
     if moe is not None and moe.experts % mesh.over(cfg.rules.experts):
@@ -553,7 +553,8 @@ HEADING = """# Configurations
 
 One TOML file a model or experiment; `extends = "NAME"` takes over the values of another. Every key is optional, and
 `key.path=value` on the command line overrides it. Where the type says `or unset`, `key = "unset"` in a file and
-`key.path=unset` on the command line take an inherited value out; `key.path=` brings back any key's default. This page is written by `python -m moe_jax.config`.
+`key.path=unset` on the command line take an inherited value out; `key.path=` brings back any key's default. This page
+is written by `python -m moe_jax.config`.
 
 """
 

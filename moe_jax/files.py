@@ -1,4 +1,4 @@
-"""Config files: found by name or path, read as TOML, laid over the ones that they extend; and single keys set in them."""
+"""Config files: found by name or path, read as TOML, laid over the ones that they extend; and single keys set."""
 
 import difflib
 import os
