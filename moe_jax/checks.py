@@ -294,7 +294,7 @@ def check(cfg: Config) -> list[Problem]:
         )
     elif (data.batch // train.microbatches) % shards:
         why = f"{data.batch} sequences in {train.microbatches} microbatches do not divide over {shards} token shards"
-        no("data.batch", f"{why} (mesh {mesh})", f"use a multiple of {shards * train.microbatches}")
+        no("data.batch", f"{why} (mesh {mesh})", f"set it to a multiple of {shards * train.microbatches}")
     elif moe is not None:
         out += _check_groups(cfg)
     if moe is not None and moe.experts % mesh.over(cfg.rules.experts):

@@ -1,7 +1,8 @@
 """The command line: `moe-jax train | eval | generate | upcycle | bench`.
 
 Only the standard library is imported before the arguments are read, so that `--help` answers at once.
-Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 130 interrupted twice.
+Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 130
+interrupted before there was anything to save, or twice.
 """
 
 import argparse
@@ -10,8 +11,10 @@ import errno
 import json
 import math
 import os
+import platform
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,19 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+OVERRIDES = "sets a key, and key.path=unset takes an inherited value out; for example "
+
+
+class Version(argparse.Action):
+    """Prints the versions and ends; looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"moe-jax {version('moe-jax')}, jax {version('jax')}, Python {platform.python_version()}")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """Commands and options."""
     top = argparse.ArgumentParser(
@@ -36,32 +52,36 @@ def parser() -> argparse.ArgumentParser:
         epilog="CONFIG is a name in configs/ or a .toml file; key.path=value overrides follow it. "
         "All keys: configs/README.md.",
     )
+    top.add_argument("--version", action=Version, nargs=0, help="print the version and end")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--json", action="store_true", help="print one JSON object last on standard output")
-        sub.add_argument("--quiet", action="store_true", help="no progress on standard error")
+        sub.add_argument("--quiet", action="store_true", help="results only: no progress on standard error")
         sub.add_argument(
             "--fake-devices", type=int, metavar="N", help="run on N fake CPU devices (default: what the mesh needs)"
         )
         return sub
 
-    train = add("train", "train a model; goes on where a run in the same workdir stopped")
+    train = add("train", "train a model; the same command goes on where a run in its workdir stopped")
     train.add_argument("config", metavar="CONFIG")
-    train.add_argument("overrides", nargs="*", metavar="key.path=value")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=f"{OVERRIDES}train.steps=500")
     train.add_argument("--workdir", type=folder, metavar="DIR", help="default: a new folder runs/CONFIG-DATE-TIME")
     train.set_defaults(run=run_train)
 
     evaluate = add("eval", "loss of a trained model on held-out text, dropless and at capacity")
     evaluate.add_argument("workdir", type=folder, metavar="DIR")
-    evaluate.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example mesh.expert=2")
+    help = "for example mesh.expert=2; data.path=FILE: the whole of another text"
+    evaluate.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=help)
     evaluate.add_argument("--batches", type=int, metavar="N", help="batches to read (default: all held-out text)")
     evaluate.set_defaults(run=run_eval)
 
     generate = add("generate", "continue a prompt with a trained model")
     generate.add_argument("workdir", type=folder, metavar="DIR")
-    generate.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example mesh.expert=2")
+    generate.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="for example mesh.expert=2"
+    )
     generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
     generate.add_argument("--tokens", type=int, default=100, metavar="N", help="new tokens (default 100)")
     generate.add_argument(
@@ -76,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     upcycle = add("upcycle", "make a mixture of experts out of a trained dense model; `train` goes on in its workdir")
     upcycle.add_argument("dense", type=Path, metavar="DENSE_DIR", help="workdir of the dense run")
     upcycle.add_argument("config", metavar="CONFIG", help="the new model: the dense one but for model.moe")
-    upcycle.add_argument("overrides", nargs="*", metavar="key.path=value")
+    upcycle.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     upcycle.add_argument("--workdir", type=Path, metavar="OUT", required=True, help="a new or an empty folder")
     upcycle.add_argument(
         "--method",
@@ -130,6 +150,33 @@ def quiet_libraries() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
+def keep_programs() -> None:
+    """Let JAX keep compiled programs from one command to the next, unless the environment says where or not to.
+
+    A folder for each kind of processor: a shared home must not hand a program to a machine that lacks its instructions.
+    """
+    set_already = {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"} & os.environ.keys()
+    if set_already or "jax" in sys.modules:
+        return
+    try:
+        cpu = [
+            x
+            for x in Path("/proc/cpuinfo").read_text().splitlines()
+            if x.startswith(("flags", "Features", "model name"))
+        ]
+    except OSError:
+        cpu = [platform.processor()]
+    kind = f"{platform.machine()}-{zlib.crc32(''.join(sorted(set(cpu))).encode()):08x}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_jax" / "jax" / kind
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(cache, os.W_OK | os.X_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
 def run_train(args: argparse.Namespace) -> dict[str, Any]:
     """`moe-jax train`."""
     from moe_jax import config, mesh
@@ -139,33 +186,13 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
     mesh.prepare_devices(cfg.mesh, args.fake_devices)
     from moe_jax.train.loop import Run
 
-    return Run(cfg, workdir, started=STARTED, quiet=args.quiet)()
-
-
-class Trained:
-    """A trained model opened for reading: its config with overrides, mesh, text and parameters."""
-
-    def __init__(self, args: argparse.Namespace, *, decodes: bool = False):
-        from moe_jax import config, mesh
-        from moe_jax.checkpoint import open_workdir
-        from moe_jax.data import open_prepared
-
-        checkpoints = open_workdir(args.workdir)
-        tree = checkpoints.info(checkpoints.steps()[-1])["config"]
-        for text in args.overrides:
-            tree = config.override(tree, text)
-        self.cfg = config.from_dict(tree)
-        if decodes:
-            config.require_decoding(self.cfg.model)
-        mesh.prepare_devices(self.cfg.mesh, args.fake_devices)
-        self.mesh = mesh.build_mesh(self.cfg.mesh)
-        from moe_jax.train.state import Model
-
-        self.model = Model.of(self.cfg)
-        self.model.validate()
-        self.corpus = open_prepared(args.workdir / "tokens", self.cfg.data)
-        self.step = checkpoints.newest()
-        self.weights = checkpoints.restore_weights(self.model.weight_targets(self.mesh))
+    report = Run(cfg, workdir, started=STARTED, quiet=args.quiet)()
+    if report.get("eval_loss") is not None:
+        loss = f"{report['eval_loss']:.4f} nats a token, {report['eval_bits_per_byte']:.4f} bits a byte"
+        result(args, f"held-out loss {loss}, after step {report['eval_step']}", f"workdir {workdir}")
+    if "sample" in report:
+        result(args, f"sample:\n{report['sample']}")
+    return report
 
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:
@@ -174,19 +201,22 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.batches is not None and args.batches < 1:
         raise Refused(Problem("--batches", f"is {args.batches}", "give 1 or more"))
-    trained = Trained(args)
+    from moe_jax.trained import Trained
+
+    trained = Trained(args.workdir, args.overrides, args.fake_devices, keep_batch=args.batches is not None)
     from moe_jax.train.evaluate import Evaluator
 
-    evaluator = Evaluator(trained.model, trained.mesh, trained.corpus)
+    evaluator = Evaluator(trained.model, trained.mesh, trained.text())
     report = evaluator.report(trained.weights, args.batches or sys.maxsize, at_capacity=True)
-    lines = [f"held-out loss {report['eval_loss']:.4f} nats a token, {report['bits_per_byte']:.4f} bits a byte"]
+    text = "held-out text" if trained.other is None else trained.other
+    lines = [f"{text}: loss {report['eval_loss']:.4f} nats a token, {report['bits_per_byte']:.4f} bits a byte"]
     if report.get("capacity_factor") is not None:
         lines.append(
             f"at capacity factor {report['capacity_factor']}: {report['eval_loss_at_capacity']:.4f} nats, "
             f"{report['dropped']:,} of {report['routed']:,} choices dropped"
         )
-    say(args, *lines, f"{report['tokens']:,} tokens, step {trained.step}")
-    return {"workdir": str(args.workdir), "step": trained.step, **report}
+    result(args, *lines, f"{report['tokens']:,} tokens, step {trained.step}")
+    return {"workdir": str(args.workdir), "step": trained.step, "text": trained.cfg.data.path, **report}
 
 
 def run_generate(args: argparse.Namespace) -> dict[str, Any]:
@@ -205,9 +235,13 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
             problems.append(Problem("--prompt", f"is not UTF-8: {prompt[:40]!a}", "convert it to UTF-8"))
     if problems:
         raise Refused(*problems)
-    trained = Trained(args, decodes=True)
+    from moe_jax.trained import Trained
+
+    trained = Trained(args.workdir, args.overrides, args.fake_devices, decodes=True)
     from moe_jax.generate import Generator, Sampling
 
+    if trained.other is not None:
+        raise Refused(Problem("data.path", "is another one than the run's, and no text is read here", "take it out"))
     tokenizer = trained.corpus.tokenizer
     sampling = Sampling(args.temperature, args.top_k, args.seed)
     generator = Generator(trained.model, trained.mesh, tokenizer.size, tokenizer.eos, sampling)
@@ -229,8 +263,17 @@ def run_upcycle(args: argparse.Namespace) -> dict[str, Any]:
     mesh.prepare_devices(cfg.mesh, args.fake_devices)
     from moe_jax.train.upcycling import run
 
-    options = {"method": args.method, "noise": args.noise, "seed": args.seed, "quiet": args.quiet}
-    return run(args.dense, cfg, args.workdir, **options)
+    report = run(args.dense, cfg, args.workdir, method=args.method, noise=args.noise, seed=args.seed)
+    before, total, active = (report[f"params_{name}"] for name in ("total_before", "total", "active"))
+    result(
+        args,
+        f"{args.dense} at step {report['dense_step']}: {before:,} parameters -> {total:,}, {active:,} active",
+        "{method}: {slices} slices x {copies} copies, outputs times {factor:g}".format(**report),
+        f"the function is {'' if report['preserved'] else 'not '}preserved: {report['why']}",
+        "held-out loss {eval_loss_before:.6f} -> {eval_loss:.6f}, dropless".format(**report),
+        f"go on with: moe-jax train CONFIG --workdir {args.workdir}",
+    )
+    return report
 
 
 def finite(value: Any) -> Any:
@@ -240,7 +283,16 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def result(args: argparse.Namespace, *lines: str) -> None:
+    """What was asked for: on standard output, or beside a JSON object, which holds the same, as progress is told."""
+    if args.json:
+        say(args, *lines)
+    else:
+        print(*lines, sep="\n", flush=True)
+
+
 def say(args: argparse.Namespace, *lines: str) -> None:
+    """Progress, on standard error."""
     if not args.quiet:
         print(*lines, sep="\n", file=sys.stderr)
 
@@ -263,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     keep_memory()
     quiet_libraries()
+    keep_programs()
     from moe_jax.config import Refused
 
     try:
@@ -289,5 +342,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def entry() -> None:
+    """`moe-jax`. What was interrupted ends at once: Python's own way out waits for threads, or crashes in them."""
+    try:
+        code = main()
+    except KeyboardInterrupt:  # in the imports
+        code = 130
+    if code == 130:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

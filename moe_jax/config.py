@@ -6,10 +6,7 @@
 """
 
 import dataclasses
-import difflib
 import json
-import os
-import tomllib
 import types
 import typing
 from collections.abc import Sequence
@@ -19,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from moe_jax.checks import check, check_model, check_moe, require_decoding
+from moe_jax.files import File, chain, config_names, named_in, nearest, set_in
 from moe_jax.schema import (
     Config,
     ConfigError,
@@ -45,95 +43,15 @@ __all__ = [
     "Refused",
     "RouterConfig",
     "TrainConfig",
+    "config_names",
     "load",
+    "nearest",
+    "override",
     "require_decoding",
 ]
 
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}? " if close else ""
-
-
-# Files
-
-
-def config_folder() -> Path:
-    """The shipped configs: inside the wheel, or beside the package in a checkout."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-def config_names() -> list[str]:
-    return sorted(p.stem for p in config_folder().glob("*.toml"))
-
-
-def find(name: str, beside: Path | None = None) -> Path:
-    """The file of a config given by path or by name."""
-    options = [Path(name)] if name.endswith(".toml") else []
-    if beside is not None:
-        options += [beside / name, beside / f"{name}.toml"]
-    options.append(config_folder() / f"{name}.toml")
-    for path in options:
-        if os.path.isfile(path):  # False, and no error, for a name too long for the file system
-            return path
-    names = config_names()
-    hint = nearest(name, names) + f"the shipped configs are {', '.join(names)}; or give the path of a .toml file"
-    raise ConfigError(Problem(name or "config", "no such config", hint))
-
-
-def read(name: str, beside: Path | None = None, above: tuple[Path, ...] = ()) -> dict:
-    """A config file as nested dicts, with the files it extends merged in below it."""
-    path = find(name, beside).resolve()
-    if path in above:
-        chain = " -> ".join(p.name for p in (*above, path))
-        raise ConfigError(Problem(str(path), f"extends itself ({chain})", "take one `extends` out"))
-    try:
-        tree = tomllib.loads(path.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as e:  # ValueError: TOML, UTF-8, and integers of 4300 digits
-        raise ConfigError(Problem(str(path), f"not readable as TOML: {e}", "mend the file at that place")) from None
-    base = tree.pop("extends", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise ConfigError(Problem("extends", f"is {base!r}", "give the name of one config as a string"))
-    below = read(base, path.parent, (*above, path))
-    try:
-        return merge(below, tree)
-    except RecursionError:
-        raise ConfigError(Problem(str(path), "tables are nested too deep", "use the keys of the reference")) from None
-
-
-def merge(below: dict, above: dict) -> dict:
-    """Nested dicts with the values of `above` in place of those of `below`."""
-    out = dict(below)
-    for name, value in above.items():
-        both = isinstance(value, dict) and isinstance(out.get(name), dict)
-        out[name] = merge(out[name], value) if both else value
-    return out
-
-
-def override(tree: dict, text: str) -> dict:
-    """Apply one `key.path=value`; the value is TOML, or a bare string; an empty value takes the key out."""
-    path, sign, value = text.partition("=")
-    names = path.strip().split(".")
-    if not sign or not all(names):
-        raise ConfigError(Problem(text, "not an override", "write key.path=value, for example train.steps=100"))
-    out = dict(tree)
-    node = out
-    for name in names[:-1]:
-        below = node.get(name, {})
-        if not isinstance(below, dict):
-            raise ConfigError(Problem(path, f"{name!r} is the value {below!r}, not a table", "shorten the key"))
-        node[name] = node = dict(below)
-    if value.strip() == "":
-        node.pop(names[-1], None)
-        return out
-    try:
-        node[names[-1]] = tomllib.loads(f"x = {value}")["x"]
-    except (ValueError, RecursionError):
-        node[names[-1]] = value.strip()
-    return out
+UNSET = "unset"
+NOTHING = ("none", "null", "nil", "")  # what people write for a value that is not set
 
 
 # Strict loading
@@ -143,6 +61,20 @@ def _dataclass_in(hint: Any) -> Any:
     """The dataclass in a type such as `MoEConfig | None`."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((t for t in options if dataclasses.is_dataclass(t)), None)
+
+
+def type_at(path: Sequence[str]) -> Any:
+    """The type of the key at `path`; None if there is no such key."""
+    hint: Any = Config
+    for name in path:
+        table = _dataclass_in(hint)
+        hint = typing.get_type_hints(table, include_extras=True).get(name) if table is not None else None
+    return hint
+
+
+def admits_unset(path: Sequence[str]) -> bool:
+    """Whether the key at `path` may be left without a value."""
+    return types.NoneType in typing.get_args(type_at(path))
 
 
 def keys_at(path: Sequence[str]) -> list[str]:
@@ -211,14 +143,37 @@ def _problem(error: Any) -> Problem:
     if kind == "literal_error":
         expected = error["ctx"]["expected"]
         options = [o.strip("' ") for o in expected.replace(" or ", ",").split(",")]
-        return Problem(path, f"is {shown}", f"{nearest(str(given), options)}use one of {', '.join(options)}")
+        out = f", or {path}={UNSET} for none" if _means_unset(loc, given) else ""
+        return Problem(path, f"is {shown}", f"{nearest(str(given), options)}use one of {', '.join(options)}{out}")
     rule = WANTED.get(kind, error["msg"].removeprefix("Input should be "))
     wanted = rule if kind in WANTED or rule.startswith("a ") else f"a value {rule}"
+    if _means_unset(loc, given):
+        return Problem(path, f"is {shown}, which is not {rule}", f"write {path}={UNSET} for none, or give {wanted}")
     hint = _quoted(path, given) if kind == "string_type" and isinstance(error["loc"][-1], str) else ""
     return Problem(path, f"is {shown}, which is not {rule}", f"give {wanted}{hint}")
 
 
+def _means_unset(path: Sequence[str], given: Any) -> bool:
+    return (given is None or str(given).lower() in NOTHING) and admits_unset(path)
+
+
 _ADAPTER: TypeAdapter | None = None
+
+
+def _foreign(settings: Any, wanted: type, name: str) -> list[Problem]:
+    """Tables of settings built in Python that are no instance of their class, such as a dict in the place of one."""
+    if not isinstance(settings, wanted):
+        why = f"is {settings!r:.200}, a {type(settings).__name__}, and not a {wanted.__name__}"
+        keys = ", ".join(f"{k}={v!r}" for k, v in settings.items()) if isinstance(settings, dict) else "..."
+        return [Problem(name, why, f"write {wanted.__name__}({keys})")]
+    hints = typing.get_type_hints(wanted)
+    inner = {k: (hint, _dataclass_in(hint), getattr(settings, k)) for k, hint in hints.items()}
+    return [
+        problem
+        for k, (hint, table, value) in inner.items()
+        if table is not None and (value is not None or table is hint)
+        for problem in _foreign(value, table, f"{name}.{k}")
+    ]
 
 
 def require(settings: ModelConfig | MoEConfig, name: str) -> None:
@@ -227,6 +182,8 @@ def require(settings: ModelConfig | MoEConfig, name: str) -> None:
     Raises:
         ConfigError: every problem, its keys beginning with `name`.
     """
+    if problems := _foreign(settings, MoEConfig if not isinstance(settings, ModelConfig) else ModelConfig, name):
+        raise ConfigError(*problems)
     try:
         TypeAdapter(type(settings)).validate_json(json.dumps(to_dict(settings)))
     except ValidationError as e:
@@ -266,17 +223,54 @@ def to_dict(cfg: Any) -> dict:
     return walk(cfg)
 
 
+def drop_unset(tree: dict, prefix: tuple[str, ...] = ()) -> dict:
+    """`tree` without the keys that are "unset", where that is no value of theirs."""
+    out = {}
+    for name, value in tree.items():
+        path = (*prefix, name)
+        if value != UNSET or not admits_unset(path):
+            out[name] = drop_unset(value, path) if isinstance(value, dict) else value
+    return out
+
+
+def override(tree: dict, text: str) -> dict:
+    """Apply one `key.path=value`; the value is TOML, or a bare string; "unset" or nothing takes the key out."""
+    path, value = named_in(text)
+    out = value == "" or (value.strip("'\"") == UNSET and admits_unset(path))
+    return set_in(tree, path, None if out else value)
+
+
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
     """The config of a file or name with overrides, validated.
 
     Raises:
-        ConfigError: unknown key, wrong type, value out of range or impossible combination; names each with a remedy.
+        ConfigError: unknown key, wrong type, value out of range or impossible combination; names each with a remedy,
+            and the file or override that says it.
     """
-    tree = read(name)
-    tree.setdefault("name", Path(name).stem)
+    files = chain(name)
+    tree: dict = {"name": Path(name).stem}
+    try:
+        for file in files:
+            tree = file.over(tree)
+        tree = drop_unset(tree)
+    except RecursionError:
+        why = "tables are nested too deep"
+        raise ConfigError(Problem(str(files[-1].path), why, "use the keys of the reference")) from None
     for text in overrides:
         tree = override(tree, text)
-    return from_dict(tree)
+    try:
+        return from_dict(tree)
+    except ConfigError as e:
+        raise ConfigError(*(_with_origin(p, files, overrides) for p in e.problems)) from None
+
+
+def _with_origin(problem: Problem, files: Sequence[File], overrides: Sequence[str]) -> Problem:
+    """The problem with the override or, of the chain, the one file that sets its key."""
+    if any(text.partition("=")[0].strip() == problem.key for text in overrides):
+        return dataclasses.replace(problem, origin="in an override")
+    path = problem.key.split(".")
+    setting = [file for file in files if file.sets(path)]
+    return dataclasses.replace(problem, origin=f"in {setting[0]}") if len(setting) == 1 else problem
 
 
 # The reference of keys
@@ -300,7 +294,9 @@ def type_name(hint: Any) -> str:
 HEADING = """# Configurations
 
 One TOML file a model or experiment; `extends = "NAME"` takes over the values of another. Every key is optional, and
-`key.path=value` on the command line overrides it. This page is written by `python -m moe_jax.config`.
+`key.path=value` on the command line overrides it. Where the type says `or unset`, `key = "unset"` in a file and
+`key.path=unset` on the command line take an inherited value out; `key.path=` brings back any key's default. This page
+is written by `python -m moe_jax.config`.
 
 """
 

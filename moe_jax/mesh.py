@@ -44,6 +44,7 @@ def build_mesh(mesh: MeshConfig, devices: list | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     if len(devices) != mesh.size:
         why = f"a mesh of {mesh} needs {mesh.size} devices, and {len(devices)} ({devices[0].platform}) are here"
-        remedy = f"choose mesh.<axis> sizes whose product is {len(devices)}, or try it with --fake-devices {mesh.size}"
+        remedy = f"choose mesh.<axis> sizes whose product is {len(devices)}, or try it on fake devices: --fake-devices "
+        remedy += f'{mesh.size}, or in Python jax.config.update("jax_num_cpu_devices", {mesh.size}) before JAX starts'
         raise Refused(Problem("mesh", why, remedy))
     return jax.make_mesh(mesh.shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)

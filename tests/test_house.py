@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "moe_jax"
 FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
 
 FLOORS = [
-    ("words", {"schema", "checks", "config", "axes"}),
+    ("words", {"schema", "checks", "config", "files", "axes"}),
     ("where things live", {"mesh", "rules", "collectives"}),
     ("mathematics", {"routing", "capacity", "balance", "dispatch", "rows", "grouped", "cost", "placement"}),
     ("layers", {"layers", "model", "pipeline", "cache"}),

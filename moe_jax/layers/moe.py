@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: logits, routing, slots, dispatch, experts, combine."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -114,7 +115,7 @@ class MoELayer(nnx.Module):
             raise config.ConfigError(config.Problem("moe.d_ff", "is unset", "give moe.d_ff or MoELayer(d_ff=...)"))
         if ffn not in ACTIVATIONS:
             raise config.ConfigError(config.Problem("ffn", f"is {ffn!r}", f"use one of {', '.join(ACTIVATIONS)}"))
-        self.moe, self.rules = moe, rules
+        self.moe, self.rules, self.d_model = moe, rules, d_model
         self.gate_in, self.router, self.noise = self.gate(rngs, d_model)
         biased = moe.bias_rate is not None
         self.bias = SelectionBias(jnp.zeros(moe.experts), axes=("router_experts",)) if biased else None
@@ -149,10 +150,11 @@ class MoELayer(nnx.Module):
             replay: [B, L, K] int32, experts in place of the router's choice, as `Record` has them; gates are computed
                 from this call's logits.
         Raises:
-            ValueError: a group size that does not fit [B, L], or training noise without a key.
+            ValueError: an x of another rank or width, a batch or a group size that does not fit the mesh or [B, L], or
+                training noise without a key.
             ConfigError: a `top_k` that the config's other settings do not admit.
         """
-        chex.assert_rank(x, 3)
+        self.check_input(x)
         B, L, D = x.shape
         moe = self.moe if top_k is None else dataclasses.replace(self.moe, top_k=top_k)
         if top_k is not None:
@@ -165,6 +167,7 @@ class MoELayer(nnx.Module):
         if capacity_factor is FROM_CONFIG:
             capacity_factor = moe.capacity_factor if train else moe.eval_capacity_factor
         S = self.group_size(B, L, capacity_factor)
+        self.check_shards(B, L, S)
         C = capacity(moe, S, capacity_factor)
         self.check_key(train, key)
         rows = row_keys(key if train else None, B)
@@ -349,6 +352,30 @@ class MoELayer(nnx.Module):
                 f"moe.group_size={S} fits no [B={B}, L={L}]: use a divisor of L, or a multiple dividing B*L"
             )
         return S
+
+    def check_input(self, x: jax.Array) -> None:
+        if x.ndim != 3:
+            remedy = "reshape it; one sequence is x[None]" if x.ndim == 2 else "reshape it"
+            raise ValueError(
+                f"x has the shape {list(x.shape)}, and a MoELayer takes [B, L, D={self.d_model}]: {remedy}"
+            )
+        if x.shape[-1] != self.d_model:
+            raise ValueError(
+                f"x {list(x.shape)} has tokens of width {x.shape[-1]}, and this MoELayer was built with d_model="
+                f"{self.d_model}: project x to that width, or build the layer with d_model={x.shape[-1]}"
+            )
+
+    def check_shards(self, B: int, L: int, S: int) -> None:
+        """Rows and groups must divide over the token shards of the current mesh."""
+        if self.rules is None:
+            return
+        sizes = {axis: n for axis, n in current_mesh().shape.items() if axis in self.rules.batch and n > 1}
+        shards, groups = math.prod(sizes.values()), B * L // S
+        over = f"does not divide over {shards} token shards ({' x '.join(f'{a}={n}' for a, n in sizes.items())})"
+        if B % shards:
+            raise ValueError(f"a batch of {B} {over}: use a multiple of {shards}, or smaller mesh axes")
+        if groups % shards:
+            raise ValueError(f"[B={B}, L={L}] makes {groups} groups of {S} tokens, which {over}: lower moe.group_size")
 
     def check_key(self, train: bool, key: jax.Array | None) -> None:
         moe = self.moe

@@ -82,7 +82,7 @@ class Run:
         self.bigram = bigram_loss(self.windows, self.evaluator.windows, self.cfg.model.vocab)
         state = self.start()
         try:
-            with self.open_screen() as self.screen, self.open_log() as self.log, Stop() as stop:
+            with self.open_screen() as self.screen, self.open_log() as self.log, Stop(self.screen.note) as stop:
                 self.introduce()
                 state, step = self.train(state, self.resumed_at or 0, stop)
                 self.checkpoints.wait()  # a signal must not end the process while the last save is under way
@@ -102,7 +102,8 @@ class Run:
         if first == 0:
             self.evaluate(state, 0)
         if first >= train.steps:
-            self.screen.note(f"nothing to do: the checkpoint is at step {first} of {train.steps}")
+            goal = f"{first} of {first}" if first == train.steps else f"{first}, beyond train.steps={train.steps}"
+            self.screen.note(f"nothing to do: the checkpoint is at step {goal}")
             return state, first
         seed = jax.random.key(train.seed)
         pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -261,6 +262,7 @@ class Run:
             "finished": step >= self.cfg.train.steps,
             "loss": train[-1]["loss"],
             "eval_loss": evals[-1]["eval_loss"] if evals else None,
+            "eval_bits_per_byte": evals[-1].get("bits_per_byte") if evals else None,
             "eval_step": evals[-1]["step"] if evals else None,
             "first_eval_loss": evals[0]["eval_loss"] if evals else None,
             "bigram_loss": self.bigram,
@@ -297,7 +299,6 @@ class Run:
             room = self.cfg.model.max_length - len(tokenizer.encode(prompt))
             new = generator(state.weights, [tokenizer.encode(prompt)], min(self.cfg.train.sample_tokens, room))
             report["sample"] = prompt + tokenizer.decode(new.tokens[0])
-            self.say(f"sample:\n{report['sample']}")
 
     def say(self, text: str) -> None:
         if not self.quiet:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,8 @@ def open_dense(folder: Path) -> tuple[Checkpoints, Config]:
     Raises:
         Refused: no run, or one of a model that has experts.
     """
-    try:
-        checkpoints = open_workdir(folder)
-        saved = config.from_dict(checkpoints.info(checkpoints.steps()[-1])["config"])
-    except Refused as e:
-        at = {"--workdir": "DENSE_DIR"}  # here that option names the new folder
-        raise Refused(*(dataclasses.replace(p, key=at.get(p.key, p.key)) for p in e.problems)) from None
+    checkpoints = open_workdir(folder, "DENSE_DIR")
+    saved = config.from_dict(checkpoints.info(checkpoints.steps()[-1])["config"])
     if saved.model.moe is not None:
         why = f"{folder} holds a model of {saved.model.moe.experts} experts, and upcycling begins with a dense one"
         raise Refused(Problem("DENSE_DIR", why, "name the workdir of a dense run"))
@@ -83,7 +78,6 @@ def run(
     method: Method = "copy",
     noise: float = 0.0,
     seed: int | None = None,
-    quiet: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint of step 0 of `cfg`'s model, made of the newest checkpoint of the dense run in `folder`.
 
@@ -133,7 +127,7 @@ def run(
         target.save(0, state, checkpoint_info(cfg, corpus, 0) | {"upcycled": origin})
         target.wait()
     total, active = model.count()
-    report = {
+    return {
         "workdir": str(workdir),
         "step": 0,
         "dense_step": step,
@@ -143,21 +137,10 @@ def run(
         "shared_slices": how.shared,
         "factor": how.factor,
         "preserved": preserved,
+        "why": "noise was added" if how.preserved and noise else how.why,
         "params_total_before": dense.count()[0],
         "params_total": total,
         "params_active": active,
         "eval_loss_before": before,
         "eval_loss": after,
     }
-    if not quiet:
-        why = "noise was added" if how.preserved and noise else how.why
-        print(
-            f"{folder} at step {step}: {report['params_total_before']:,} parameters -> {total:,}, {active:,} active",
-            f"{method}: {how.slices} slices x {how.copies} copies, outputs times {how.factor:g}",
-            f"the function is {'' if preserved else 'not '}preserved: {why}",
-            f"held-out loss {before:.6f} -> {after:.6f}, dropless",
-            f"go on with: moe-jax train CONFIG --workdir {workdir}",
-            sep="\n",
-            file=sys.stderr,
-        )
-    return report
