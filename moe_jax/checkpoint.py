@@ -180,7 +180,9 @@ def _reason(error: BaseException) -> str:
             break
         error = inner
     line = " ".join(str(error).split()) or type(error).__name__
-    # TensorStore appends its whole specification and source lines.
+    # TensorStore wraps the system's reason in its own names of files, its whole specification and source lines.
+    if code := re.search(r"\[os_error_code='(\d+)'", line):
+        return os.strerror(int(code[1]))
     line = re.split(r" \[(?:source locations|tensorstore_spec|key)=?", line)[0]
     return line if len(line) < 300 else line[:297] + "..."
 
@@ -306,10 +308,6 @@ class Checkpoints:
         except Exception as e:
             raise self._failed(step, e) from e
 
-    def close(self) -> None:
-        """`wait`; the object still reads afterwards."""
-        self.wait()
-
     def _failed(self, step: int, error: Exception) -> CheckpointFailed:
         kept = self.steps()
         rest = f"step {kept[-1]} is the newest complete one" if kept else "there is no complete one yet"
@@ -417,5 +415,6 @@ class Checkpoints:
             more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
             head = f"{len(wrong)} of {len(both)} leaves differ from the model"
             why = "\n    ".join([head, *wrong[:SHOWN], *more])
-            remedy = "use the config saved in the checkpoint, or another --workdir"
+            remedy = "use the config saved in the checkpoint"  # only training may go elsewhere: eval reads this one
+            remedy += ": take the override of model.* out" if partial else ", or another --workdir"
             raise Refused(Problem(str(self.folder / str(step)), why, remedy))

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 1
 
 import argparse
 import ctypes
+import errno
 import json
 import math
 import os
@@ -18,6 +19,13 @@ from typing import Any
 from moe_jax.bench.options import add_benchmarks
 
 STARTED = time.perf_counter()
+
+
+def folder(text: str) -> Path:
+    """A folder's name. An empty one, such as an unset variable of a shell, is not the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name a folder; the current one is .")
+    return Path(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,17 +50,17 @@ def parser() -> argparse.ArgumentParser:
     train = add("train", "train a model; goes on where a run in the same workdir stopped")
     train.add_argument("config", metavar="CONFIG")
     train.add_argument("overrides", nargs="*", metavar="key.path=value")
-    train.add_argument("--workdir", type=Path, metavar="DIR", help="default: a new folder runs/CONFIG-DATE-TIME")
+    train.add_argument("--workdir", type=folder, metavar="DIR", help="default: a new folder runs/CONFIG-DATE-TIME")
     train.set_defaults(run=run_train)
 
     evaluate = add("eval", "loss of a trained model on held-out text, dropless and at capacity")
-    evaluate.add_argument("workdir", type=Path, metavar="DIR")
+    evaluate.add_argument("workdir", type=folder, metavar="DIR")
     evaluate.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example mesh.expert=2")
     evaluate.add_argument("--batches", type=int, metavar="N", help="batches to read (default: all held-out text)")
     evaluate.set_defaults(run=run_eval)
 
     generate = add("generate", "continue a prompt with a trained model")
-    generate.add_argument("workdir", type=Path, metavar="DIR")
+    generate.add_argument("workdir", type=folder, metavar="DIR")
     generate.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example mesh.expert=2")
     generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
     generate.add_argument("--tokens", type=int, default=100, metavar="N", help="new tokens (default 100)")
@@ -206,6 +214,19 @@ def say(args: argparse.Namespace, *lines: str) -> None:
         print(*lines, sep="\n", file=sys.stderr)
 
 
+def told(error: OSError) -> str:
+    """What the system would not do, and the remedy."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "free space, and run the same command again; with a --workdir, training goes on from the last "
+        remedy += "complete checkpoint there"
+    elif error.filename:
+        remedy = f"check {error.filename}, and run the same command again"
+    else:
+        remedy = "mend that, and run the same command again"
+    return f"{what}\n    remedy: {remedy}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Refusals and failures are one message on standard error."""
     args = parse(argv)
@@ -224,8 +245,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"moe-jax {args.command}: interrupted", file=sys.stderr)
         return 130
+    except OSError as e:
+        print(f"moe-jax {args.command}: failed\n{told(e)}", file=sys.stderr)
+        return 1
     except Exception as e:
-        if type(e).__name__ not in ("CheckpointFailed", "Overflow") and not isinstance(e, OSError):
+        if type(e).__name__ not in ("CheckpointFailed", "Overflow"):
             raise
         print(f"moe-jax {args.command}: failed\n{e}", file=sys.stderr)
         return 1

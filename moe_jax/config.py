@@ -172,6 +172,24 @@ def all_keys() -> list[tuple[str, Any, dataclasses.Field]]:
     return rows
 
 
+WANTED = {  # what a value is not, where pydantic's own words are those of a parser
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dataclass_type": "a table of keys",
+}
+
+
+def _quoted(path: str, given: Any) -> str:
+    """How to write a number or a truth value that is meant as text: unquoted, TOML reads 2024 as a number."""
+    if not isinstance(given, (int, float)) or len(str(given)) >= 80:
+        return ""
+    return f", with quotes inside quotes: '{path}=\"{json.dumps(given)}\"'"
+
+
 def _problem(error: Any) -> Problem:
     """One pydantic error in our words."""
     loc = [str(part) for part in error["loc"]]
@@ -192,9 +210,10 @@ def _problem(error: Any) -> Problem:
         expected = error["ctx"]["expected"]
         options = [o.strip("' ") for o in expected.replace(" or ", ",").split(",")]
         return Problem(path, f"is {shown}", f"{nearest(str(given), options)}use one of {', '.join(options)}")
-    rule = error["msg"].removeprefix("Input should be ")
-    wanted = rule if rule.startswith(("a ", "an ")) else f"a value {rule}"
-    return Problem(path, f"is {shown}, which is not {rule}", f"give {wanted.replace('an object', 'a table of keys')}")
+    rule = WANTED.get(kind, error["msg"].removeprefix("Input should be "))
+    wanted = rule if kind in WANTED or rule.startswith("a ") else f"a value {rule}"
+    hint = _quoted(path, given) if kind == "string_type" and isinstance(error["loc"][-1], str) else ""
+    return Problem(path, f"is {shown}, which is not {rule}", f"give {wanted}{hint}")
 
 
 _ADAPTER: TypeAdapter | None = None
@@ -261,6 +280,17 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
 # Impossible combinations
 
 
+def _idle(table: Any, prefix: str, names: Sequence[str], why: str, remedy: str) -> list[Problem]:
+    """Keys that have no effect beside the others of their table; a value that is not the default was meant to."""
+    given = {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if f.name in names}
+    default = {f.name: f.default for f in dataclasses.fields(table)}
+    return [
+        Problem(f"{prefix}.{name}", f"is {value}, and {why}", f"take it out, or {remedy}")
+        for name, value in given.items()
+        if value != default[name]
+    ]
+
+
 def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
     """Impossible combinations inside the mixture of experts."""
     out = []
@@ -283,6 +313,10 @@ def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
         no("router.normalize", why, "leave it unset, or set it to after")
     if kind != "gshard" and moe.router.second != "always":
         no("router.second", f"is {moe.router.second!r} with the {kind} router", "set router.kind=gshard")
+    if kind != "gshard" or moe.router.second != "random":
+        why = "only a gshard router that keeps the second expert at random has a threshold"
+        remedy = "set router.kind=gshard and router.second=random"
+        out += _idle(moe.router, f"{prefix}.router", ["threshold"], why, remedy)
     if moe.capacity_factor is None and moe.overflow != "drop":
         why = f"is {moe.overflow!r}, and a layer without capacity_factor never overflows"
         no("overflow", why, "leave it at drop")
@@ -311,11 +345,26 @@ def check_model(m: ModelConfig) -> list[Problem]:
         no("head_dim", f"{m.resolved_head_dim} is odd, and rotary positions turn pairs", "use an even head_dim")
     if m.positions == "sinusoidal" and m.d_model % 2:
         no("d_model", f"{m.d_model} is odd, and sinusoidal positions come in pairs", "use an even d_model")
+    if m.positions != "rotary":
+        why = f"{m.positions} positions do not turn"
+        out += _idle(m, "model", ["rope_theta"], why, "set model.positions=rotary")
     if m.moe is not None:
         out += check_moe(m.moe)
         if m.layers < m.moe.first_dense + m.moe.every:
             why = f"first_dense={m.moe.first_dense}, every={m.moe.every} leave no MoE layer among {m.layers}"
             no("moe.every", why, "lower model.moe.every or first_dense, or raise model.layers")
+    return out
+
+
+def _check_optimizer(o: OptimizerConfig) -> list[Problem]:
+    """Settings of one optimizer or schedule beside another."""
+    prefix = "train.optimizer"
+    unused = {"adamw": [], "muon": ["eps"], "adafactor": ["b1", "b2", "eps"]}[o.kind]
+    out = _idle(o, prefix, unused, f"{o.kind} has no such setting", "set train.optimizer.kind=adamw")
+    if o.schedule != "wsd":
+        out += _idle(
+            o, prefix, ["decay"], f"the {o.schedule} schedule has no final decay", f"set {prefix}.schedule=wsd"
+        )
     return out
 
 
@@ -338,7 +387,7 @@ def _check_groups(cfg: Config) -> list[Problem]:
 
 def check(cfg: Config) -> list[Problem]:
     """Every impossible combination of a config (`rules.validate` holds the rules and the mesh against the shapes)."""
-    out = check_model(cfg.model)
+    out = check_model(cfg.model) + _check_optimizer(cfg.train.optimizer)
     mesh, data, train, moe = cfg.mesh, cfg.data, cfg.train, cfg.model.moe
 
     def no(name: str, reason: str, remedy: str) -> None:
@@ -376,7 +425,7 @@ def type_name(hint: Any) -> str:
         base, limit = typing.get_args(hint)
         signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
         limits = [(sign, getattr(m, name, None)) for m in limit.metadata for name, sign in signs.items()]
-        bounds = [f"{sign} {n:g}" for sign, n in limits if n is not None and n != 2**40]
+        bounds = [f"{sign} {n}" for sign, n in limits if n is not None and n != 2**40]
         return f"{base.__name__} {', '.join(bounds)}".strip()
     if typing.get_origin(hint) is Literal:
         return " / ".join(map(str, typing.get_args(hint)))

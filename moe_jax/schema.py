@@ -15,6 +15,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Count = Annotated[int, Limit(ge=1, le=2**40)]
 Depth = Annotated[int, Limit(ge=1, le=4096)]  # layers are listed one by one
 Whole = Annotated[int, Limit(ge=0, le=2**40)]
+Seed = Annotated[int, Limit(ge=0, le=2**32 - 1)]  # a key of JAX keeps 32 bits: 2**32 would be 0 again
 Positive = Annotated[float, Limit(gt=0)]
 NonNegative = Annotated[float, Limit(ge=0)]
 Rate = Annotated[float, Limit(ge=0, lt=1)]
@@ -142,6 +143,11 @@ class MeshConfig:
         return tuple(getattr(self, axis) for axis in MESH_AXES)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The axes that hold more than one device."""
+        return {a: n for a, n in zip(MESH_AXES, self.shape, strict=True) if n > 1}
+
+    @property
     def size(self) -> int:
         return prod(self.shape)
 
@@ -150,8 +156,8 @@ class MeshConfig:
         return prod(getattr(self, axis, 1) for axis in axes)
 
     def __str__(self) -> str:
-        named = [f"{a}={n}" for a, n in zip(MESH_AXES, self.shape, strict=True) if n > 1]
-        return ",".join(named) or "one device"
+        """The mesh in words, for messages and logs."""
+        return " x ".join(f"{a}={n}" for a, n in self.sizes.items()) or "one device"
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ class DataConfig:
     batch: Count = key(32, "sequences a step B, over all devices and microbatches")
     packing: Literal["pack", "pad"] = key("pack", "several documents a sequence, or one, padded")
     heldout: Fractional = key(0.05, "fraction of the text kept for evaluation")
-    seed: Whole = key(0, "seed of the order of the sequences and of the held-out choice")
+    seed: Seed = key(0, "seed of the order of the sequences and of the held-out choice")
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,7 @@ class TrainConfig:
 
     __pydantic_config__ = STRICT
     steps: Count = key(300, "optimizer steps")
-    seed: Whole = key(0, "seed of parameters, dropout and routing noise")
+    seed: Seed = key(0, "seed of parameters, dropout and routing noise")
     microbatches: Count = key(1, "the batch is run in so many parts, one after the other; results do not change")
     optimizer: OptimizerConfig = key(OptimizerConfig, "optimizer and schedule")
     checkpoint_every: Count | None = key(None, "steps between checkpoints; unset: one at the end")

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses without writing, and answers that do not depend on the mesh."""
 
+import errno
 import hashlib
 import json
 import math
@@ -345,7 +346,7 @@ REFUSED_TRAIN = {
         "drop",
     ),
     "fake devices": (["--fake-devices", "3"], "--fake-devices", "3 fake devices for a mesh of 8"),
-    "negative fake devices": (["--fake-devices", "-4"], "--fake-devices", "-4"),
+    "negative fake devices": (["--fake-devices", "-4"], "--fake-devices: is -4", "give 1 or more"),
     "vocabulary too small": (["model.vocab=100"], "model.vocab", "257"),
     "no such text": (["data.path=texd.txt"], "data.path", "'texd.txt'", "'text.txt'"),
     "no such builtin": (["data.path=builtin:pros"], "data.path", "'builtin:prose'"),
@@ -355,7 +356,7 @@ REFUSED_TRAIN = {
     "binary text": (["data.path=binary.txt"], "data.path", "UTF-8", "offset 128"),
     "folder without text": (["data.path=pictures"], "data.path", ".png"),
     "JSONL without the field": (["data.path=no_field.jsonl"], "data.field", "'body'"),
-    "JSONL without text": (["data.path=not_text.jsonl"], "data.field", "int"),
+    "JSONL without text": (["data.path=not_text.jsonl"], "data.field", "is a number, not a string"),
     "broken JSONL": (["data.path=not_json.jsonl"], "data.path", "not_json.jsonl:2"),
     "no such tokenizer": (["data.tokenizer=byte"], "data.tokenizer", "'bytes'"),
     "bad tokenizer": (["data.tokenizer=tokenizer.json"], "data.tokenizer", "tokenizer.json"),
@@ -452,7 +453,14 @@ REFUSED_RUN = {
     "eval, garbled tokens": ("garbled tokens", ["eval", "run"], "tokens", "damaged"),
     "eval, zero batches": ("", ["eval", "run", "--batches", "0"], "--batches", "1 or more"),
     "eval, mesh": ("", ["eval", "run", "mesh.data=3"], "data.batch", "3"),
-    "eval, another model": ("", ["eval", "run", "model.d_model=32"], "leaves differ", "[320,16]", "[320,32]"),
+    "eval, another model": (
+        "",
+        ["eval", "run", "model.d_model=32"],
+        "leaves differ",
+        "[320,16]",
+        "[320,32]",
+        "take the override of model.* out\n",
+    ),
     "eval, another text": ("", ["eval", "run", "data.path=text.txt"], "data.path"),
     "eval, misspelt key": ("", ["eval", "run", "mesh.exprt=2"], "mesh.exprt", "'expert'"),
     "eval, fake devices": ("", ["eval", "run", "--fake-devices", "4"], "--fake-devices", "8"),
@@ -512,6 +520,10 @@ def test_refusals_of_a_real_process(trained, place):
         (["train", "tiny_switch", "--wrokdir=x"], "'--wrokdir=x'"),
         (["train", "tiny_switch", "--fake-devices", "two"], "--fake-devices: invalid int value: 'two'"),
         (["train", "tiny_switch", "--workdir"], "--workdir: expected one argument"),
+        (["train", "tiny_switch", "--workdir", ""], "--workdir: is empty: name a folder"),
+        (["train", "tiny_switch", "--workdir="], "--workdir: is empty: name a folder"),
+        (["eval", ""], "DIR: is empty: name a folder"),
+        (["generate", "", "--prompt", "a"], "DIR: is empty: name a folder"),
         (["eval"], "DIR"),
         (["eval", "run", "--json", "stray"], "'stray'"),
         (["generate", "run"], "--prompt"),
@@ -540,3 +552,26 @@ def test_a_token_without_a_slot_fails_where_it_must(place, call):
     assert re.fullmatch(
         r"moe-jax train: failed\nstep 1: \d+ of 128 choices found no slot; raise model.moe.capacity_factor.*\n", err
     ), err
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"No space left on device\n    remedy: free space, .*"),
+        (
+            OSError(errno.EDQUOT, "Over quota", "run/a"),
+            r"run/a: Over quota\n    remedy: free space, .* goes on .*",
+        ),
+        (OSError(errno.EIO, "Input/output error", "run/a"), r"run/a: Input/output error\n    remedy: check run/a, .*"),
+        (OSError("the lines are down"), r"the lines are down\n    remedy: mend that, and run the same command again"),
+    ],
+    ids=str,
+)
+def test_what_the_system_would_not_do(call, monkeypatch, error, words):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(cli, "run_train", run)
+    code, out, err = call("train", "tiny_switch")
+    assert code == 1 and out == ""
+    assert re.fullmatch(rf"moe-jax train: failed\n{words}\n", err), err

@@ -19,7 +19,8 @@ from test_cli import ENV, NOISE, STEPS, TINY, calls, check_refusal, finish, insi
 
 from moe_jax import config, mesh
 from moe_jax.checkpoint import COMPLETE, Checkpoints
-from moe_jax.train.resume import Stop
+from moe_jax.data import Windows
+from moe_jax.train.resume import Stop, changes
 from moe_jax.train.state import Model
 
 TIMES = ("step_seconds", "tokens_per_second")
@@ -183,14 +184,16 @@ def test_a_finished_run_does_nothing_and_reports(train, whole, tmp_path, call):
     assert code == 0 and f"nothing to do: the checkpoint is at step {STEPS} of 30\n" in log
 
 
-def test_more_steps(train, whole, tmp_path, call):
-    workdir = copy(whole, tmp_path)
+def test_more_steps(train, whole, tmp_path, call, monkeypatch):
+    workdir, built, init = copy(whole, tmp_path), [], Windows.__init__
+    monkeypatch.setattr(Windows, "__init__", lambda *args: built.append(args) or init(*args))
     code, report, log = call(*train, workdir, f"train.steps={STEPS + 3}")
     assert code == 0 and f"changed since that checkpoint: train.steps: {STEPS} -> {STEPS + 3}\n" in log
     assert report["step"] == STEPS + 3 and report["finished"] is True
     steps, evals = rows(workdir)
     assert len(steps) == STEPS + 3 and steps[:STEPS] == rows(whole)[0]
     assert [e["step"] for e in evals] == [0, STEPS, STEPS + 3]
+    assert len(built) == 2, "windows of the training text and of the held-out one, for all evaluations and the bigram"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +202,7 @@ def test_more_steps(train, whole, tmp_path, call):
         ("model.d_model=32", "model.d_model: is 32, and the run in this workdir began with 16"),
         ("model.moe.capacity_factor=1.25", "model.moe.capacity_factor"),
         ("model.moe.experts=4", "model.moe.experts"),
-        ("model.moe=", "model.moe"),
+        ("model.moe=", "model.moe: is unset, and the run in this workdir began with a table of keys\n"),
         ("data.batch=16", "data.batch"),
         ("data.seed=1", "data.seed"),
         ("data.path=builtin:prose", "data.path"),
@@ -211,6 +214,18 @@ def test_another_run_in_the_same_folder_is_refused(train, whole, call, change, k
     before = listing(whole)
     check_refusal(*call(*train, whole, change), "train", key, "--workdir")
     assert listing(whole) == before
+
+
+def test_a_table_that_one_side_lacks_is_one_change():
+    whole, dense = config.load("tiny_mixtral"), config.load("tiny_mixtral", ["model.moe="])
+    assert changes(config.to_dict(whole), whole) == []
+    for saved, now, words in (
+        (whole, dense, "is unset, and the run in this workdir began with a table of keys"),
+        (dense, whole, "is a table of keys, and the run in this workdir began with unset"),
+    ):
+        with pytest.raises(config.ConfigError) as e:
+            changes(config.to_dict(saved), now)
+        assert [(p.key, p.reason) for p in e.value.problems] == [("model.moe", words)]
 
 
 def test_full_disk(train, whole, tmp_path, call):
@@ -229,8 +244,8 @@ def test_full_disk(train, whole, tmp_path, call):
     assert done.returncode == 1 and done.stdout == "", done.stderr
     assert not NOISE.search(done.stderr), done.stderr
     said = done.stderr.partition("moe-jax train: failed\n")[2]
-    assert str(workdir / "checkpoints") in said and "not written" in said and "remedy: make room" in said, done.stderr
-    assert "step 20 is the newest complete one" in said
+    assert str(workdir / "checkpoints") in said and "not written: File too large\n" in said, done.stderr
+    assert "remedy: make room" in said and "step 20 is the newest complete one" in said
     assert steps_of(workdir) == [20]
     code, report, _ = call("eval", workdir, "--json")
     assert code == 0 and report["step"] == 20

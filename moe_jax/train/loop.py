@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from moe_jax import config
 from moe_jax import mesh as meshes
-from moe_jax.axes import MESH_AXES
 from moe_jax.checkpoint import Checkpoints, check_workdir
 from moe_jax.config import Config, Problem, Refused
 from moe_jax.data import Windows, batches, bigram_loss, load_tokenizer, prepare
@@ -78,9 +77,8 @@ class Run:
         """Everything after the text is at hand."""
         data = self.cfg.data
         self.windows = Windows(self.corpus.train, data.length, data.packing)
-        heldout = Windows(self.corpus.heldout, data.length, data.packing)
-        self.bigram = bigram_loss(self.windows, heldout, self.cfg.model.vocab)
         self.evaluator = Evaluator(self.model, self.mesh, self.corpus)
+        self.bigram = bigram_loss(self.windows, self.evaluator.windows, self.cfg.model.vocab)
         state = self.start()
         try:
             with self.open_screen() as self.screen, self.open_log() as self.log, Stop() as stop:
@@ -91,7 +89,7 @@ class Run:
                     where = f"step {step} of {self.cfg.train.steps}"
                     self.screen.note(f"{stop.signal}: saved at {where}; the same command goes on from there")
         finally:
-            self.checkpoints.close()
+            self.checkpoints.wait()
         report = self.report(step)
         if self.main:
             self.finish(state, report)
@@ -183,17 +181,13 @@ class Run:
         total, active = self.model.count()
         note = self.screen.note
         note(f"{self.cfg.name}: {total:,} parameters, {active:,} of them active for a token")
-        note(f"mesh {self.shape()} on {jax.device_count()} {jax.devices()[0].platform} device(s)")
+        note(f"mesh {self.cfg.mesh}, on {jax.device_count()} {jax.devices()[0].platform} device(s)")
         note(f"workdir {self.workdir}")
         note(f"text {self.cfg.data.path}: {len(self.corpus.train):,} tokens, {len(self.corpus.heldout):,} held out")
         if self.resumed_at is not None:
             note(f"goes on from the checkpoint at step {self.resumed_at}")
         for line in self.changed:
             note(f"changed since that checkpoint: {line}")
-
-    def shape(self) -> str:
-        """The mesh in words."""
-        return " x ".join(f"{a}={n}" for a, n in zip(MESH_AXES, self.cfg.mesh.shape, strict=True) if n > 1) or "of one"
 
     def compile(self, state: State, seed: jax.Array) -> Any:
         """The train step for these shapes; the old state's memory is reused for the new one."""
@@ -270,7 +264,7 @@ class Run:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,
             "params_total": total,
             "params_active": active,
-            "mesh": {a: n for a, n in zip(MESH_AXES, self.cfg.mesh.shape, strict=True) if n > 1},
+            "mesh": self.cfg.mesh.sizes,
             "devices": jax.device_count(),
             "platform": jax.devices()[0].platform,
             "workdir": str(self.workdir),

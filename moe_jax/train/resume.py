@@ -69,12 +69,23 @@ def locked(workdir: Path) -> Generator[None]:
         yield
 
 
-def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as `{"a.b.c": value}`."""
-    out: dict[str, Any] = {}
-    for k, v in tree.items():
-        out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+def differences(before: dict, now: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys `a.b.c` of nested dicts with the two values, None where unset; a table that one side lacks is one key."""
+    out: dict[str, tuple[Any, Any]] = {}
+    for k in sorted(before.keys() | now.keys()):
+        a, b = before.get(k), now.get(k)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out |= differences(a, b, f"{prefix}{k}.")
+        elif a != b:
+            out[prefix + k] = a, b
     return out
+
+
+def word(value: Any) -> str:
+    """A value of a config as messages show it."""
+    if isinstance(value, dict):
+        return "a table of keys"
+    return "unset" if value is None else repr(value)
 
 
 def changes(saved: dict, cfg: Config) -> list[str]:
@@ -83,12 +94,12 @@ def changes(saved: dict, cfg: Config) -> list[str]:
     Raises:
         ConfigError: a key that would make it another run, such as the model, the data or the seed.
     """
-    now, before = flat(config.to_dict(cfg)), flat(saved)
-    keys = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
-    fixed = [k for k in keys if not k.startswith(FREE) or k in FIXED]
+    found = differences(saved, config.to_dict(cfg))
+    changed = {k: (word(before), word(now)) for k, (before, now) in found.items()}
+    fixed = [k for k in changed if not k.startswith(FREE) or k in FIXED]
     if fixed:
         remedy = "set it back, or train in another --workdir"
         began = "and the run in this workdir began with"
-        why = {k: f"is {now.get(k, 'unset')!r}, {began} {before.get(k, 'unset')!r}" for k in fixed}
+        why = {k: f"is {changed[k][1]}, {began} {changed[k][0]}" for k in fixed}
         raise config.ConfigError(*(Problem(k, why[k], remedy) for k in fixed))
-    return [f"{k}: {before.get(k, 'unset')} -> {now.get(k, 'unset')}" for k in keys if k != "name"]
+    return [f"{k}: {before} -> {now}" for k, (before, now) in changed.items() if k != "name"]
