@@ -184,7 +184,8 @@ def test_train_says_on_standard_error_what_it_does_and_nothing_else(trained):
     _, _, _, err = trained
     assert not NOISE.search(err), err
     known = (
-        r"tiny_switch: |mesh data=2 x expert=4|workdir |text |eval |compiled |60 steps; |step |picture |held-out loss "
+        r"tiny_switch: |mesh data=2 x expert=4|dispatch |workdir |text |eval |compiled |60 steps; |step |picture |"
+        r"held-out loss |alarm at step |    remedy: "
     )
     lines = err.partition("sample:\n")[0].splitlines()
     assert len(lines) > STEPS and all(re.match(known, line) for line in lines), err
@@ -220,7 +221,8 @@ def test_eval_fits_the_batch_to_the_mesh(trained, call):
     assert code == 0 and err == ""
     loss, capacity, tokens = out.splitlines()
     want = call("eval", trained[0], "--json")[1]
-    assert loss.startswith(f"held-out text: loss {want['eval_loss']:.3f}") and " bits a byte" in loss
+    told = re.fullmatch(r"held-out text: loss ([\d.]+) nats a token, ([\d.]+) bits a byte", loss)
+    assert told and float(told[1]) == pytest.approx(want["eval_loss"], abs=2e-4)
     assert f"{want['dropped']:,} of {want['routed']:,} choices dropped" in capacity
     assert tokens == f"{want['tokens']:,} tokens, step {STEPS}"
 
