@@ -12,7 +12,9 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Sequence
@@ -342,8 +344,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def interrupt(number: int, frame: Any) -> None:
+    """Ctrl-C, as Python takes it. In JAX's callback of the garbage collector it would be lost: once more."""
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+    else:
+        raise KeyboardInterrupt
+
+
 def entry() -> None:
     """`moe-jax`. What was interrupted ends at once: Python's own way out waits for threads, or crashes in them."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in a background job
+        signal.signal(signal.SIGINT, interrupt)
     try:
         code = main()
     except KeyboardInterrupt:  # in the imports

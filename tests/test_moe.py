@@ -311,6 +311,44 @@ def test_settings_that_fight_are_refused():
         layer(jnp.ones((2, 4, D)), train=True)
 
 
+@pytest.mark.parametrize(
+    "moe, words",
+    [
+        (
+            MoEConfig(router={"kind": "switch"}, d_ff=16),
+            r"moe.router: is \{'kind': 'switch'\}, a dict, and not a RouterConfig\n.* RouterConfig\(kind='switch'\)",
+        ),
+        (MoEConfig(router=None, d_ff=16), "moe.router: is None, a NoneType, and not a RouterConfig"),
+        ({"experts": 4}, r"moe: is \{'experts': 4\}, a dict.*\n.* MoEConfig\(experts=4\)"),
+    ],
+)
+def test_settings_of_another_class_are_refused(moe, words):
+    with pytest.raises(ConfigError, match=words):
+        MoELayer(moe, D, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "shape, where, keys, words",
+    [
+        ((2, 4, D + 1), "one", {}, rf"width {D + 1}, and this .* d_model={D}: project x .* d_model={D + 1}"),
+        ((4, D), "one", {}, rf"x has the shape \[4, {D}\], .* \[B, L, D={D}\]: .* x\[None\]"),
+        (
+            (6, 4, D),
+            "data=2,expert=4",
+            {},
+            r"batch of 6 .* over 8 token shards \(data=2 x expert=4\): .* multiple of 8",
+        ),
+        ((8, 4, D), "data=2,expert=4", {"group_size": 8}, r"\[B=8, L=4\] makes 4 groups of 8 tokens, which .* lower"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(shape, where, keys, words):
+    moe = MoEConfig(experts=4, top_k=2, d_ff=16, capacity_factor=1.0, **keys)
+    with entered(MESHES[where]):
+        layer = MoELayer(moe, D, rules=Rules(), rngs=nnx.Rngs(0))
+        with pytest.raises(ValueError, match=words):
+            layer(jnp.ones(shape), train=True)
+
+
 @pytest.mark.parametrize("where", ["one", "data=2,expert=4"])
 def test_noise_does_not_depend_on_rows_or_mesh(where):
     """A row keeps its noise whatever rows share the call: microbatches and meshes draw the same numbers."""

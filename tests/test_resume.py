@@ -280,6 +280,23 @@ def test_ctrl_c_while_it_compiles(train, tmp_path):
     assert err == "SIGINT: quits without saving; the last complete checkpoint stays\n"
 
 
+def test_ctrl_c_in_a_callback_of_jax_is_not_lost():
+    """Python drops what is raised there."""
+    from moe_jax import cli
+
+    def _xla_gc_callback():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+
+    old = signal.signal(signal.SIGINT, cli.interrupt)
+    try:
+        _xla_gc_callback()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
 def test_ctrl_c_before_the_run(train, tmp_path):
     """There is nothing to save: code 130, one line and no run."""
     child = start(*train, tmp_path / "run", cwd=tmp_path)
