@@ -243,8 +243,13 @@ LOSSES: dict[str, Callable[[Stats, MoEConfig], jax.Array]] = {
 
 
 def losses(stats: Stats, moe: MoEConfig) -> dict[str, jax.Array]:
-    """Every loss whose coefficient is not 0, without it: [] or [layers]."""
-    return {name: f(stats, moe) for name, f in LOSSES.items() if getattr(moe, name)}
+    """Every loss that is on, without its coefficient: [] or [layers].
+
+    0 is off. An array is on whatever its value, so that a traced coefficient can be changed without a new program; the
+    layers that made the statistics need a number in its place.
+    """
+    coefficients = {name: getattr(moe, name) for name in LOSSES}
+    return {name: LOSSES[name](stats, moe) for name, c in coefficients.items() if isinstance(c, jax.Array) or c}
 
 
 def router_loss(stats: Stats, moe: MoEConfig) -> jax.Array:
