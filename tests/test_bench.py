@@ -47,7 +47,7 @@ def test_products_of_a_step():
     cfg = config.load("bench_small")
     m, moe, T, L = cfg.model, cfg.model.moe, 8 * 256, 256
     attention = 4 * T * m.d_model**2 + sum(2 * 8 * 64 * (64 * (i + 1)) * m.d_model for i in range(L // 64))
-    experts = 2 * (8 * 40 * 16) * m.d_model * moe.d_ff + T * m.d_model * 8
+    experts = 2 * (8 * 80 * 8) * m.d_model * moe.d_ff + T * m.d_model * 8
     want = 6 * (m.layers * (attention + experts) + T * m.d_model * m.vocab)
     assert sum(p.flops for part in step.step_products(cfg) for p in part) == want
     assert step.dense_twin(cfg).model.d_ff == 1024
