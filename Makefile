@@ -1,5 +1,5 @@
 # make demo   set up, then train a sharded mixture of experts on real text on 8 fake CPU devices
-# make test   set up, then run all tests
+# make test   set up, then run all tests; make test-fast leaves the long sweeps out
 # A second run reuses the set-up. PYTHON=python3.12 chooses another interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -16,6 +16,9 @@ demo: $(VENV)/.run-ready
 test: $(VENV)/.dev-ready lint
 	$(BIN)/python -m pytest -q
 	$(MAKE) --no-print-directory smoke
+
+test-fast: $(VENV)/.dev-ready lint
+	$(BIN)/python -m pytest -q -m 'not slow'
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check .

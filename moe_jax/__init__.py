@@ -21,6 +21,7 @@ _HOME = {
     "z_loss": "balance",
     "MoELayer": "layers.moe",
     "Transformer": "model",
+    "Trained": "trained",
 }
 
 __all__ = sorted(_HOME)

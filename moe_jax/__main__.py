@@ -1,7 +1,5 @@
 """`python -m moe_jax` is `moe-jax`."""
 
-import sys
+from moe_jax.cli import entry
 
-from moe_jax.cli import main
-
-sys.exit(main())
+entry()

@@ -89,3 +89,9 @@ def assign(routing: Routing, moe: MoEConfig, slots: int, noise: Noise = QUIET) -
     if moe.router.normalize == "after":
         gate = normalized(gate) * moe.router.scale
     return Slots(place, kept, gate)
+
+
+def unlimited(routing: Routing, moe: MoEConfig) -> Slots:
+    """Every valid choice kept, in no place: for dispatchers that need no slots, without the sorts of `assign`."""
+    gate = normalized(routing.gate) * moe.router.scale if moe.router.normalize == "after" else routing.gate
+    return Slots(jnp.zeros_like(routing.expert), routing.valid, gate)

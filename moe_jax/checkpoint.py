@@ -34,6 +34,7 @@ from moe_jax.config import Problem, Refused
 FORMAT = 1
 MARKER = "moe_jax.json"
 COMPLETE = "complete.json"
+WHICH = "name the folder of a training run, its --workdir"
 SHOWN = 5  # mismatched leaves named in a message
 
 # Orbax logs dozens of lines a save through absl, and a traceback for each failure that is raised here anyway. Only its
@@ -48,24 +49,25 @@ class CheckpointFailed(Exception):
 # Working folders
 
 
-def _refuse(reason: str, remedy: str) -> Refused:
-    return Refused(Problem("--workdir", reason, remedy))
+def _refuse(reason: str, remedy: str, name: str = "--workdir") -> Refused:
+    return Refused(Problem(name, reason, remedy))
 
 
-def _no_checkpoint(folder: Path) -> Refused:
-    return _refuse(f"{folder} holds no complete checkpoint", "train first: moe-jax train CONFIG --workdir DIR")
+def _no_checkpoint(folder: Path, name: str = "--workdir") -> Refused:
+    return _refuse(f"{folder} holds no complete checkpoint", "train first: moe-jax train CONFIG --workdir DIR", name)
 
 
-def _check_marker(path: Path) -> None:
+def _check_marker(path: Path, name: str = "--workdir") -> None:
     """Refuses a marker that is not readable or was written by a newer format."""
     try:
         found = json.loads((path / MARKER).read_text())["format"]
         known = 1 <= found <= FORMAT
     except (OSError, ValueError, TypeError, KeyError) as e:
-        raise _refuse(f"{path / MARKER} is damaged: {_reason(e)}", "restore that file, or use another folder") from None
+        remedy = "restore that file, or use another folder"
+        raise _refuse(f"{path / MARKER} is damaged: {_reason(e)}", remedy, name) from None
     if not known:
         why = f"{path} has format {found}, and this version reads up to {FORMAT}"
-        raise _refuse(why, "use the version of moe-jax that wrote it, or another folder")
+        raise _refuse(why, "use the version of moe-jax that wrote it, or another folder", name)
 
 
 def check_workdir(path: str | Path) -> None:
@@ -112,22 +114,24 @@ def claim_workdir(path: str | Path) -> None:
         raise _refuse(f"{path} cannot be created: {e.strerror}", "use a folder that you can write") from None
 
 
-def open_workdir(path: str | Path) -> "Checkpoints":
+def open_workdir(path: str | Path, name: str = "DIR") -> "Checkpoints":
     """The checkpoints of a trained folder, to read. Asks JAX for no device: their number may depend on what is read.
 
+    Args:
+        name: what the command that asks calls the folder.
     Raises:
         Refused: no such folder, not one of ours, or without a complete checkpoint.
     """
     path = Path(path)
     if not path.is_dir():
         why = f"{path} is not a folder" if path.exists() else f"{path} does not exist"
-        raise _refuse(why, "name the --workdir of a training run")
+        raise _refuse(why, WHICH, name)
     if not (path / MARKER).exists():
-        raise _refuse(f"{path} holds no {MARKER}", "name the --workdir of a training run")
-    _check_marker(path)
+        raise _refuse(f"{path} holds no {MARKER}", WHICH, name)
+    _check_marker(path, name)
     checkpoints = Checkpoints(path / "checkpoints")
     if not checkpoints.steps():
-        raise _no_checkpoint(checkpoints.folder)
+        raise _no_checkpoint(checkpoints.folder, name)
     return checkpoints
 
 
@@ -180,7 +184,9 @@ def _reason(error: BaseException) -> str:
             break
         error = inner
     line = " ".join(str(error).split()) or type(error).__name__
-    # TensorStore appends its whole specification and source lines.
+    # TensorStore wraps the system's reason in its own names of files, its whole specification and source lines.
+    if code := re.search(r"\[os_error_code='(\d+)'", line):
+        return os.strerror(int(code[1]))
     line = re.split(r" \[(?:source locations|tensorstore_spec|key)=?", line)[0]
     return line if len(line) < 300 else line[:297] + "..."
 
@@ -306,10 +312,6 @@ class Checkpoints:
         except Exception as e:
             raise self._failed(step, e) from e
 
-    def close(self) -> None:
-        """`wait`; the object still reads afterwards."""
-        self.wait()
-
     def _failed(self, step: int, error: Exception) -> CheckpointFailed:
         kept = self.steps()
         rest = f"step {kept[-1]} is the newest complete one" if kept else "there is no complete one yet"
@@ -418,5 +420,6 @@ class Checkpoints:
             more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
             head = f"{len(wrong)} of {len(both)} leaves differ from the model"
             why = "\n    ".join([head, *wrong[:SHOWN], *more])
-            remedy = "use the config saved in the checkpoint, or another --workdir"
+            remedy = "use the config saved in the checkpoint"  # only training may go elsewhere: eval reads this one
+            remedy += ": take the override of model.* out" if partial else ", or another --workdir"
             raise Refused(Problem(str(self.folder / str(step)), why, remedy))

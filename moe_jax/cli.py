@@ -1,21 +1,47 @@
-"""The command line: `moe-jax train | eval | generate`.
+"""The command line: `moe-jax train | eval | generate | upcycle | bench`.
 
 Only the standard library is imported before the arguments are read, so that `--help` answers at once.
-Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 130 interrupted twice.
+Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 130
+interrupted before there was anything to save, or twice.
 """
 
 import argparse
 import ctypes
+import errno
 import json
 import math
 import os
+import platform
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_jax.bench.options import add_benchmarks
+
 STARTED = time.perf_counter()
+
+
+def folder(text: str) -> Path:
+    """A folder's name. An empty one, such as an unset variable of a shell, is not the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name a folder; the current one is .")
+    return Path(text)
+
+
+OVERRIDES = "sets a key, and key.path=unset takes an inherited value out; for example "
+
+
+class Version(argparse.Action):
+    """Prints the versions and ends; looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"moe-jax {version('moe-jax')}, jax {version('jax')}, Python {platform.python_version()}")
+        parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,32 +52,36 @@ def parser() -> argparse.ArgumentParser:
         epilog="CONFIG is a name in configs/ or a .toml file; key.path=value overrides follow it. "
         "All keys: configs/README.md.",
     )
+    top.add_argument("--version", action=Version, nargs=0, help="print the version and end")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--json", action="store_true", help="print one JSON object last on standard output")
-        sub.add_argument("--quiet", action="store_true", help="no progress on standard error")
+        sub.add_argument("--quiet", action="store_true", help="results only: no progress on standard error")
         sub.add_argument(
             "--fake-devices", type=int, metavar="N", help="run on N fake CPU devices (default: what the mesh needs)"
         )
         return sub
 
-    train = add("train", "train a model; goes on where a run in the same workdir stopped")
+    train = add("train", "train a model; the same command goes on where a run in its workdir stopped")
     train.add_argument("config", metavar="CONFIG")
-    train.add_argument("overrides", nargs="*", metavar="key.path=value")
-    train.add_argument("--workdir", type=Path, metavar="DIR", help="default: a new folder runs/CONFIG-DATE-TIME")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=f"{OVERRIDES}train.steps=500")
+    train.add_argument("--workdir", type=folder, metavar="DIR", help="default: a new folder runs/CONFIG-DATE-TIME")
     train.set_defaults(run=run_train)
 
     evaluate = add("eval", "loss of a trained model on held-out text, dropless and at capacity")
-    evaluate.add_argument("workdir", type=Path, metavar="DIR")
-    evaluate.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example mesh.expert=2")
+    evaluate.add_argument("workdir", type=folder, metavar="DIR")
+    help = "for example mesh.expert=2; data.path=FILE: the whole of another text"
+    evaluate.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=help)
     evaluate.add_argument("--batches", type=int, metavar="N", help="batches to read (default: all held-out text)")
     evaluate.set_defaults(run=run_eval)
 
     generate = add("generate", "continue a prompt with a trained model")
-    generate.add_argument("workdir", type=Path, metavar="DIR")
-    generate.add_argument("overrides", nargs="*", metavar="key.path=value", help="for example mesh.expert=2")
+    generate.add_argument("workdir", type=folder, metavar="DIR")
+    generate.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="for example mesh.expert=2"
+    )
     generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
     generate.add_argument("--tokens", type=int, default=100, metavar="N", help="new tokens (default 100)")
     generate.add_argument(
@@ -62,6 +92,26 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=run_generate)
+
+    upcycle = add("upcycle", "make a mixture of experts out of a trained dense model; `train` goes on in its workdir")
+    upcycle.add_argument("dense", type=Path, metavar="DENSE_DIR", help="workdir of the dense run")
+    upcycle.add_argument("config", metavar="CONFIG", help="the new model: the dense one but for model.moe")
+    upcycle.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
+    upcycle.add_argument("--workdir", type=Path, metavar="OUT", required=True, help="a new or an empty folder")
+    upcycle.add_argument(
+        "--method",
+        choices=("copy", "split"),
+        default="copy",
+        help="experts are copies of the dense layer (default), or slices of it, model.moe.d_ff wide",
+    )
+    upcycle.add_argument(
+        "--noise", type=float, default=0.0, metavar="S", help="noise on the experts, 1: that of fresh ones (default 0)"
+    )
+    upcycle.add_argument("--seed", type=int, metavar="N", help="of router and noise (default: train.seed)")
+    upcycle.set_defaults(run=run_upcycle)
+
+    text = "speed of one layer or of a train step, as a ratio to its matrix products"
+    add_benchmarks(commands.add_parser("bench", help=text, description=text))
     return top
 
 
@@ -100,6 +150,33 @@ def quiet_libraries() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
+def keep_programs() -> None:
+    """Let JAX keep compiled programs from one command to the next, unless the environment says where or not to.
+
+    A folder for each kind of processor: a shared home must not hand a program to a machine that lacks its instructions.
+    """
+    set_already = {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"} & os.environ.keys()
+    if set_already or "jax" in sys.modules:
+        return
+    try:
+        cpu = [
+            x
+            for x in Path("/proc/cpuinfo").read_text().splitlines()
+            if x.startswith(("flags", "Features", "model name"))
+        ]
+    except OSError:
+        cpu = [platform.processor()]
+    kind = f"{platform.machine()}-{zlib.crc32(''.join(sorted(set(cpu))).encode()):08x}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_jax" / "jax" / kind
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(cache, os.W_OK | os.X_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
 def run_train(args: argparse.Namespace) -> dict[str, Any]:
     """`moe-jax train`."""
     from moe_jax import config, mesh
@@ -109,33 +186,13 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
     mesh.prepare_devices(cfg.mesh, args.fake_devices)
     from moe_jax.train.loop import Run
 
-    return Run(cfg, workdir, started=STARTED, quiet=args.quiet)()
-
-
-class Trained:
-    """A trained model opened for reading: its config with overrides, mesh, text and parameters."""
-
-    def __init__(self, args: argparse.Namespace, *, decodes: bool = False):
-        from moe_jax import config, mesh
-        from moe_jax.checkpoint import open_workdir
-        from moe_jax.data import open_prepared
-
-        checkpoints = open_workdir(args.workdir)
-        tree = checkpoints.info(checkpoints.steps()[-1])["config"]
-        for text in args.overrides:
-            tree = config.override(tree, text)
-        self.cfg = config.from_dict(tree)
-        if decodes:
-            config.require_decoding(self.cfg.model)
-        mesh.prepare_devices(self.cfg.mesh, args.fake_devices)
-        self.mesh = mesh.build_mesh(self.cfg.mesh)
-        from moe_jax.train.state import Model
-
-        self.model = Model.of(self.cfg)
-        self.model.validate()
-        self.corpus = open_prepared(args.workdir / "tokens", self.cfg.data)
-        self.step = checkpoints.newest()
-        self.weights = checkpoints.restore_weights(self.model.weight_targets(self.mesh))
+    report = Run(cfg, workdir, started=STARTED, quiet=args.quiet)()
+    if report.get("eval_loss") is not None:
+        loss = f"{report['eval_loss']:.4f} nats a token, {report['eval_bits_per_byte']:.4f} bits a byte"
+        result(args, f"held-out loss {loss}, after step {report['eval_step']}", f"workdir {workdir}")
+    if "sample" in report:
+        result(args, f"sample:\n{report['sample']}")
+    return report
 
 
 def run_eval(args: argparse.Namespace) -> dict[str, Any]:
@@ -144,19 +201,22 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.batches is not None and args.batches < 1:
         raise Refused(Problem("--batches", f"is {args.batches}", "give 1 or more"))
-    trained = Trained(args)
+    from moe_jax.trained import Trained
+
+    trained = Trained(args.workdir, args.overrides, args.fake_devices, keep_batch=args.batches is not None)
     from moe_jax.train.evaluate import Evaluator
 
-    evaluator = Evaluator(trained.model, trained.mesh, trained.corpus)
+    evaluator = Evaluator(trained.model, trained.mesh, trained.text())
     report = evaluator.report(trained.weights, args.batches or sys.maxsize, at_capacity=True)
-    lines = [f"held-out loss {report['eval_loss']:.4f} nats a token, {report['bits_per_byte']:.4f} bits a byte"]
+    text = "held-out text" if trained.other is None else trained.other
+    lines = [f"{text}: loss {report['eval_loss']:.4f} nats a token, {report['bits_per_byte']:.4f} bits a byte"]
     if report.get("capacity_factor") is not None:
         lines.append(
             f"at capacity factor {report['capacity_factor']}: {report['eval_loss_at_capacity']:.4f} nats, "
             f"{report['dropped']:,} of {report['routed']:,} choices dropped"
         )
-    say(args, *lines, f"{report['tokens']:,} tokens, step {trained.step}")
-    return {"workdir": str(args.workdir), "step": trained.step, **report}
+    result(args, *lines, f"{report['tokens']:,} tokens, step {trained.step}")
+    return {"workdir": str(args.workdir), "step": trained.step, "text": trained.cfg.data.path, **report}
 
 
 def run_generate(args: argparse.Namespace) -> dict[str, Any]:
@@ -175,9 +235,13 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
             problems.append(Problem("--prompt", f"is not UTF-8: {prompt[:40]!a}", "convert it to UTF-8"))
     if problems:
         raise Refused(*problems)
-    trained = Trained(args, decodes=True)
+    from moe_jax.trained import Trained
+
+    trained = Trained(args.workdir, args.overrides, args.fake_devices, decodes=True)
     from moe_jax.generate import Generator, Sampling
 
+    if trained.other is not None:
+        raise Refused(Problem("data.path", "is another one than the run's, and no text is read here", "take it out"))
     tokenizer = trained.corpus.tokenizer
     sampling = Sampling(args.temperature, args.top_k, args.seed)
     generator = Generator(trained.model, trained.mesh, tokenizer.size, tokenizer.eos, sampling)
@@ -191,6 +255,27 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     return {"workdir": str(args.workdir), "step": trained.step, "text": texts[0], "texts": texts, **speeds}
 
 
+def run_upcycle(args: argparse.Namespace) -> dict[str, Any]:
+    """`moe-jax upcycle`."""
+    from moe_jax import config, mesh
+
+    cfg = config.load(args.config, args.overrides)
+    mesh.prepare_devices(cfg.mesh, args.fake_devices)
+    from moe_jax.train.upcycling import run
+
+    report = run(args.dense, cfg, args.workdir, method=args.method, noise=args.noise, seed=args.seed)
+    before, total, active = (report[f"params_{name}"] for name in ("total_before", "total", "active"))
+    result(
+        args,
+        f"{args.dense} at step {report['dense_step']}: {before:,} parameters -> {total:,}, {active:,} active",
+        "{method}: {slices} slices x {copies} copies, outputs times {factor:g}".format(**report),
+        f"the function is {'' if report['preserved'] else 'not '}preserved: {report['why']}",
+        "held-out loss {eval_loss_before:.6f} -> {eval_loss:.6f}, dropless".format(**report),
+        f"go on with: moe-jax train CONFIG --workdir {args.workdir}",
+    )
+    return report
+
+
 def finite(value: Any) -> Any:
     """JSON knows no NaN: such numbers become null."""
     if isinstance(value, dict):
@@ -198,9 +283,31 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def result(args: argparse.Namespace, *lines: str) -> None:
+    """What was asked for: on standard output, or beside a JSON object, which holds the same, as progress is told."""
+    if args.json:
+        say(args, *lines)
+    else:
+        print(*lines, sep="\n", flush=True)
+
+
 def say(args: argparse.Namespace, *lines: str) -> None:
+    """Progress, on standard error."""
     if not args.quiet:
         print(*lines, sep="\n", file=sys.stderr)
+
+
+def told(error: OSError) -> str:
+    """What the system would not do, and the remedy."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "free space, and run the same command again; with a --workdir, training goes on from the last "
+        remedy += "complete checkpoint there"
+    elif error.filename:
+        remedy = f"check {error.filename}, and run the same command again"
+    else:
+        remedy = "mend that, and run the same command again"
+    return f"{what}\n    remedy: {remedy}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -208,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     keep_memory()
     quiet_libraries()
+    keep_programs()
     from moe_jax.config import Refused
 
     try:
@@ -221,8 +329,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"moe-jax {args.command}: interrupted", file=sys.stderr)
         return 130
+    except OSError as e:
+        print(f"moe-jax {args.command}: failed\n{told(e)}", file=sys.stderr)
+        return 1
     except Exception as e:
-        if type(e).__name__ not in ("CheckpointFailed", "Overflow") and not isinstance(e, OSError):
+        if type(e).__name__ not in ("CheckpointFailed", "Overflow"):
             raise
         print(f"moe-jax {args.command}: failed\n{e}", file=sys.stderr)
         return 1
@@ -231,5 +342,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def entry() -> None:
+    """`moe-jax`. What was interrupted ends at once: Python's own way out waits for threads, or crashes in them."""
+    try:
+        code = main()
+    except KeyboardInterrupt:  # in the imports
+        code = 130
+    if code == 130:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -94,9 +94,14 @@ class Generator:
         longest, limit = max(len(p) for p in prompts), self.model.cfg.model.max_length
         if min(len(p) for p in prompts) == 0:
             raise Refused(Problem("--prompt", "is empty", "give at least one character"))
+        if longest >= limit:
+            why = f"the longest prompt has {longest} tokens, and the model takes {limit} with the new ones"
+            raise Refused(
+                Problem("--prompt", why, f"shorten it to at most {limit - 1} tokens (model.max_length={limit})")
+            )
         if longest + new_tokens > limit:
             why = f"{longest} prompt tokens and {new_tokens} new ones exceed model.max_length={limit}"
-            raise Refused(Problem("--tokens", why, f"ask for at most {max(limit - longest, 0)}, or shorten the prompt"))
+            raise Refused(Problem("--tokens", why, f"ask for at most {limit - longest}, or shorten the prompt"))
         shards = self.model.cfg.mesh.over(self.model.cfg.rules.batch)
         rows = -(-len(prompts) // shards) * shards  # rows that fill the last shard repeat a prompt and are not returned
         tokens, lengths = np.zeros((rows, longest), np.int32), np.zeros(rows, np.int32)

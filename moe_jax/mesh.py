@@ -16,8 +16,10 @@ def prepare_devices(mesh: MeshConfig, fake_devices: int | None) -> None:
     A process that has started JAX, such as a notebook, keeps its devices, and `build_mesh` counts them.
 
     Raises:
-        Refused: the number of fake devices is not the number of places in the mesh.
+        Refused: the number of fake devices is not the number of places in the mesh, or JAX has started on real ones.
     """
+    if fake_devices is not None and fake_devices < 1:
+        raise Refused(Problem("--fake-devices", f"is {fake_devices}", "give 1 or more"))
     if fake_devices is not None and fake_devices != mesh.size:
         why = f"{fake_devices} fake devices for a mesh of {mesh.size} ({mesh})"
         remedy = f"use --fake-devices {mesh.size}, or mesh sizes whose product is {fake_devices}"
@@ -26,6 +28,11 @@ def prepare_devices(mesh: MeshConfig, fake_devices: int | None) -> None:
         jax.config.update("jax_platforms", "cpu")
     with contextlib.suppress(RuntimeError):  # JAX has started
         jax.config.update("jax_num_cpu_devices", mesh.size)
+    # A JAX that has started ignores the platform, and where there are as many accelerators would run on those.
+    if fake_devices is not None and (found := jax.default_backend()) != "cpu":
+        why = f"JAX has started on {found} in this process"
+        remedy = "start a new process and ask for fake devices first, or leave them out"
+        raise Refused(Problem("--fake-devices", why, remedy))
 
 
 def build_mesh(mesh: MeshConfig, devices: list | None = None) -> Mesh:
@@ -36,8 +43,8 @@ def build_mesh(mesh: MeshConfig, devices: list | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     if len(devices) != mesh.size:
-        sizes = " x ".join(f"{a}={n}" for a, n in zip(MESH_AXES, mesh.shape, strict=True) if n > 1) or "1"
-        why = f"{sizes} needs {mesh.size} devices, and {len(devices)} ({devices[0].platform}) are here"
-        remedy = f"choose mesh.<axis> sizes whose product is {len(devices)}, or try it with --fake-devices {mesh.size}"
+        why = f"a mesh of {mesh} needs {mesh.size} devices, and {len(devices)} ({devices[0].platform}) are here"
+        remedy = f"choose mesh.<axis> sizes whose product is {len(devices)}, or try it on fake devices: --fake-devices "
+        remedy += f'{mesh.size}, or in Python jax.config.update("jax_num_cpu_devices", {mesh.size}) before JAX starts'
         raise Refused(Problem("mesh", why, remedy))
     return jax.make_mesh(mesh.shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)

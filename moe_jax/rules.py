@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moe_jax.axes import MESH_AXES, Layout, Rules
 from moe_jax.config import Problem, Refused
 
+Leaf = tuple[str, tuple[int, ...], tuple[str, ...]]  # name, shape, logical axes
+
 
 def spec(layout: Layout) -> PartitionSpec:
     """A layout as JAX's partition spec."""
@@ -34,6 +36,12 @@ def current_mesh() -> jax.sharding.AbstractMesh:
             "or build the layer with rules=None to run it on one device"
         )
     return mesh
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: where programs of the current mesh run, or of the default device without a mesh."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
 
 
 def constrain(x: jax.Array, layout: Layout) -> jax.Array:
@@ -89,7 +97,38 @@ def clashes(rules: Rules) -> list[Problem]:
     return out
 
 
-def conflicts(rules: Rules, mesh: Mapping[str, int], leaves: Iterable[tuple[str, tuple[int, ...], tuple[str, ...]]]):
+def misfits(rules: Rules, mesh: Mapping[str, int], leaves: Iterable[Leaf]) -> list[Problem]:
+    """Arrays of which a dimension is indivisible, or two lie on one mesh axis."""
+    out = []
+    for name, shape, axes in leaves:
+        used: dict[str, str] = {}
+        for size, logical in zip(shape, axes, strict=True):
+            over = getattr(rules, logical)
+            shards = 1
+            for a in over:
+                shards *= mesh.get(a, 1)
+                if a in used:
+                    why = f"{used[a]} and {logical} are both on mesh axis {a!r}"
+                    out.append(Problem(name, why, f"change rules.{logical} or rules.{used[a]}"))
+                used[a] = logical
+            if size % shards:
+                why = f"{logical} of size {size} does not divide over {'x'.join(over)}={shards}"
+                over = tuple(a for a in over if mesh.get(a, 1) > 1)
+                remedy = f"set rules.{logical}=[], another size, or mesh.{over[-1]} to a divisor"
+                out.append(Problem(f"{name} {list(shape)}", why, remedy))
+    return out
+
+
+def grouped(problems: Iterable[Problem]) -> list[Problem]:
+    """Equal conflicts as one that names the first array: a model has the same one in every layer and weight."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for p in dict.fromkeys(problems):
+        where.setdefault((p.reason, p.remedy), []).append(p.key)
+    more = {said: f" and {len(names) - 1} more" if len(names) > 1 else "" for said, names in where.items()}
+    return [Problem(names[0] + more[said], *said) for said, names in where.items()]
+
+
+def conflicts(rules: Rules, mesh: Mapping[str, int], leaves: Iterable[Leaf]) -> list[Problem]:
     """Every conflict of the rules with the mesh and with `(name, shape, logical axes)` of arrays."""
     out: list[Problem] = []
     for f in fields(Rules):
@@ -106,23 +145,7 @@ def conflicts(rules: Rules, mesh: Mapping[str, int], leaves: Iterable[tuple[str,
         why = f"expert axes {outside} are not among the token axes {list(rules.batch)}: no all-to-all is possible"
         out.append(Problem("rules.experts", why, "use a subset of rules.batch"))
     out += clashes(rules)
-    for name, shape, axes in leaves:
-        used: dict[str, str] = {}
-        for size, logical in zip(shape, axes, strict=True):
-            over = getattr(rules, logical)
-            shards = 1
-            for a in over:
-                shards *= mesh.get(a, 1)
-                if a in used:
-                    why = f"{used[a]} and {logical} are both on mesh axis {a!r}"
-                    out.append(Problem(f"{name}", why, f"change rules.{logical} or rules.{used[a]}"))
-                used[a] = logical
-            if size % shards:
-                why = f"{logical} of size {size} does not divide over {'x'.join(over)}={shards}"
-                over = tuple(a for a in over if mesh.get(a, 1) > 1)
-                remedy = f"set rules.{logical}=[], another size, or mesh.{over[-1]} to a divisor"
-                out.append(Problem(f"{name} {list(shape)}", why, remedy))
-    return out
+    return out + grouped(misfits(rules, mesh, leaves))
 
 
 def validate(rules: Rules, mesh: Mapping[str, int], leaves) -> None:

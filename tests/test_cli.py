@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses without writing, and answers that do not depend on the mesh."""
 
+import errno
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from moe_jax import cli, mesh
+from moe_jax import cli, config, mesh
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {
@@ -63,7 +64,8 @@ def write_text(folder: Path) -> Path:
 def start(*argv: object, **options) -> subprocess.Popen:
     """A real `moe-jax` process."""
     command = [sys.executable, "-m", "moe_jax", *map(str, argv)]
-    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **({"env": ENV} | pipes | options))
 
 
 def finish(child: subprocess.Popen) -> tuple[int, str, str]:
@@ -181,7 +183,9 @@ def test_train_reports(trained):
 def test_train_says_on_standard_error_what_it_does_and_nothing_else(trained):
     _, _, _, err = trained
     assert not NOISE.search(err), err
-    known = r"tiny_switch: |mesh data=2 x expert=4|workdir |text |eval |compiled |60 steps; |step |picture |sample:"
+    known = (
+        r"tiny_switch: |mesh data=2 x expert=4|workdir |text |eval |compiled |60 steps; |step |picture |held-out loss "
+    )
     lines = err.partition("sample:\n")[0].splitlines()
     assert len(lines) > STEPS and all(re.match(known, line) for line in lines), err
 
@@ -208,6 +212,59 @@ def test_eval_is_the_same_on_another_mesh(trained, call):
     assert other == report | {k: pytest.approx(report[k], rel=1e-5) for k in floats}
     few = call("eval", workdir, "--batches", 1, "--json", "--quiet")
     assert few[1]["tokens"] < report["tokens"] and few[2] == ""
+
+
+def test_eval_fits_the_batch_to_the_mesh(trained, call):
+    """Batches of 8 over 6 token shards: of all the text, any batch gives the same. Results go to standard output."""
+    code, out, err = call("eval", trained[0], "mesh.data=3", "mesh.expert=2", "--quiet")
+    assert code == 0 and err == ""
+    loss, capacity, tokens = out.splitlines()
+    want = call("eval", trained[0], "--json")[1]
+    assert loss.startswith(f"held-out text: loss {want['eval_loss']:.3f}") and " bits a byte" in loss
+    assert f"{want['dropped']:,} of {want['routed']:,} choices dropped" in capacity
+    assert tokens == f"{want['tokens']:,} tokens, step {STEPS}"
+
+
+def test_eval_of_another_text(trained, call, tmp_path):
+    """All of it; that of the run as a file gives what its windows give, and nothing is written."""
+    from moe_jax.data import whole
+
+    path, before = trained[0].parent / "text.txt", listing(trained[0])
+    (tmp_path / "other.txt").write_text(words(1, 300))
+    args = ["eval", trained[0], "mesh.data=1", "mesh.expert=1"]
+    code, report, _ = call(*args, f"data.path={tmp_path / 'other.txt'}", "--json")
+    assert code == 0 and report["text"] == str(tmp_path / "other.txt")
+    corpus = whole(config.from_dict({"data": {"path": str(tmp_path / "other.txt"), "length": 16}}).data)
+    assert len(corpus.heldout) == len(words(1, 300)) + 1 and 0 <= len(corpus.heldout) - report["tokens"] <= 16
+    assert report["bits_per_byte"] == pytest.approx(
+        report["eval_loss"] / math.log(2) * len(corpus.heldout) / len(words(1, 300))
+    )
+    same, copied = call(*args, "--json")[1], call(*args, f"data.path={path.parent}/./text.txt", "--json")[1]
+    assert copied["eval_loss"] == pytest.approx(same["eval_loss"], abs=0.1) and copied["tokens"] > same["tokens"]
+    assert listing(trained[0]) == before
+
+
+def test_a_run_in_python(trained):
+    """The README's block, word for word but for the folder."""
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)[-1]
+    names = {"jax": jax, "jnp": jax.numpy}
+    exec(block.replace('"runs/mine"', repr(str(trained[0]))), names)
+    run, logits = names["run"], names["logits"]
+    assert logits.shape == (8, len("The function "), 320) and run.step == STEPS
+    probability = jax.nn.log_softmax(logits[0], -1)
+    assert jax.numpy.isfinite(probability).all() and run.cfg.model.layers == 2
+
+
+def test_train_without_json_prints_its_results(trained, place, call):
+    """On standard output, whatever becomes of standard error; here of a run that is done."""
+    shutil.copytree(trained[0], place / "run")
+    text = f"data.path={trained[0].parent / 'text.txt'}"
+    argv = ["train", *TINY, text, "train.sample=ab", "train.sample_tokens=4", "--workdir", "run", "--quiet"]
+    code, out, err = call(*argv)
+    report = json.loads(trained[2])
+    assert code == 0 and err == ""
+    loss = f"held-out loss {report['eval_loss']:.4f} nats a token, {report['eval_bits_per_byte']:.4f} bits a byte"
+    assert out.startswith(f"{loss}, after step {STEPS}\nworkdir run\nsample:\nab")
 
 
 GENERATE_JSON = {"text": str, "texts": list, "prefill_tokens_per_second": float, "decode_tokens_per_second": float}
@@ -244,7 +301,7 @@ def test_a_continuation_does_not_depend_on_what_shares_the_batch(trained, call):
 # Help
 
 
-COMMANDS = [[], ["train"], ["eval"], ["generate"]]
+COMMANDS = [[], ["train"], ["eval"], ["generate"], ["upcycle"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[0] if c else "top")
@@ -259,8 +316,42 @@ def test_help_needs_no_jax(command):
     assert out.stderr == ""
     assert out.stdout.endswith("HEAVY []\n")
     assert f"usage: moe-jax {''.join(command)}" in out.stdout
-    for word in {"train": "--workdir", "eval": "--batches", "generate": "--prompt"}.get("".join(command), "").split():
+    options = {"train": "--workdir", "eval": "--batches", "generate": "--prompt", "upcycle": "--method --noise"}
+    for word in options.get("".join(command), "").split():
         assert word in out.stdout
+
+
+def test_version(capfd):
+    with pytest.raises(SystemExit) as e:
+        cli.main(["--version"])
+    assert e.value.code == 0 and re.match(r"moe-jax \d+\.\d+\.\d+, jax \d", capfd.readouterr().out)
+
+
+# The cache of compiled programs
+
+
+@pytest.mark.parametrize(
+    "given, where",
+    [
+        ({"XDG_CACHE_HOME": "cache"}, "cache/moe_jax/jax/"),
+        ({"HOME": "home"}, "home/.cache/moe_jax/jax/"),
+        ({"XDG_CACHE_HOME": "cache", "JAX_COMPILATION_CACHE_DIR": "mine"}, "mine"),
+        ({"XDG_CACHE_HOME": "cache", "JAX_ENABLE_COMPILATION_CACHE": "0"}, None),
+        ({"XDG_CACHE_HOME": "file"}, None),
+    ],
+    ids=["XDG_CACHE_HOME", "home", "set already", "switched off", "no folder"],
+)
+def test_compiled_programs_are_kept(tmp_path, given, where):
+    """A command names JAX a folder below the user's cache, unless it was told otherwise or can make none."""
+    (tmp_path / "file").write_text("")
+    env = {k: v for k, v in ENV.items() if not k.startswith("JAX_") and k != "XDG_CACHE_HOME"}
+    code = "import os\nfrom moe_jax.cli import keep_programs\nkeep_programs()\n"
+    code += "print(os.path.relpath(os.environ.get('JAX_COMPILATION_CACHE_DIR', 'unset')))"
+    argv = [sys.executable, "-c", code]
+    out = subprocess.run(argv, env=env | given, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    found = out.stdout.strip()
+    assert found.startswith(where or "unset"), out.stderr
+    assert (tmp_path / "cache").exists() == (where is not None and where.startswith("cache"))
 
 
 # What is refused
@@ -345,7 +436,7 @@ REFUSED_TRAIN = {
         "drop",
     ),
     "fake devices": (["--fake-devices", "3"], "--fake-devices", "3 fake devices for a mesh of 8"),
-    "negative fake devices": (["--fake-devices", "-4"], "--fake-devices", "-4"),
+    "negative fake devices": (["--fake-devices", "-4"], "--fake-devices: is -4", "give 1 or more"),
     "vocabulary too small": (["model.vocab=100"], "model.vocab", "257"),
     "no such text": (["data.path=texd.txt"], "data.path", "'texd.txt'", "'text.txt'"),
     "no such builtin": (["data.path=builtin:pros"], "data.path", "'builtin:prose'"),
@@ -355,7 +446,7 @@ REFUSED_TRAIN = {
     "binary text": (["data.path=binary.txt"], "data.path", "UTF-8", "offset 128"),
     "folder without text": (["data.path=pictures"], "data.path", ".png"),
     "JSONL without the field": (["data.path=no_field.jsonl"], "data.field", "'body'"),
-    "JSONL without text": (["data.path=not_text.jsonl"], "data.field", "int"),
+    "JSONL without text": (["data.path=not_text.jsonl"], "data.field", "is a number, not a string"),
     "broken JSONL": (["data.path=not_json.jsonl"], "data.path", "not_json.jsonl:2"),
     "no such tokenizer": (["data.tokenizer=byte"], "data.tokenizer", "'bytes'"),
     "bad tokenizer": (["data.tokenizer=tokenizer.json"], "data.tokenizer", "tokenizer.json"),
@@ -444,26 +535,49 @@ REFUSED_RUN = {
     "train, flipped bits": ("flipped bits", ["train"], "60", "damaged", "remove", "step 40"),
     "train, torn record": ("torn record", ["train"], "60", "damaged", "step 40"),
     "eval, flipped bits": ("flipped bits", ["eval", "run"], "60", "damaged", "remove"),
-    "eval, no such folder": ("", ["eval", "missing"], "--workdir", "missing does not exist"),
-    "eval, a file": ("", ["eval", "text.txt"], "--workdir", "is not a folder"),
-    "eval, no run": ("", ["eval", "foreign"], "--workdir", "moe_jax.json"),
-    "eval, newer version": ("", ["eval", "newer"], "--workdir", "format 99"),
-    "eval, no checkpoint yet": ("", ["eval", "empty_run"], "--workdir", "no complete checkpoint"),
-    "eval, no checkpoint any more": ("no checkpoints", ["eval", "run"], "--workdir", "no complete checkpoint"),
+    "eval, no such folder": ("", ["eval", "missing"], "DIR: missing does not exist"),
+    "eval, a file": ("", ["eval", "text.txt"], "DIR: ", "is not a folder"),
+    "eval, no run": ("", ["eval", "foreign"], "DIR: ", "moe_jax.json"),
+    "eval, newer version": ("", ["eval", "newer"], "DIR: ", "format 99"),
+    "eval, no checkpoint yet": ("", ["eval", "empty_run"], "DIR: ", "no complete checkpoint"),
+    "eval, no checkpoint any more": ("no checkpoints", ["eval", "run"], "DIR: ", "no complete checkpoint"),
     "eval, no tokens": ("no tokens", ["eval", "run"], "tokens", "no prepared corpus"),
     "eval, garbled tokens": ("garbled tokens", ["eval", "run"], "tokens", "damaged"),
     "eval, zero batches": ("", ["eval", "run", "--batches", "0"], "--batches", "1 or more"),
-    "eval, mesh": ("", ["eval", "run", "mesh.data=3"], "data.batch", "3"),
-    "eval, another model": ("", ["eval", "run", "model.d_model=32"], "leaves differ", "[320,16]", "[320,32]"),
-    "eval, another text": ("", ["eval", "run", "data.path=text.txt"], "data.path"),
+    "eval, mesh": (
+        "",
+        ["eval", "run", "mesh.data=3", "mesh.expert=2", "--batches", "1"],
+        "data.batch: 8 sequences",
+        "set it to a multiple of 6",
+    ),
+    "eval, mesh and batch": ("", ["eval", "run", "mesh.data=3", "mesh.expert=2", "data.batch=8"], "a multiple of 6"),
+    "eval, no mesh": ("", ["eval", "run", "mesh=3"], "mesh: is 3"),
+    "eval, another model": (
+        "",
+        ["eval", "run", "model.d_model=32"],
+        "model.d_model=32: makes another model",
+        "parameters differ",
+        "take that override out\n",
+    ),
+    "eval, more layers": ("", ["eval", "run", "model.layers=3", "mesh.data=2"], "model.layers=3: makes another model"),
+    "eval, another tokenizer": ("", ["eval", "run", "data.path=text.txt", "data.tokenizer=x"], "data.tokenizer"),
+    "eval, no such text": ("", ["eval", "run", "data.path=texd.txt"], "data.path", "'text.txt'"),
+    "eval, short text": ("", ["eval", "run", "data.path=short.txt"], "data.path", "has 11 tokens", "data.length=10"),
+    "generate, another text": ("", ["generate", "run", "data.path=text.txt", "--prompt", "a"], "data.path"),
     "eval, misspelt key": ("", ["eval", "run", "mesh.exprt=2"], "mesh.exprt", "'expert'"),
     "eval, fake devices": ("", ["eval", "run", "--fake-devices", "4"], "--fake-devices", "8"),
-    "generate, no run": ("", ["generate", "foreign", "--prompt", "a"], "--workdir", "moe_jax.json"),
+    "generate, no run": ("", ["generate", "foreign", "--prompt", "a"], "DIR: ", "moe_jax.json"),
     "generate, flipped bits": ("flipped bits", ["generate", "run", "--prompt", "a"], "60", "damaged"),
     "generate, empty prompt": ("", ["generate", "run", "--prompt", ""], "--prompt", "empty"),
     "generate, one empty prompt": ("", ["generate", "run", "--prompt", "a", "--prompt", ""], "--prompt", "empty"),
     "generate, prompt is not UTF-8": ("", ["generate", "run", "--prompt", "\udcff"], "--prompt", "UTF-8"),
-    "generate, prompt too long": ("", ["generate", "run", "--prompt", "a" * 70], "--tokens", "model.max_length=64"),
+    "generate, prompt too long": (
+        "",
+        ["generate", "run", "--prompt", "a" * 70],
+        "--prompt: the longest",
+        "70",
+        "at most 63",
+    ),
     "generate, too many tokens": ("", ["generate", "run", "--prompt", "a", "--tokens", "64"], "--tokens", "most 63"),
     "generate, no tokens": ("", ["generate", "run", "--prompt", "a", "--tokens", "0"], "--tokens", "1 or more"),
     "generate, cold": ("", ["generate", "run", "--prompt", "a", "--temperature", "-1"], "--temperature", "0 or more"),
@@ -515,12 +629,16 @@ def test_refusals_of_a_real_process(trained, place):
     [
         ([], "COMMAND"),
         (["tarin", "tiny_switch"], "invalid choice: 'tarin' (choose from"),
-        (["train"], "CONFIG"),
+        (["train"], "required: CONFIG\n"),
         (["train", "tiny_switch", "--wrokdir", "x"], "'--wrokdir'"),
         (["train", "tiny_switch", "--wrokdir=x"], "'--wrokdir=x'"),
         (["train", "tiny_switch", "--fake-devices", "two"], "--fake-devices: invalid int value: 'two'"),
         (["train", "tiny_switch", "--workdir"], "--workdir: expected one argument"),
-        (["eval"], "DIR"),
+        (["train", "tiny_switch", "--workdir", ""], "--workdir: is empty: name a folder"),
+        (["train", "tiny_switch", "--workdir="], "--workdir: is empty: name a folder"),
+        (["eval", ""], "DIR: is empty: name a folder"),
+        (["generate", "", "--prompt", "a"], "DIR: is empty: name a folder"),
+        (["eval"], "required: DIR\n"),
         (["eval", "run", "--json", "stray"], "'stray'"),
         (["generate", "run"], "--prompt"),
         (["generate", "run", "--prompt", "a", "--temperature", "warm"], "--temperature: invalid float value: 'warm'"),
@@ -533,7 +651,7 @@ def test_arguments_refused(place, capfd, argv, needle):
         cli.main(argv)
     out, err = capfd.readouterr()
     assert e.value.code == 2 and out == ""
-    assert err.startswith("usage: moe-jax") and needle in err.splitlines()[-1], err
+    assert err.startswith("usage: moe-jax") and needle in err[err.rindex("\nmoe-jax") :], err
     assert listing(place) == before
 
 
@@ -548,3 +666,26 @@ def test_a_token_without_a_slot_fails_where_it_must(place, call):
     assert re.fullmatch(
         r"moe-jax train: failed\nstep 1: \d+ of 128 choices found no slot; raise model.moe.capacity_factor.*\n", err
     ), err
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"No space left on device\n    remedy: free space, .*"),
+        (
+            OSError(errno.EDQUOT, "Over quota", "run/a"),
+            r"run/a: Over quota\n    remedy: free space, .* goes on .*",
+        ),
+        (OSError(errno.EIO, "Input/output error", "run/a"), r"run/a: Input/output error\n    remedy: check run/a, .*"),
+        (OSError("the lines are down"), r"the lines are down\n    remedy: mend that, and run the same command again"),
+    ],
+    ids=str,
+)
+def test_what_the_system_would_not_do(call, monkeypatch, error, words):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(cli, "run_train", run)
+    code, out, err = call("train", "tiny_switch")
+    assert code == 1 and out == ""
+    assert re.fullmatch(rf"moe-jax train: failed\n{words}\n", err), err

@@ -76,7 +76,7 @@ FLAT = st.fixed_dictionaries(
         "data.path": st.text(st.characters(exclude_categories=["Cs"]), max_size=9),
         "train.sample": st.text("abc", max_size=3),
         "train.optimizer.clip": st.floats(1e-9, 1e9),
-        "train.seed": st.integers(0, 2**40),
+        "train.seed": st.integers(0, 2**32 - 1),
     },
 )
 
@@ -119,7 +119,7 @@ def test_derived_values():
     assert (m.resolved_head_dim, m.resolved_kv_heads) == (24, 4)
     assert dataclasses.replace(m, head_dim=10, kv_heads=2).resolved_head_dim == 10
     mesh = MeshConfig(data=2, expert=3)
-    assert (mesh.size, mesh.shape, str(mesh), str(MeshConfig())) == (6, (2, 1, 3, 1), "data=2,expert=3", "one device")
+    assert (mesh.size, mesh.shape, str(mesh), str(MeshConfig())) == (6, (2, 1, 3, 1), "data=2 x expert=3", "one device")
     assert mesh.over(("data", "expert", "nowhere")) == 6
 
 
@@ -161,6 +161,16 @@ def test_overrides_in_order_and_without_a_trace():
     assert below == {"train": {"steps": 1}, "model": {"moe": {"experts": 4}}}
     assert load("tiny", ["train.steps=50", "train.steps=60"]).train.steps == 60
     assert load("tiny_dense", ["model.moe.top_k=2"]).model.moe == MoEConfig(top_k=2)  # makes the table
+    assert load("tiny_switch", ["data.path=unset"]).data.path == "unset"  # a value like any other
+
+
+@pytest.mark.parametrize("value", ["", "unset", '"unset"', " unset "])
+def test_unset(value):
+    """An inherited value is taken out; after a whole table, keys make a new one."""
+    one = load("tiny_switch", [f"model.moe.capacity_factor={value}", f"train.sample={value}"])
+    assert one.model.moe.capacity_factor is None and one.train.sample is None
+    assert load("tiny_switch", [f"model.moe={value}", "mesh.expert=1"]).model.moe is None
+    assert load("tiny_switch", [f"model.moe={value}", "model.moe.experts=4"]).model.moe == MoEConfig(experts=4)
 
 
 # What is refused, on tiny_gshard (8 experts, mesh data=2 x expert=4, batch 32, length 128) unless said
@@ -181,23 +191,38 @@ REFUSED = [
     ("zzz=1", "zzz", "the keys of the top level are name, model"),
     # wrong types
     ("model.layers=two", "model.layers", "'two'"),
-    ("model.layers=true", "model.layers", "integer"),
-    ("model.layers=1.5", "model.layers", "integer"),
-    ("model.layers=[1]", "model.layers", "integer"),
-    ("model.layers={a = 1}", "model.layers", "integer"),
-    ("model.tied_head=1", "model.tied_head", "boolean"),
-    ("model.rope_theta=big", "model.rope_theta", "number"),
-    ("data.path=3", "data.path", "string"),
-    ("name=false", "name", "string"),
+    ("model.layers=true", "model.layers", "give a whole number"),
+    (
+        "model.layers=1.5",
+        "model.layers",
+        "is 1.5, which is not a whole number (in an override)\n    remedy: give a whole number",
+    ),
+    ("model.layers=[1]", "model.layers", "give a whole number"),
+    ("model.layers={a = 1}", "model.layers", "give a whole number"),
+    ("model.tied_head=1", "model.tied_head", "give true or false"),
+    ("model.rope_theta=big", "model.rope_theta", "is 'big', which is not a number"),
+    ("data.path=2024", "data.path", """give text, with quotes inside quotes: 'data.path="2024"'"""),
+    ("train.sample=1.5", "train.sample", """'train.sample="1.5"'"""),
+    ("data.path=[3]", "data.path", "is [3], which is not text (in an override)\n    remedy: give text"),
+    ("name=false", "name", """'name="false"'"""),
     ("model.moe=3", "model.moe", "a table of keys"),
+    # what is not there is "unset", where a key may be
+    ("model.moe=none", "model.moe", "write model.moe=unset for none, or give a table of keys"),
+    ("model.kv_heads=None", "model.kv_heads", "write model.kv_heads=unset for none"),
+    ("model.moe.capacity_factor=null", "model.moe.capacity_factor", "write model.moe.capacity_factor=unset for none"),
+    ("model.moe.router.balance=none", "model.moe.router.balance", "model.moe.router.balance=unset for none"),
+    ("model.layers=none", "model.layers", "remedy: give a whole number"),
+    ("model.layers=unset", "model.layers", "is 'unset', which is not a whole number"),
     ("model=3", "model", "a table of keys"),
-    ("rules.vocab=tensor", "rules.vocab", "array"),
-    ("rules.vocab=[1]", "rules.vocab.0", "string"),
+    ("rules.vocab=tensor", "rules.vocab", "give a list"),
+    ("rules.vocab=[1]", "rules.vocab.0", "which is not text"),
     ("model.moe.router.kind.deeper=1", "model.moe.router.kind.deeper", "'gshard'"),
     # out of range
     ("model.layers=0", "model.layers", "greater than or equal to 1"),
     ("train.steps=-1", "train.steps", "-1"),
     ("train.seed=-1", "train.seed", "greater than or equal to 0"),
+    ("train.seed=4294967296", "train.seed", "less than or equal to 4294967295"),
+    ("data.seed=4294967296", "data.seed", "less than or equal to 4294967295"),
     ("data.heldout=1", "data.heldout", "less than 1"),
     ("model.dropout=1.0", "model.dropout", "less than 1"),
     ("model.moe.capacity_factor=0", "model.moe.capacity_factor", "greater than 0"),
@@ -207,11 +232,11 @@ REFUSED = [
     ("model.rope_theta=inf", "model.rope_theta", "finite"),
     ("model.moe.balance_loss=-inf", "model.moe.balance_loss", "finite"),
     ("train.optimizer.learning_rate=1e400", "train.optimizer.learning_rate", "finite"),
-    ("model.layers=nan", "model.layers", "integer"),
+    ("model.layers=nan", "model.layers", "give a whole number"),
     (f"mesh.expert={BIG}", "mesh.expert", BIG),
     ("model.layers=4097", "model.layers", "4096"),
     ("data.batch=1099511627777", "data.batch", "1099511627776"),
-    ("model.d_ff=" + "9" * 5000, "model.d_ff", "integer"),
+    ("model.d_ff=" + "9" * 5000, "model.d_ff", "give a whole number"),
     ("model.d_ff=0x" + "f" * 5000, "config", "cannot be read"),
     # wrong words
     ("model.norm=layers", "model.norm", "did you mean 'layer'?"),
@@ -262,6 +287,10 @@ def test_refused(text, key, words):
 
 def moe(**keys):
     return {"model": {"moe": keys}}
+
+
+def adam(kind, **keys):
+    return {"train": {"optimizer": {"kind": kind, **keys}}}
 
 
 V2, V3 = {"kind": "deepseek_v2"}, {"kind": "deepseek_v3"}
@@ -344,6 +373,19 @@ IMPOSSIBLE = [  # settings of model.moe, the key that is refused, words of the m
         (moe(top_k=1, router={"normalize": "before"}), "model.moe.router.normalize", "set router.kind=switch"),
         (moe(top_k=2, router={"kind": "topk_softmax", "normalize": "none"}), "model.moe.router.normalize", "already"),
         (moe(overflow="error"), "model.moe.overflow", "never overflows"),
+        (moe(router={"threshold": 0.2}), "model.moe.router.threshold", "is 0.2, and only a gshard router"),
+        (
+            moe(top_k=2, router={"kind": "gshard", "threshold": 0.2}),
+            "model.moe.router.threshold",
+            "router.second=random",
+        ),
+        ({"model": {"positions": "learned", "rope_theta": 5e5}}, "model.rope_theta", "learned positions do not turn"),
+        (adam("adafactor", b1=0.8), "train.optimizer.b1", "is 0.8, and adafactor has no such setting"),
+        (adam("adafactor", b2=0.99), "train.optimizer.b2", "take it out, or set train.optimizer.kind=adamw"),
+        (adam("adafactor", eps=1e-6), "train.optimizer.eps", "adafactor has no such setting"),
+        (adam("muon", eps=1e-6), "train.optimizer.eps", "muon has no such setting"),
+        (adam("adamw", decay=0.5), "train.optimizer.decay", "the cosine schedule has no final decay"),
+        (adam("adamw", schedule="constant", decay=0.5), "train.optimizer.decay", "set train.optimizer.schedule=wsd"),
         ({"model": {"positions": "sinusoidal", "d_model": 5, "heads": 1}}, "model.d_model", "5 is odd"),
         ({"mesh": {"expert": 2}, "rules": {"batch": ["data"]}}, "mesh.expert", "a dense model has no experts"),
         ({"model": {"layers": None}}, "model.layers", "None"),
@@ -364,6 +406,23 @@ def test_refused_tree(tree, key, words):
         from_dict(tree)
     assert key in {p.key for p in e.value.problems}
     assert words in message(e.value)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        adam("adamw", b1=0.8, b2=0.99, eps=1e-6),
+        adam("muon", b1=0.8, b2=0.99),
+        adam("muon", schedule="wsd", decay=0.5),
+        adam("adafactor", b1=0.9, b2=0.95, eps=1e-8, decay=0.2),  # the defaults
+        {"model": {"positions": "rotary", "rope_theta": 5e5}},
+        {"model": {"positions": "learned", "rope_theta": 1e4}},
+        moe(top_k=2, router={"kind": "gshard", "second": "random", "threshold": 0.2}),
+        moe(router={"threshold": 0.5}),
+    ],
+)
+def test_what_has_an_effect_or_is_the_default_is_allowed(tree):
+    from_dict(tree)
 
 
 POSSIBLE = [  # near the ones above, and fine
@@ -438,12 +497,36 @@ def test_extends(tmp_path):
         b='extends = "a"\n[train]\nseed = 2\n[rules]\nvocab = ["data"]',
         c='extends = "b.toml"\nname = "sea"\n[train.optimizer]\nb1 = 0.5',
         d='extends = "tiny_switch"\n[train]\nsteps = 20',
+        e='extends = "tiny_switch"\n[train]\nsample = "unset"\n[model.moe]\ncapacity_factor = "unset"',
+        f='extends = "tiny_switch"\n[model]\nmoe = "unset"',
+        g='extends = "f"\n[model.moe]\nexperts = 4',
     )
     c = read("c")
     assert (c.name, c.train.steps, c.train.seed) == ("sea", 1, 2)
     assert (c.train.optimizer.clip, c.train.optimizer.b1) == (1.0, 0.5)
     assert c.rules.vocab == ("data",)  # arrays are taken over whole, tables are merged
     assert read("d").model == load("tiny_switch").model
+    assert read("e") == load("tiny_switch", ["name=e", "train.sample=unset", "model.moe.capacity_factor=unset"])
+    assert read("f").model.moe is None and read("g").model.moe == MoEConfig(experts=4)
+
+
+def test_a_refusal_names_the_file(tmp_path, monkeypatch):
+    """The one of the chain that sets the wrong key, from the current folder if it is below; else the override."""
+    monkeypatch.chdir(tmp_path)
+    read = write(
+        tmp_path,
+        base="[model]\nlayer = 2\n[train]\nsteps = 0",
+        top='extends = "base"\n[model]\nnorm = "layers"\n[train]\nsteps = -1',
+        lost='extends = "nowhere"',
+        number="extends = 3",
+    )
+    text = refusal(read, "top")
+    assert "model.layer: no such key (in base.toml)\n" in text
+    assert "model.norm: is 'layers' (in top.toml)\n" in text
+    assert "train.steps: is -1, which is not greater than or equal to 1\n" in text, "two files set it"
+    assert "model.layer: no such key (in an override)\n" in refusal(load, "top.toml", ["model.layer=1"])
+    assert f"nowhere: no such config (`extends` in {tmp_path / 'lost.toml'})\n" in refusal(read, "lost")
+    assert "extends: is 3 (in number.toml)\n" in refusal(read, "number")
 
 
 def test_extends_refused(tmp_path):
@@ -519,5 +602,8 @@ def test_the_reference_is_complete_and_true():
             value = tomllib.loads(f"x = {default.strip('`')}")["x"]
             assert (tuple(value) if isinstance(value, list) else value) == node
         assert meaning.strip()
-    assert next(row for row in rows if row[0] == "`model.dropout`")[1] == "float >= 0, < 1"
-    assert next(row for row in rows if row[0] == "`model.norm`")[1] == "layer / rms"
+    kinds = {row[0].strip("`"): row[1] for row in rows}
+    assert kinds["model.dropout"] == "float >= 0, < 1"
+    assert kinds["model.norm"] == "layer / rms"
+    assert kinds["train.steps"] == "int >= 1"
+    assert kinds["train.seed"] == kinds["data.seed"] == "int >= 0, <= 4294967295"

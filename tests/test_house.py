@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parent.parent / "moe_jax"
 FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
 
 FLOORS = [
-    ("words", {"schema", "config", "axes"}),
+    ("words", {"schema", "checks", "config", "files", "axes"}),
     ("where things live", {"mesh", "rules", "collectives"}),
-    ("mathematics", {"routing", "capacity", "balance", "dispatch", "placement"}),
+    ("mathematics", {"routing", "capacity", "balance", "dispatch", "rows", "grouped", "cost", "placement"}),
     ("layers", {"layers", "model", "pipeline", "cache"}),
 ]
 MATHEMATICS = FLOORS[2][1]

@@ -1,5 +1,6 @@
 """The MoE layer: outputs and every gradient against the oracle on every mesh, and its collectives."""
 
+import dataclasses
 import functools
 
 import jax
@@ -120,15 +121,21 @@ def expected(name: str, ffn: str, factor: float | None):
 
 
 FEW = ("noisy_topk", "deepseek_v2", "deepseek_v3", "expert_choice", "hash")  # differ in their routing, which is local
-CASES = [(n, w) for n in ROUTERS for w in MESHES if n not in FEW or w in ("one", "data=2,expert=2,tensor=2")]
+TWO = ("one", "data=2,expert=2,tensor=2")
+CASES = [
+    *((w, n, "swiglu", 1.0, "einsum") for n in ROUTERS for w in MESHES if n not in FEW or w in TWO),
+    *((where, "gshard", "relu", None, "einsum") for where in MESHES),
+    *((where, "gshard-after", "swiglu", 1.0, "gather") for where in MESHES),
+    *((where, "gshard", "relu", None, "ragged") for where in MESHES),
+    *(("data=2,expert=2,tensor=2", n, "swiglu", 1.0, d) for n in (*FEW, "gshard-after") for d in ("gather", "ragged")),
+]
 
 
-@pytest.mark.parametrize(
-    "name,where,ffn,factor", [(*c, "swiglu", 1.0) for c in CASES] + [("gshard", w, "relu", None) for w in MESHES]
-)
-def test_equals_the_oracle(where, name, ffn, factor):
+@pytest.mark.parametrize("where,name,ffn,factor,dispatch", CASES)
+def test_equals_the_oracle(where, name, ffn, factor, dispatch):
     """Outputs, all gradients and drops, with padding and full experts, to 1e-5 in float32 on every mesh."""
     moe, weights, x, probe, mask, key, want, want_grads, kept = expected(name, ffn, factor)
+    moe = dataclasses.replace(moe, dispatch=dispatch)
     with entered(MESHES[where]) as _:
         mesh = meshes.build_mesh(MESHES[where], jax.devices()[: MESHES[where].size])
         graph, _, state = split_layer(moe, ffn, Rules())
@@ -155,10 +162,11 @@ def test_equals_the_oracle(where, name, ffn, factor):
     assert int(stats.load.sum()) == int(stats.routed)
 
 
-def programs(config: MeshConfig):
+def programs(config: MeshConfig, dispatch: str = "einsum"):
     """Collectives of the compiled layer: forward, and forward with backward."""
     mesh = meshes.build_mesh(config, jax.devices()[: config.size])
-    moe = MoEConfig(experts=8, top_k=2, d_ff=64, capacity_factor=2.0, router=RouterConfig("gshard"))
+    router = RouterConfig("gshard")
+    moe = MoEConfig(experts=8, top_k=2, d_ff=64, capacity_factor=2.0, router=router, dispatch=dispatch)
     with jax.set_mesh(mesh):
         layer = MoELayer(moe, 32, rules=Rules(), rngs=nnx.Rngs(params=0))
         graph, state = nnx.split(layer)
@@ -177,6 +185,7 @@ def programs(config: MeshConfig):
     return [read(text, mesh) for text in texts]
 
 
+@pytest.mark.parametrize("dispatch", ["einsum", "gather"])
 @pytest.mark.parametrize(
     "config",
     [
@@ -188,9 +197,9 @@ def programs(config: MeshConfig):
     ],
     ids=str,
 )
-def test_collectives_are_pinned(config):
+def test_collectives_are_pinned(config, dispatch):
     """Two all-to-alls forward, four with the backward pass, over the expert axis and at the least bytes."""
-    forward, both = programs(config)
+    forward, both = programs(config, dispatch)
     buffer = 4 * 8 * (8 // config.over(Rules().batch)) * 8 * 32  # float32 [E, G, C, D] of one device, C = 2*16*2/8
     for program, count in ((forward, 2), (both, 4)):
         exchanges = [c for c in program if c.op == "all-to-all"]
@@ -203,6 +212,53 @@ def test_collectives_are_pinned(config):
             assert all(c.axes == ("fsdp",) for c in program if c.op == "all-gather")
     sums = [c for c in forward if c.op == "all-reduce" and c.axes == ("tensor",)]
     assert len(sums) == (1 if config.tensor > 1 else 0), "one sum over tensor, of the second expert product"
+
+
+@pytest.mark.parametrize(
+    "where,factor,overflows", [("data=2,expert=2,tensor=2", 1.0, True), ("one", 1.0, True), ("one", 4.0, False)]
+)
+def test_fallback_drops_nothing(where, factor, overflows):
+    """Full experts or not, outputs and gradients are those of the dropless oracle, and every choice counts as kept."""
+    _, weights, x, probe, mask, key, want, want_grads, kept = expected("gshard", "relu", None)
+    moe = MoEConfig(
+        experts=E,
+        top_k=2,
+        d_ff=F,
+        router=RouterConfig("gshard"),
+        capacity_factor=factor,
+        min_capacity=1,
+        dispatch="gather",
+        overflow="fallback",
+    )
+    with entered(MESHES[where]):
+        mesh = meshes.build_mesh(MESHES[where], jax.devices()[: MESHES[where].size])
+        graph, _, state = split_layer(moe, "relu", Rules())
+        weights = shard(mesh, state, weights)
+
+        def loss(weights, x, mask):
+            y, stats = nnx.merge(graph, weights)(x, mask=mask, train=True, key=key)
+            return (y * probe).sum(), (y, stats)
+
+        run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (_, (y, stats)), grads = run(weights, x, jnp.asarray(mask))
+        dropping = nnx.merge(split_layer(dataclasses.replace(moe, overflow="drop"), "relu", Rules())[0], weights)
+        _, limited = jax.jit(lambda x, mask: dropping(x, mask=mask, train=True, key=key))(x, jnp.asarray(mask))
+    assert (int(limited.kept) < int(limited.routed)) == overflows, "the test needs the branch"
+    close(y, want, "output")
+    for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        close(g, w, "gradient")
+    assert int(stats.kept) == int(stats.routed) == kept.sum()
+
+
+def test_ragged_collectives():
+    """Counts, rows and their way back forward; the rows' gradients both ways backward. Nothing gathers tokens."""
+    forward, both = programs(MeshConfig(data=2, expert=4), "ragged")
+    for program, rows in ((forward, 2), (both, 4)):
+        exchanges = [c for c in program if c.op == "all-to-all"]
+        assert [c.axes for c in exchanges] == [("expert",)] * (rows + 1)
+        assert {c.op for c in program} <= {"all-to-all", "all-reduce"}
+        worst = 4 * 4 * (16 * 2) * 32  # float32 [n, M, D] of one device: each shard may get both choices of its tokens
+        assert sorted(c.bytes for c in exchanges) == [4 * 8, *[worst] * rows]
 
 
 def test_without_the_exchange_layouts_the_compiler_gathers(monkeypatch):
@@ -242,6 +298,14 @@ def test_settings_that_fight_are_refused():
         MoELayer(MoEConfig(experts=4, top_k=5, d_ff=16), D, rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match="gives the router no gradient"):
         MoELayer(MoEConfig(top_k=1, d_ff=16, router=RouterConfig("topk_softmax")), D, rngs=nnx.Rngs(0))
+    for wrong in (
+        dict(dispatch="ragged", expert_dropout=0.1),
+        dict(capacity_factor=1.0, overflow="fallback", expert_dropout=0.1),
+        dict(capacity_factor=1.0, overflow="fallback", dispatch="ragged"),
+        dict(overflow="fallback"),
+    ):
+        with pytest.raises(ConfigError, match=r"moe\.(expert_dropout|overflow): is"):
+            MoELayer(MoEConfig(d_ff=16, **wrong), D, rngs=nnx.Rngs(0))
     layer = MoELayer(MoEConfig(d_ff=16, capacity_factor=1.0, group_size=7), D, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="group_size=7 fits no"):
         layer(jnp.ones((2, 4, D)), train=True)
@@ -268,6 +332,16 @@ def test_noise_does_not_depend_on_rows_or_mesh(where):
         call = nnx.jit(lambda m, x, k: m(x, train=True, key=k)[0])
         parts = [call(layer, x[i::2], keys[i::2]) for i in range(2)]
     close(jnp.stack(parts, 1).reshape(x.shape), whole, "rows")
+
+
+def test_auto_asks_the_cost_model():
+    """Dropless calls sort rows, bounded ones use tables; with dropout inside the experts slots are needed."""
+
+    def chosen(S, C, **options):
+        moe = MoEConfig(experts=E, top_k=2, d_ff=F, dispatch="auto", **options)
+        return MoELayer(moe, D, rngs=nnx.Rngs(params=0)).dispatch_for(moe, S, C)
+
+    assert [chosen(16, 16), chosen(16, 4), chosen(16, 16, expert_dropout=0.1)] == ["ragged", "gather", "gather"]
 
 
 def test_bfloat16_keeps_the_router_in_float32():

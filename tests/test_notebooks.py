@@ -26,7 +26,7 @@ def execute(path: Path):
 
     notebook = jupytext.read(path)
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     ).execute()
     return notebook
 
@@ -77,7 +77,7 @@ def test_there_are_notebooks():
 def test_runs_from_top_to_bottom(path):
     # In a process of its own: the kernel's event loop and sockets are not this suite's to warn about.
     command = [sys.executable, __file__, "run", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=path.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=path.parent)
     assert done.returncode == 0, done.stderr[-4000:]
     fresh = json.loads(done.stdout)
     pictures = [sum("image/png" in o.get("data", {}) for o in outputs(cells)) for cells in (fresh, stored(path))]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from test_cli import ENV, NOISE, STEPS, TINY, calls, check_refusal, finish, insi
 
 from moe_jax import config, mesh
 from moe_jax.checkpoint import COMPLETE, Checkpoints
-from moe_jax.train.resume import Stop
+from moe_jax.data import Windows
+from moe_jax.train import resume
+from moe_jax.train.resume import Stop, changes
 from moe_jax.train.state import Model
 
 TIMES = ("step_seconds", "tokens_per_second")
@@ -180,37 +183,60 @@ def test_a_finished_run_does_nothing_and_reports(train, whole, tmp_path, call):
     assert (report["loss"], report["eval_loss"]) == (steps[-1]["loss"], evals[-1]["eval_loss"])
     assert report["compile_seconds"] is None and report["time_to_first_step_seconds"] is None
     code, report, log = call(*train, workdir, "train.steps=30")
-    assert code == 0 and f"nothing to do: the checkpoint is at step {STEPS} of 30\n" in log
+    assert code == 0 and f"nothing to do: the checkpoint is at step {STEPS}, beyond train.steps=30\n" in log
 
 
-def test_more_steps(train, whole, tmp_path, call):
-    workdir = copy(whole, tmp_path)
+def test_more_steps(train, whole, tmp_path, call, monkeypatch):
+    workdir, built, init = copy(whole, tmp_path), [], Windows.__init__
+    monkeypatch.setattr(Windows, "__init__", lambda *args: built.append(args) or init(*args))
     code, report, log = call(*train, workdir, f"train.steps={STEPS + 3}")
     assert code == 0 and f"changed since that checkpoint: train.steps: {STEPS} -> {STEPS + 3}\n" in log
     assert report["step"] == STEPS + 3 and report["finished"] is True
     steps, evals = rows(workdir)
     assert len(steps) == STEPS + 3 and steps[:STEPS] == rows(whole)[0]
     assert [e["step"] for e in evals] == [0, STEPS, STEPS + 3]
+    assert len(built) == 2, "windows of the training text and of the held-out one, for all evaluations and the bigram"
 
 
 @pytest.mark.parametrize(
     "change, key",
     [
-        ("model.d_model=32", "model.d_model: is 32, and the run in this workdir began with 16"),
+        ("model.d_model=32", "model.d_model: is 32, and that run began with 16"),
         ("model.moe.capacity_factor=1.25", "model.moe.capacity_factor"),
         ("model.moe.experts=4", "model.moe.experts"),
-        ("model.moe=", "model.moe"),
+        ("model.moe=", "model.moe: is unset, and that run began with a table of keys\n"),
         ("data.batch=16", "data.batch"),
         ("data.seed=1", "data.seed"),
         ("data.path=builtin:prose", "data.path"),
-        ("train.seed=1", "train.seed: is 1, and the run in this workdir began with 0"),
+        ("train.seed=1", "train.seed: is 1, and that run began with 0"),
         ("train.optimizer.kind=adafactor", "train.optimizer.kind"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused(train, whole, call, change, key):
     before = listing(whole)
-    check_refusal(*call(*train, whole, change), "train", key, "--workdir")
+    holds = "--workdir: this folder holds a run of tiny_switch, and this would be another:\n"
+    check_refusal(*call(*train, whole, change), "train", holds, key)
     assert listing(whole) == before
+
+
+def test_a_table_that_one_side_lacks_is_one_change():
+    whole, dense = config.load("tiny_mixtral"), config.load("tiny_mixtral", ["model.moe="])
+    assert changes(config.to_dict(whole), whole) == []
+    for saved, now, words in (
+        (whole, dense, "is unset, and that run began with a table of keys"),
+        (dense, whole, "is a table of keys, and that run began with unset"),
+    ):
+        with pytest.raises(config.ConfigError) as e:
+            changes(config.to_dict(saved), now)
+        assert [p.reason.splitlines()[1:] for p in e.value.problems] == [[f"    model.moe: {words}"]]
+
+
+def test_of_many_changes_some_are_named():
+    with pytest.raises(config.ConfigError) as e:
+        changes(config.to_dict(config.load("tiny_mixtral")), config.load("bench_small"))
+    (problem,) = e.value.problems
+    head, *named, more = problem.reason.splitlines()
+    assert "a run of tiny_mixtral" in head and len(named) == 8 and re.fullmatch(r"    and \d+ more", more)
 
 
 def test_full_disk(train, whole, tmp_path, call):
@@ -229,8 +255,8 @@ def test_full_disk(train, whole, tmp_path, call):
     assert done.returncode == 1 and done.stdout == "", done.stderr
     assert not NOISE.search(done.stderr), done.stderr
     said = done.stderr.partition("moe-jax train: failed\n")[2]
-    assert str(workdir / "checkpoints") in said and "not written" in said and "remedy: make room" in said, done.stderr
-    assert "step 20 is the newest complete one" in said
+    assert str(workdir / "checkpoints") in said and "not written: File too large\n" in said, done.stderr
+    assert "remedy: make room" in said and "step 20 is the newest complete one" in said
     assert steps_of(workdir) == [20]
     code, report, _ = call("eval", workdir, "--json")
     assert code == 0 and report["step"] == 20
@@ -239,13 +265,43 @@ def test_full_disk(train, whole, tmp_path, call):
     assert rows(workdir) == rows(whole) and state(workdir, STEPS) == state(whole, STEPS)
 
 
+def test_ctrl_c_while_it_compiles(train, tmp_path):
+    """One line at once; again, and the process ends at once, whatever its threads do."""
+    env = {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+    child = start(*train, tmp_path / "run", bufsize=0, env=ENV | env)
+    while not child.stderr.readline().startswith(b"eval  0/"):
+        pass
+    child.send_signal(signal.SIGINT)
+    line = child.stderr.readline().decode()
+    assert line == "SIGINT: stopping after this step and saving; Ctrl-C again quits without saving\n"
+    child.send_signal(signal.SIGINT)
+    code, out, err = finish(child)
+    assert code == 130 and out == "" and steps_of(tmp_path / "run") == []
+    assert err == "SIGINT: quits without saving; the last complete checkpoint stays\n"
+
+
+def test_ctrl_c_before_the_run(train, tmp_path):
+    """There is nothing to save: code 130, one line and no run."""
+    child = start(*train, tmp_path / "run", cwd=tmp_path)
+    time.sleep(2)
+    child.send_signal(signal.SIGINT)
+    code, out, err = finish(child)
+    assert code == 130 and out == "" and err.count("\n") <= 1 and not NOISE.search(err), err
+    assert steps_of(tmp_path / "run") == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
-def test_a_second_signal_interrupts(number):
-    old = signal.getsignal(number)
-    with Stop() as stop:
+def test_a_second_signal_leaves(number, monkeypatch):
+    """Also while the main thread waits in C; the handlers from before come back."""
+    left, said, old = threading.Event(), [], signal.getsignal(number)
+    monkeypatch.setattr(resume, "leave", lambda text: said.append(text) or left.set())
+    with Stop(said.append) as stop:
         assert stop.signal is None
         os.kill(os.getpid(), number)
-        assert stop.signal == number.name
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
+        while not said:
+            time.sleep(0.01)
+        assert stop.signal == number.name and not left.is_set()
+        os.kill(os.getpid(), number)
+        assert left.wait(10)
     assert signal.getsignal(number) == old
+    assert "Ctrl-C again quits" in said[0] and "quits without saving" in said[1]

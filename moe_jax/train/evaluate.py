@@ -25,13 +25,12 @@ class Evaluator:
 
     def __init__(self, model: Model, mesh: Mesh, corpus: Corpus):
         self.model, self.mesh, self.corpus = model, mesh, corpus
+        self.windows = Windows(corpus.heldout, model.cfg.data.length, model.cfg.data.packing)
         self.steps: dict[float | None, Callable[[Weights, Any], Sums]] = {}
 
     def batches(self, count: int) -> Iterable[dict[str, np.ndarray]]:
-        data = self.model.cfg.data
-        windows = Windows(self.corpus.heldout, data.length, data.packing)
         place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        return heldout_batches(windows, batch=data.batch, count=count, **place)
+        return heldout_batches(self.windows, batch=self.model.cfg.data.batch, count=count, **place)
 
     def sums(self, weights: Weights, count: int, capacity_factor: float | None) -> Sums:
         """Sums over the first `count` batches of held-out text, on the host."""

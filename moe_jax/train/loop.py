@@ -1,7 +1,6 @@
 """The training run: from a config and a folder to checkpoints, a log, a picture and a report."""
 
 import contextlib
-import importlib.metadata
 import resource
 import statistics
 import sys
@@ -14,24 +13,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import config
 from moe_jax import mesh as meshes
-from moe_jax.axes import MESH_AXES
 from moe_jax.checkpoint import Checkpoints, check_workdir
 from moe_jax.config import Config, Problem, Refused
+from moe_jax.cost import describe
 from moe_jax.data import Windows, batches, bigram_loss, load_tokenizer, prepare
 from moe_jax.generate import Generator
+from moe_jax.health import Watch
 from moe_jax.metrics import MetricsLog, Progress, load_max_over_mean, read_metrics
 from moe_jax.picture import draw_run
 from moe_jax.rules import sharding
 from moe_jax.train.evaluate import Evaluator, to_devices
-from moe_jax.train.resume import Stop, changes, claimed, locked
+from moe_jax.train.resume import Stop, changes, checkpoint_info, claimed, locked
 from moe_jax.train.state import Model, State
 from moe_jax.train.step import make_train_step
 
 IN_FLIGHT = 1  # steps dispatched ahead of the one whose metrics are read
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes elsewhere
-WRITTEN_BY = ("jax", "flax", "optax", "orbax-checkpoint", "moe-jax")
 
 
 class Overflow(Exception):
@@ -65,6 +63,8 @@ class Run:
         if self.resumed_at is not None and (workdir / "metrics.jsonl").exists():
             read_metrics(workdir / "metrics.jsonl")  # a damaged log is refused here, not after the data is read
         self.timing: dict[str, float] = {}
+        self.watch = Watch(cfg.model.moe)
+        self.alarms: list[str] = []
 
     def __call__(self) -> dict[str, Any]:
         """Train, and return the report of the run."""
@@ -78,12 +78,11 @@ class Run:
         """Everything after the text is at hand."""
         data = self.cfg.data
         self.windows = Windows(self.corpus.train, data.length, data.packing)
-        heldout = Windows(self.corpus.heldout, data.length, data.packing)
-        self.bigram = bigram_loss(self.windows, heldout, self.cfg.model.vocab)
         self.evaluator = Evaluator(self.model, self.mesh, self.corpus)
+        self.bigram = bigram_loss(self.windows, self.evaluator.windows, self.cfg.model.vocab)
         state = self.start()
         try:
-            with self.open_screen() as self.screen, self.open_log() as self.log, Stop() as stop:
+            with self.open_screen() as self.screen, self.open_log() as self.log, Stop(self.screen.note) as stop:
                 self.introduce()
                 state, step = self.train(state, self.resumed_at or 0, stop)
                 self.checkpoints.wait()  # a signal must not end the process while the last save is under way
@@ -91,7 +90,7 @@ class Run:
                     where = f"step {step} of {self.cfg.train.steps}"
                     self.screen.note(f"{stop.signal}: saved at {where}; the same command goes on from there")
         finally:
-            self.checkpoints.close()
+            self.checkpoints.wait()
         report = self.report(step)
         if self.main:
             self.finish(state, report)
@@ -103,7 +102,8 @@ class Run:
         if first == 0:
             self.evaluate(state, 0)
         if first >= train.steps:
-            self.screen.note(f"nothing to do: the checkpoint is at step {first} of {train.steps}")
+            goal = f"{first} of {first}" if first == train.steps else f"{first}, beyond train.steps={train.steps}"
+            self.screen.note(f"nothing to do: the checkpoint is at step {goal}")
             return state, first
         seed = jax.random.key(train.seed)
         pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -121,7 +121,7 @@ class Run:
                 if evaluates:
                     self.evaluate(state, step)
                 if saves:
-                    self.checkpoints.save(step, state, self.info(step))
+                    self.checkpoints.save(step, state, checkpoint_info(self.cfg, self.corpus, step))
                 if last:
                     break
                 if saves or evaluates:
@@ -168,10 +168,10 @@ class Run:
         )
 
     def open_log(self) -> contextlib.AbstractContextManager[MetricsLog | None]:
-        """The log of process 0; others write none."""
+        """The log of process 0; others write none. From a checkpoint of step 0, an upcycled model, it begins anew."""
         if not self.main:
             return contextlib.nullcontext()
-        return MetricsLog(self.workdir, tensorboard=self.cfg.train.tensorboard, resume_step=self.resumed_at)
+        return MetricsLog(self.workdir, tensorboard=self.cfg.train.tensorboard, resume_step=self.resumed_at or None)
 
     def rows(self, first: int) -> Yields[dict[str, np.ndarray]]:
         """The rows of this process from step `first` on."""
@@ -183,7 +183,9 @@ class Run:
         total, active = self.model.count()
         note = self.screen.note
         note(f"{self.cfg.name}: {total:,} parameters, {active:,} of them active for a token")
-        note(f"mesh {self.shape()} on {jax.device_count()} {jax.devices()[0].platform} device(s)")
+        note(f"mesh {self.cfg.mesh}, on {jax.device_count()} {jax.devices()[0].platform} device(s)")
+        if self.cfg.model.moe is not None:
+            note(self.dispatch())
         note(f"workdir {self.workdir}")
         note(f"text {self.cfg.data.path}: {len(self.corpus.train):,} tokens, {len(self.corpus.heldout):,} held out")
         if self.resumed_at is not None:
@@ -191,9 +193,12 @@ class Run:
         for line in self.changed:
             note(f"changed since that checkpoint: {line}")
 
-    def shape(self) -> str:
-        """The mesh in words."""
-        return " x ".join(f"{a}={n}" for a, n in zip(MESH_AXES, self.cfg.mesh.shape, strict=True) if n > 1) or "of one"
+    def dispatch(self) -> str:
+        """The dispatcher, the groups and why, in words."""
+        m, moe = self.cfg.model, self.cfg.model.moe
+        assert moe is not None
+        matrices, platform = 3 if m.ffn == "swiglu" else 2, jax.devices()[0].platform
+        return describe(platform, moe, length=self.cfg.data.length, d_ff=moe.d_ff or m.d_ff, matrices=matrices)
 
     def compile(self, state: State, seed: jax.Array) -> Any:
         """The train step for these shapes; the old state's memory is reused for the new one."""
@@ -226,6 +231,9 @@ class Run:
         if self.log is not None:
             self.log.train(record)
         self.screen.step(record)
+        for alarm in self.watch.step(record):
+            self.alarms.append(f"step {step}: {alarm}")
+            self.screen.note(f"alarm at {self.alarms[-1]}")
         moe = self.cfg.model.moe
         if moe is not None and moe.overflow == "error" and host["dropped"]:
             remedy = "raise model.moe.capacity_factor, or set model.moe.overflow=drop"
@@ -236,12 +244,6 @@ class Run:
         if self.log is not None:
             self.log.eval(record)
         self.screen.eval(record)
-
-    def info(self, step: int) -> dict[str, Any]:
-        """What a checkpoint says of itself: the config, the position in the data, the versions that wrote it."""
-        versions = {name: importlib.metadata.version(name) for name in WRITTEN_BY}
-        cfg = config.to_dict(self.cfg)
-        return {"config": cfg, "data_position": step, "text": self.corpus.fingerprint, "versions": versions}
 
     # After the loop
 
@@ -260,6 +262,7 @@ class Run:
             "finished": step >= self.cfg.train.steps,
             "loss": train[-1]["loss"],
             "eval_loss": evals[-1]["eval_loss"] if evals else None,
+            "eval_bits_per_byte": evals[-1].get("bits_per_byte") if evals else None,
             "eval_step": evals[-1]["step"] if evals else None,
             "first_eval_loss": evals[0]["eval_loss"] if evals else None,
             "bigram_loss": self.bigram,
@@ -270,7 +273,9 @@ class Run:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,
             "params_total": total,
             "params_active": active,
-            "mesh": {a: n for a, n in zip(MESH_AXES, self.cfg.mesh.shape, strict=True) if n > 1},
+            "mesh": self.cfg.mesh.sizes,
+            "dispatch": None if self.cfg.model.moe is None else self.dispatch(),
+            "alarms": self.alarms,
             "devices": jax.device_count(),
             "platform": jax.devices()[0].platform,
             "workdir": str(self.workdir),
@@ -294,7 +299,6 @@ class Run:
             room = self.cfg.model.max_length - len(tokenizer.encode(prompt))
             new = generator(state.weights, [tokenizer.encode(prompt)], min(self.cfg.train.sample_tokens, room))
             report["sample"] = prompt + tokenizer.decode(new.tokens[0])
-            self.say(f"sample:\n{report['sample']}")
 
     def say(self, text: str) -> None:
         if not self.quiet:

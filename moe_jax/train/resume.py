@@ -2,38 +2,80 @@
 
 import contextlib
 import fcntl
+import importlib.metadata
+import os
+import select
 import signal
-from collections.abc import Generator
+import threading
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 from moe_jax import config
 from moe_jax.checkpoint import MARKER, check_workdir, claim_workdir
 from moe_jax.config import Config, Problem, Refused
+from moe_jax.data import Corpus
 
+WRITTEN_BY = ("jax", "flax", "optax", "orbax-checkpoint", "moe-jax")
 FREE = ("name", "mesh.", "rules.", "train.", "model.scan", "model.remat", "model.moe.eval_capacity_factor")
 """Keys that a resumed run may change: where and how it computes, not what."""
 FIXED = ("train.seed", "train.optimizer.kind")  # but not these
+SHOWN = 8  # differing keys named in a message
 
 
 class Stop:
-    """SIGTERM and SIGINT ask the loop to save and end; a second signal interrupts at once."""
+    """SIGTERM and SIGINT ask the loop to save and end; a second signal ends the process at once, with code 130.
 
-    def __init__(self) -> None:
+    A thread answers, because Python runs no handler while the main one compiles.
+
+    Args:
+        say: prints a line.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
         self.signal: str | None = None
 
     def __enter__(self) -> "Stop":
-        self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        out, into = os.pipe()
+        os.set_blocking(into, False)
+        self.old = {s: signal.signal(s, lambda number, frame: None) for s in self.SIGNALS}
+        self.old_fd = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
+        self.pipe = into
+        self.thread = threading.Thread(target=self.watch, args=(out,), daemon=True)
+        self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self.old_fd)
         for s, handler in self.old.items():
             signal.signal(s, handler)
+        os.close(self.pipe)
+        self.thread.join()
 
-    def handle(self, number: int, frame: object) -> None:
+    def watch(self, pipe: int) -> None:
+        """Signals arrive as bytes, until the pipe is closed."""
+        with open(pipe, "rb", buffering=0) as file:
+            while number := file.read(1):
+                if number[0] in self.SIGNALS:
+                    self.handle(signal.Signals(number[0]).name)
+
+    def handle(self, name: str) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+            leave(f"{name}: quits without saving; the last complete checkpoint stays")
+        self.signal = name
+        self.say(f"{name}: stopping after this step and saving; Ctrl-C again quits without saving")
+
+
+def leave(text: str) -> None:
+    """End the process at once, with code 130. Nothing is lost: a line of the log is one write, and a checkpoint that is
+    not complete counts as none. Python's own way out would wait for threads that compile, or crash in them."""
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # which a progress bar hides
+    if select.select([], [2], [], 0)[1]:  # a reader that sleeps must not keep the process
+        os.write(2, f"{show_cursor}{text}\n".encode())
+    os._exit(130)
 
 
 @contextlib.contextmanager
@@ -69,26 +111,44 @@ def locked(workdir: Path) -> Generator[None]:
         yield
 
 
-def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as `{"a.b.c": value}`."""
-    out: dict[str, Any] = {}
-    for k, v in tree.items():
-        out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+def checkpoint_info(cfg: Config, corpus: Corpus, step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself: the config, the position in the data, the versions that wrote it."""
+    versions = {name: importlib.metadata.version(name) for name in WRITTEN_BY}
+    return {"config": config.to_dict(cfg), "data_position": step, "text": corpus.fingerprint, "versions": versions}
+
+
+def differences(before: dict, now: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys `a.b.c` of nested dicts with the two values, None where unset; a table that one side lacks is one key."""
+    out: dict[str, tuple[Any, Any]] = {}
+    for k in sorted(before.keys() | now.keys()):
+        a, b = before.get(k), now.get(k)
+        if isinstance(a, dict) and isinstance(b, dict):
+            out |= differences(a, b, f"{prefix}{k}.")
+        elif a != b:
+            out[prefix + k] = a, b
     return out
+
+
+def word(value: Any) -> str:
+    """A value of a config as messages show it."""
+    if isinstance(value, dict):
+        return "a table of keys"
+    return "unset" if value is None else repr(value)
 
 
 def changes(saved: dict, cfg: Config) -> list[str]:
     """Keys in which a resumed run differs from the config saved with its checkpoint, in words.
 
     Raises:
-        ConfigError: a key that would make it another run, such as the model, the data or the seed.
+        ConfigError: keys that would make it another run, such as the model, the data or the seed.
     """
-    now, before = flat(config.to_dict(cfg)), flat(saved)
-    keys = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
-    fixed = [k for k in keys if not k.startswith(FREE) or k in FIXED]
+    found = differences(saved, config.to_dict(cfg))
+    changed = {k: (word(before), word(now)) for k, (before, now) in found.items()}
+    fixed = [k for k in changed if not k.startswith(FREE) or k in FIXED]
     if fixed:
-        remedy = "set it back, or train in another --workdir"
-        began = "and the run in this workdir began with"
-        why = {k: f"is {now.get(k, 'unset')!r}, {began} {before.get(k, 'unset')!r}" for k in fixed}
-        raise config.ConfigError(*(Problem(k, why[k], remedy) for k in fixed))
-    return [f"{k}: {before.get(k, 'unset')} -> {now.get(k, 'unset')}" for k in keys if k != "name"]
+        lines = [f"{k}: is {changed[k][1]}, and that run began with {changed[k][0]}" for k in fixed[:SHOWN]]
+        lines += [f"and {len(fixed) - SHOWN} more"] if len(fixed) > SHOWN else []
+        why = "\n    ".join([f"this folder holds a run of {saved['name']}, and this would be another:", *lines])
+        remedy = f"set {'it' if len(fixed) == 1 else 'them'} back, or train in another --workdir"
+        raise config.ConfigError(Problem("--workdir", why, remedy))
+    return [f"{k}: {before} -> {now}" for k, (before, now) in changed.items() if k != "name"]

@@ -58,7 +58,8 @@ def microbatches(model: Model, tree: Any) -> Any:
     """[B, ...] -> [m, B/m, ...]: each device keeps its rows, and rows that share a routing group stay together."""
     cfg = model.cfg
     m, moe = cfg.train.microbatches, cfg.model.moe
-    together = max(1, (moe.group_size or 1) // cfg.data.length) if moe is not None else 1
+    size = moe.group_size if moe is not None and isinstance(moe.group_size, int) else 1
+    together = max(1, size // cfg.data.length)
     layout: Layout = ((), cfg.rules.batch)
 
     def one(x: jax.Array) -> jax.Array:

@@ -1,0 +1,1 @@
+"""The benchmarks behind the figures: ratios to a floor measured in the same run."""

@@ -1,0 +1,95 @@
+"""Options of `moe-jax bench`; only the standard library is imported before a benchmark runs."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+DISPATCHERS = ("einsum", "gather", "ragged")
+DEFAULT_CONFIG = "bench_small"
+
+
+def add_benchmarks(bench: argparse.ArgumentParser) -> None:
+    """`bench layer` and `bench step`."""
+    kinds = bench.add_subparsers(dest="benchmark", required=True, metavar="layer|step")
+
+    def add(name: str, text: str, run: Callable, rounds: int) -> argparse.ArgumentParser:
+        sub = kinds.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", help="print one JSON object last on standard output")
+        sub.add_argument("--quiet", action="store_true", help="no progress on standard error")
+        sub.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"timed turns (default {rounds})")
+        sub.set_defaults(run=run, overrides=[])
+        return sub
+
+    text = "one MoE layer with each dispatcher, against the products of its experts alone"
+    layer = add("layer", text, run_layer, 9)
+    for name, value in (("tokens", 4096), ("experts", 8), ("top-k", 2), ("d-model", 256), ("d-ff", 512)):
+        layer.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
+    layer.add_argument("--ffn", choices=("relu", "gelu", "swiglu"), default="relu")
+    layer.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    layer.add_argument("--capacity-factor", type=float, default=1.25, metavar="F", help="default 1.25")
+    layer.add_argument(
+        "--group-size", type=int, metavar="S", help="default: einsum by the cost model, others all tokens"
+    )
+    layer.add_argument(
+        "--dispatch",
+        default=",".join(DISPATCHERS),
+        metavar="NAMES",
+        help=f"some of {','.join(DISPATCHERS)} (default all); ragged is dropless",
+    )
+    layer.add_argument("--no-parts", action="store_true", help="leave out where the time goes")
+
+    step = add("step", "a train step against its matrix products alone and against a dense model", run_step, 9)
+    step.add_argument("config", metavar="CONFIG", nargs="?", default=DEFAULT_CONFIG)
+    step.add_argument("overrides", nargs="*", metavar="key.path=value")
+
+
+def at_least_one(**values: float) -> None:
+    """Refuse sizes below 1 (or not above 0, for a factor)."""
+    from moe_jax.config import Problem, Refused
+
+    wrong = [(n, v) for n, v in values.items() if not v >= 1 and not (isinstance(v, float) and v > 0)]
+    if wrong:
+        raise Refused(*(Problem(f"--{n.replace('_', '-')}", f"is {v}", "give 1 or more") for n, v in wrong))
+
+
+def run_layer(args: argparse.Namespace) -> dict[str, Any]:
+    """`moe-jax bench layer`."""
+    from moe_jax.config import Problem, Refused
+
+    names = tuple(args.dispatch.split(","))
+    unknown = [n for n in names if n not in DISPATCHERS]
+    if unknown:
+        raise Refused(Problem("--dispatch", f"has no {unknown[0]!r}", f"use some of {','.join(DISPATCHERS)}"))
+    if args.overrides:
+        raise Refused(Problem(args.overrides[0], "a layer has no config", "use the options of `bench layer`"))
+    sizes = {n: getattr(args, n) for n in ("tokens", "experts", "top_k", "d_model", "d_ff", "capacity_factor")}
+    at_least_one(rounds=args.rounds, **sizes, **({} if args.group_size is None else {"group_size": args.group_size}))
+    from moe_jax.bench import layer
+
+    shape = layer.Shape(**sizes, ffn=args.ffn, dtype=args.dtype, group_size=args.group_size)
+    report = layer.measure(shape, names, args.rounds, parts=not args.no_parts)
+    say(args, layer.lines(report))
+    return report
+
+
+def run_step(args: argparse.Namespace) -> dict[str, Any]:
+    """`moe-jax bench step`."""
+    from moe_jax import config, mesh
+
+    at_least_one(rounds=args.rounds)
+    if "=" in args.config:  # no config was named
+        args.config, args.overrides = DEFAULT_CONFIG, [args.config, *args.overrides]
+    cfg = config.load(args.config, args.overrides)
+    mesh.prepare_devices(cfg.mesh, None)
+    from moe_jax.bench import step
+
+    report = step.measure(cfg, args.rounds)
+    say(args, step.lines(report))
+    return report
+
+
+def say(args: argparse.Namespace, lines: list[str]) -> None:
+    """The table: on standard output, or on standard error beside a JSON object."""
+    if not args.quiet:
+        print(*lines, sep="\n", file=sys.stderr if args.json else sys.stdout)

@@ -1,0 +1,168 @@
+"""`moe-jax bench step`: a whole train step, its matrix products alone, and a dense model of equal active FLOPs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import mesh as meshes
+from moe_jax.bench.timing import by_turns, cpu_ratio, machine, ratio
+from moe_jax.capacity import capacity
+from moe_jax.config import Config, ModelConfig, Problem, Refused
+from moe_jax.cost import group_size
+from moe_jax.layers.attention import QUERY_BLOCK, QUERY_BLOCKS
+from moe_jax.rules import sharding
+from moe_jax.train.state import Model
+from moe_jax.train.step import make_train_step
+
+
+class Product(NamedTuple):
+    """A batch of b products [m, k] x [k, n]."""
+
+    b: int
+    m: int
+    k: int
+    n: int
+
+    @property
+    def flops(self) -> int:
+        """Of the product and of its two gradients."""
+        return 3 * 2 * self.b * self.m * self.k * self.n
+
+
+def ffn_products(rows: int, batch: int, D: int, F: int, kind: str) -> list[Product]:
+    """Two matrices, or three."""
+    return [Product(batch, rows, D, F)] * (2 if kind == "swiglu" else 1) + [Product(batch, rows, F, D)]
+
+
+def layer_products(m: ModelConfig, kind: str, B: int, L: int) -> list[Product]:
+    """The products of one layer, without those that move tokens to experts and back."""
+    D, H, J, N, T = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim, B * L
+    out = [Product(1, T, D, H * N), Product(1, T, H * N, D), *[Product(1, T, D, J * N)] * 2]
+    size = max(QUERY_BLOCK, -(-L // QUERY_BLOCKS))
+    for begin in range(0, L, size):  # the causal blocks of queries
+        end = min(begin + size, L)
+        out += [Product(B * H, end - begin, N, end), Product(B * H, end - begin, end, N)]
+    if kind == "dense" or m.moe is None:
+        return out + ffn_products(T, 1, D, m.d_ff, m.ffn)
+    moe = m.moe
+    F = moe.d_ff or m.d_ff
+    S = group_size(moe.group_size, moe.dispatch, L, F, 3 if m.ffn == "swiglu" else 2)
+    # Without a limit, the rows in use: what sorted rows multiply, and buffers that drop nothing exceed.
+    dropless = moe.capacity_factor is None
+    rows = -(-moe.top_k * T // moe.experts) if dropless else capacity(moe, S, moe.capacity_factor) * (T // S)
+    out += [Product(1, T, D, moe.experts), *ffn_products(rows, moe.experts, D, F, m.ffn)]
+    return out + (ffn_products(T, 1, D, moe.shared_experts * F, m.ffn) if moe.shared_experts else [])
+
+
+def step_products(cfg: Config) -> list[list[Product]]:
+    """Products of every layer, then of the head."""
+    m, B, L = cfg.model, cfg.data.batch, cfg.data.length
+    return [layer_products(m, kind, B, L) for kind in m.layer_kinds] + [[Product(1, B * L, m.d_model, m.vocab)]]
+
+
+def products_alone(cfg: Config) -> Callable[[], list[Any]]:
+    """A function that runs every product of a step with its two gradients, on ready operands."""
+    dtype = jnp.dtype(cfg.model.dtype)
+
+    @jax.jit
+    def run(operands: list[tuple[jax.Array, jax.Array, jax.Array]]) -> list[Any]:
+        return [(x @ w, g @ w.swapaxes(1, 2), x.swapaxes(1, 2) @ g) for x, w, g in operands]
+
+    made: dict[tuple[Product, ...], Any] = {}
+    for part in step_products(cfg):
+        if tuple(part) not in made:
+            keys = iter(jax.random.split(jax.random.key(0), 3 * len(part)))
+            shapes = [((p.b, p.m, p.k), (p.b, p.k, p.n), (p.b, p.m, p.n)) for p in part]
+            made[tuple(part)] = [tuple(jax.random.normal(next(keys), s).astype(dtype) for s in t) for t in shapes]
+    order = [made[tuple(part)] for part in step_products(cfg)]
+    return lambda: [run(operands) for operands in order]
+
+
+class Trainer:
+    """A compiled train step on made-up tokens; each call runs one more step."""
+
+    def __init__(self, cfg: Config):
+        self.model = Model.of(cfg)
+        self.model.validate()
+        self.mesh = meshes.build_mesh(cfg.mesh)
+        self.state = self.model.create(self.mesh)
+        self.seed = jax.random.key(cfg.train.seed)
+        shape = (cfg.data.batch, cfg.data.length)
+        tokens = jax.random.randint(jax.random.key(1), shape, 0, cfg.model.vocab, jnp.int32)
+        batch = {
+            "tokens": tokens,
+            "targets": jnp.roll(tokens, -1, 1),
+            "segments": jnp.ones(shape, jnp.int32),
+            "positions": jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape),
+            "weights": jnp.ones(shape, jnp.float32),
+        }
+        self.batch = jax.device_put(batch, sharding(self.mesh, (cfg.rules.batch, ())))
+        with jax.set_mesh(self.mesh):
+            out = (self.model.shardings(self.mesh), None)
+            step = jax.jit(make_train_step(self.model), donate_argnums=0, out_shardings=out)
+            self.compiled = step.lower(self.state, self.batch, self.seed).compile()
+
+    def __call__(self) -> Any:
+        self.state, metrics = self.compiled(self.state, self.batch, self.seed)
+        return metrics
+
+
+def dense_twin(cfg: Config) -> Config:
+    """The config with dense layers as wide as what a token passes in an MoE layer: equal active FLOPs."""
+    m, moe = cfg.model, cfg.model.moe
+    assert moe is not None
+    width = (moe.d_ff or m.d_ff) * (moe.top_k + moe.shared_experts)
+    if "dense" in m.layer_kinds and width != m.d_ff:
+        why = f"some layers are dense, {m.d_ff} wide, and the twin's layers all have one width, {width}"
+        raise Refused(Problem("model.d_ff", why, f"set model.d_ff={width}"))
+    return replace(cfg, model=replace(m, moe=None, d_ff=width))
+
+
+def measure(cfg: Config, rounds: int = 9) -> dict[str, Any]:
+    """Time the step, its products and, for an MoE, its dense twin, by turns.
+
+    Returns:
+        `rows[]` with program (moe or dense, and products), seconds, tokens_per_second, ratio_to_products (median over
+        the rounds), its twin in CPU seconds and page_faults, each a step.
+    """
+    steps: dict[str, Callable] = {"products": products_alone(cfg)}
+    if cfg.model.moe is None:
+        steps["dense"] = Trainer(cfg)
+    else:
+        steps |= {"moe": Trainer(cfg), "dense": Trainer(dense_twin(cfg))}
+    times = by_turns(steps, rounds, warm=2)
+    tokens, rows = cfg.data.batch * cfg.data.length, []
+    for name, t in times.items():
+        program = steps[name]
+        memory = program.compiled.memory_analysis() if isinstance(program, Trainer) else None
+        rows.append(
+            {
+                "program": name,
+                "seconds": t.seconds,
+                "cpu_seconds": t.cpu_seconds,
+                "tokens_per_second": tokens / t.seconds,
+                "ratio_to_products": ratio(t, times["products"]),
+                "ratio_to_products_cpu": cpu_ratio(t, times["products"]),
+                "page_faults": sorted(t.faults)[len(t.faults) // 2],
+                "temporaries_bytes": None if memory is None else int(memory.temp_size_in_bytes),
+            }
+        )
+    flops = sum(p.flops for part in step_products(cfg) for p in part)
+    report = {"bench": "step", "config": cfg.name, **machine(), "rounds": rounds, "flops": flops, "rows": rows}
+    return report | ({"moe_to_dense": ratio(times["moe"], times["dense"])} if "moe" in times else {})
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report as a table for people."""
+    out = [f"{report['config']}: {report['flops'] / 1e9:.1f} GFLOP of products a step"]
+    out.append(
+        f"{'program':9} {'s/step':>8} {'cpu s':>8} {'tokens/s':>9} {'x products':>10} {'x cpu':>6} {'faults':>8}"
+    )
+    for r in report["rows"]:
+        speed = f"{r['seconds']:8.4f} {r['cpu_seconds']:8.4f} {r['tokens_per_second']:9,.0f}"
+        ratios = f"{r['ratio_to_products']:10.2f} {r['ratio_to_products_cpu']:6.2f}"
+        out.append(f"{r['program']:9} {speed} {ratios} {r['page_faults']:8,}")
+    return out

@@ -1,0 +1,310 @@
+"""Impossible combinations: settings that contradict one another, leave one another without effect, or cannot divide.
+
+Each check returns `Problem`s with the key, the reason and the remedy; `config` turns them into one refusal.
+`rules.validate` holds the rules and the mesh against the shapes of the parameters.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moe_jax.schema import Config, ConfigError, ModelConfig, MoEConfig, OptimizerConfig, Problem, RouterConfig
+
+
+def _idle(table: Any, prefix: str, names: Sequence[str], why: str, remedy: str) -> list[Problem]:
+    """Keys that have no effect beside the others of their table; a value that is not the default was meant to."""
+    given = {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if f.name in names}
+    default = {f.name: f.default for f in dataclasses.fields(table)}
+    return [
+        Problem(f"{prefix}.{name}", f"is {value}, and {why}", f"take it out, or {remedy}")
+        for name, value in given.items()
+        if value != default[name]
+    ]
+
+
+TOP_K = {"switch": 1, "gshard": 2}
+STEERING = ("balance_loss", "importance_loss", "load_loss", "device_loss", "communication_loss")  # towards equal loads
+GROUPED = ("deepseek_v2", "deepseek_v3")
+BIASED = ("softmax_topk", *GROUPED)
+
+
+def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
+    """Impossible combinations inside the mixture of experts."""
+    out: list[Problem] = []
+
+    def no(name: str, reason: str, remedy: str) -> None:
+        out.append(Problem(f"{prefix}.{name}", reason, remedy))
+
+    kind = moe.router.kind
+    if moe.top_k > moe.experts:
+        no("top_k", f"{moe.top_k} choices among {moe.experts} experts", f"set it to {moe.experts} or less")
+    if moe.top_k != TOP_K.get(kind, moe.top_k):
+        want = TOP_K[kind]
+        why = f"is {moe.top_k}, and the {kind} router picks {want}"
+        no("top_k", why, f"set top_k={want} or router.kind=softmax_topk")
+    if moe.capacity_factor is None and moe.overflow != "drop":
+        why = f"is {moe.overflow!r}, and a layer without capacity_factor never overflows"
+        no("overflow", why, "leave it at drop")
+    if moe.expert_dropout and (moe.dispatch == "ragged" or moe.overflow == "fallback"):
+        name = "ragged dispatch" if moe.dispatch == "ragged" else "overflow=fallback"
+        why = f"is {moe.expert_dropout}, and the sorted rows of {name} have no slots to draw its noise for"
+        no("expert_dropout", why, "set dispatch=gather and overflow=drop, or expert_dropout=0")
+    if moe.overflow == "fallback" and moe.dispatch == "ragged":
+        why = "is 'fallback', and ragged dispatch without capacity_factor is what it would fall back to"
+        no("overflow", why, "take capacity_factor out, or set dispatch=gather")
+    if moe.group_size == "auto" and moe.dispatch == "auto":
+        why = "is 'auto' with dispatch=auto: what is dropped would depend on the platform"
+        no("group_size", why, "name the dispatcher, for example dispatch=einsum, or give a number")
+    _check_router(moe, no)
+    _check_groups_of_experts(moe, no)
+    _check_balance(moe, no)
+    if kind == "expert_choice":
+        _check_expert_choice(moe, no)
+    return out
+
+
+Refuse = Callable[[str, str, str], None]
+
+
+def _check_router(moe: MoEConfig, no: Refuse) -> None:
+    """Gates, second experts and noise against the kind of router."""
+    kind, norm = moe.router.kind, moe.router.normalize
+    always_one = kind in ("topk_softmax", "noisy_topk")
+    normalized = norm in ("before", "after") or (kind == "deepseek_v3" and norm is None)
+    if moe.top_k == 1 and kind not in ("hash", "expert_choice") and (always_one or normalized):
+        why = "a gate normalised over one choice is always 1 and gives the router no gradient"
+        if always_one:
+            no("router.kind", why, "set router.kind=switch or top_k=2")
+        else:
+            no("router.normalize", why, "set router.kind=switch, router.normalize=none or top_k=2")
+    if always_one and norm in ("none", "before"):
+        why = "softmax over the chosen logits is normalised already"
+        no("router.normalize", why, "leave it unset, or set it to after")
+    if kind in ("hash", "expert_choice") and norm is not None:
+        why = f"the {kind} router does not normalise its gates"
+        no("router.normalize", why, "leave it unset")
+    if kind != "gshard" and moe.router.second != "always":
+        no("router.second", f"is {moe.router.second!r} with the {kind} router", "set router.kind=gshard")
+    if (kind != "gshard" or moe.router.second != "random") and moe.router.threshold != RouterConfig.threshold:
+        why = f"is {moe.router.threshold:g}, and only a gshard router that keeps the second expert at random has one"
+        no("router.threshold", why, "take it out, or set router.kind=gshard and router.second=random")
+    if moe.router.gate_width is not None and moe.router.gate != "mlp":
+        no("router.gate_width", f"is {moe.router.gate_width} with a linear gate", "set router.gate=mlp")
+    if kind == "hash":
+        learned = [n for n in ("gate", "jitter") if getattr(moe.router, n) not in ("linear", 0.0)]
+        learned += [n for n in (*STEERING, "sequence_loss", "z_loss") if getattr(moe, n)]
+        for name in learned:
+            where = f"router.{name}" if name in ("gate", "jitter") else name
+            no(where, "has no effect on the hash router, which learns nothing", "leave it out")
+        if moe.priority in ("probability", "batch"):
+            why = f"is {moe.priority!r}, and to the hash router all choices are equally probable"
+            no("priority", why, "use choice, token or random")
+    if moe.router.force_std != RouterConfig.force_std and moe.router.force != "biased":
+        no("router.force_std", f"is {moe.router.force_std:g} without router.force=biased", "set router.force=biased")
+
+
+def _check_groups_of_experts(moe: MoEConfig, no: Refuse) -> None:
+    """Group-limited routing: groups that divide and leave enough experts."""
+    r = moe.router
+    if r.kind not in GROUPED:
+        for name in ("topk_groups", "group_score"):
+            if getattr(r, name) is not None:
+                no(
+                    f"router.{name}",
+                    f"is set with the {r.kind} router",
+                    f"use one of {', '.join(GROUPED)}",
+                )
+        if r.groups != 1:
+            no("router.groups", f"is {r.groups} with the {r.kind} router", f"use one of {', '.join(GROUPED)}, or 1")
+        return
+    if moe.experts % r.groups:
+        no("router.groups", f"{moe.experts} experts do not divide into {r.groups} groups", "use a divisor of experts")
+        return
+    keep, size = r.topk_groups or r.groups, moe.experts // r.groups
+    if keep > r.groups:
+        no("router.topk_groups", f"{keep} groups of {r.groups}", f"set it to {r.groups} or less")
+    elif keep * size < moe.top_k:
+        why = f"{keep} groups of {size} experts leave {keep * size} for top_k={moe.top_k}"
+        no("router.topk_groups", why, f"set it to {-(-moe.top_k // size)} or more")
+    if keep < r.groups:
+        measure = r.group_score or {"deepseek_v2": "max", "deepseek_v3": "sum2"}[r.kind]
+        if measure == "sum2" and size < 2:
+            no("router.group_score", "is the sum of two experts in groups of one", "set router.group_score=max")
+        if measure == "sumk" and (moe.top_k % keep or moe.top_k // keep > size):
+            why = f"top_k={moe.top_k} over {keep} groups of {size} experts is no whole number of each"
+            no("router.group_score", why, "use max or sum2, or a topk_groups that divides top_k")
+    elif r.group_score is not None:
+        no("router.group_score", "has no effect while every group may be used", "set router.topk_groups")
+    if r.groups > 1 and r.topk_groups is None:
+        no("router.groups", f"is {r.groups}, and every group may be used", "set router.topk_groups, or groups=1")
+
+
+def _check_balance(moe: MoEConfig, no: Refuse) -> None:
+    """Losses and the bias: what they need, and what fights what."""
+    kind = moe.router.kind
+    steering = [n for n in STEERING if getattr(moe, n)]
+    if moe.bias_rate is not None:
+        if kind not in BIASED:
+            no(
+                "bias_rate",
+                f"the {kind} router has no selection bias",
+                f"use one of {', '.join(BIASED)}",
+            )
+        if moe.bias_rate > 0 and steering:
+            why = f"a moving bias and {', '.join(steering)} fight over the same loads"
+            no("bias_rate", why, f"take {' and '.join(steering)} out (sequence_loss may stay), or the bias")
+    elif moe.bias_update != "sign":
+        no("bias_update", f"is {moe.bias_update!r} without a bias", "set bias_rate, for example 0.001")
+    if moe.load_loss and kind != "noisy_topk":
+        why = f"the counts of the {kind} router have no gradient"
+        no("load_loss", why, "set router.kind=noisy_topk, or use balance_loss or importance_loss")
+    elif moe.load_loss and moe.router.force is not None:
+        no("load_loss", "has no effect on forced choices, which noise does not move", "take it or router.force out")
+    if moe.device_loss or moe.communication_loss:
+        name = "device_loss" if moe.device_loss else "communication_loss"
+        if moe.balance_devices is None:
+            no("balance_devices", f"is unset, and {name} needs it", "set it to the devices of the experts, mesh.expert")
+    elif moe.balance_devices is not None:
+        no("balance_devices", "has no effect without device_loss or communication_loss", "set one of them")
+    if moe.balance_devices is not None and moe.experts % moe.balance_devices:
+        why = f"{moe.experts} experts do not divide into {moe.balance_devices} groups"
+        no("balance_devices", why, "use a divisor of experts")
+    limited = moe.router.topk_groups is not None and moe.balance_devices not in (None, moe.router.groups)
+    if moe.communication_loss and limited:
+        why = f"is {moe.balance_devices}, and a token may use {moe.router.topk_groups} of {moe.router.groups} groups"
+        no("balance_devices", why, "set it to router.groups, of which the communication loss knows the limit")
+    for name in ("balance_form", "balance_over"):
+        if getattr(moe, name) != getattr(MoEConfig, name) and not moe.balance_loss:
+            no(name, f"is {getattr(moe, name)!r} without a balance loss", "set balance_loss, for example 0.01")
+
+
+def _check_expert_choice(moe: MoEConfig, no: Refuse) -> None:
+    """Expert choice is balanced by construction and fills every slot."""
+    if moe.capacity_factor is None:
+        no(
+            "capacity_factor",
+            "is unset, and it says how many tokens an expert chooses",
+            "set it to 1.0",
+        )
+    if moe.priority != "choice":
+        no("priority", f"is {moe.priority!r}, and with expert_choice the experts decide", "leave it unset")
+    if moe.overflow != "drop":
+        no("overflow", f"is {moe.overflow!r}, and expert_choice never overflows", "leave it unset")
+    if moe.router.force is not None:
+        no("router.force", "forces the choice of tokens, and here experts choose", "use another router.kind")
+    if moe.router.balance is not None:
+        no("router.balance", f"is {moe.router.balance!r}, and here a token has no choices", "leave it unset")
+    for name in (*STEERING, "sequence_loss"):
+        if getattr(moe, name) and name != "load_loss":
+            no(name, "has no effect: expert_choice is balanced by construction", "leave it out")
+
+
+def check_model(m: ModelConfig) -> list[Problem]:
+    """Impossible combinations inside the model."""
+    out = []
+
+    def no(name: str, reason: str, remedy: str) -> None:
+        out.append(Problem(f"model.{name}", reason, remedy))
+
+    if m.head_dim is None and m.d_model % m.heads:
+        no("heads", f"d_model {m.d_model} is not divisible by {m.heads} heads", "set model.head_dim or change heads")
+    if m.heads % m.resolved_kv_heads:
+        no("kv_heads", f"{m.heads} heads are not a multiple of {m.kv_heads} key/value heads", "use a divisor of heads")
+    if m.positions == "rotary" and m.resolved_head_dim % 2:
+        no("head_dim", f"{m.resolved_head_dim} is odd, and rotary positions turn pairs", "use an even head_dim")
+    if m.positions == "sinusoidal" and m.d_model % 2:
+        no("d_model", f"{m.d_model} is odd, and sinusoidal positions come in pairs", "use an even d_model")
+    if m.positions != "rotary":
+        why = f"{m.positions} positions do not turn"
+        out += _idle(m, "model", ["rope_theta"], why, "set model.positions=rotary")
+    if m.moe is not None:
+        out += check_moe(m.moe)
+        if m.moe.router.kind == "expert_choice" and not m.moe.router.lookahead:
+            why = "expert_choice lets later tokens decide where earlier ones go, and this model is causal"
+            no("moe.router.kind", why, "use another router, or permit it with model.moe.router.lookahead=true")
+        elif m.moe.router.lookahead and m.moe.router.kind != "expert_choice":
+            no("moe.router.lookahead", f"has no effect on the {m.moe.router.kind} router", "leave it out")
+        if m.layers < m.moe.first_dense + m.moe.every:
+            why = f"first_dense={m.moe.first_dense}, every={m.moe.every} leave no MoE layer among {m.layers}"
+            no("moe.every", why, "lower model.moe.every or first_dense, or raise model.layers")
+    return out
+
+
+def _check_optimizer(o: OptimizerConfig) -> list[Problem]:
+    """Settings of one optimizer or schedule beside another."""
+    prefix = "train.optimizer"
+    unused = {"adamw": [], "muon": ["eps"], "adafactor": ["b1", "b2", "eps"]}[o.kind]
+    out = _idle(o, prefix, unused, f"{o.kind} has no such setting", "set train.optimizer.kind=adamw")
+    if o.schedule != "wsd":
+        out += _idle(
+            o, prefix, ["decay"], f"the {o.schedule} schedule has no final decay", f"set {prefix}.schedule=wsd"
+        )
+    return out
+
+
+def check_decoding(m: ModelConfig) -> list[Problem]:
+    """What a model cannot do one token at a time."""
+    if m.moe is None or m.moe.router.kind != "expert_choice":
+        return []
+    why = "with expert_choice experts choose among the tokens of a sequence, and decoding has one token at a time"
+    return [Problem("model.moe.router.kind", why, "use a model with another router, or evaluate whole sequences")]
+
+
+def require_decoding(m: ModelConfig) -> None:
+    """Refuse a model that cannot generate text.
+
+    Raises:
+        ConfigError: names the router and what to use instead.
+    """
+    if problems := check_decoding(m):
+        raise ConfigError(*problems)
+
+
+def _check_groups(cfg: Config) -> list[Problem]:
+    """Group sizes against sequences, microbatches and the mesh."""
+    moe, length = cfg.model.moe, cfg.data.length
+    assert moe is not None
+    size = moe.group_size if isinstance(moe.group_size, int) else length  # auto: a divisor of it
+    rows = cfg.data.batch // cfg.train.microbatches
+    shards = cfg.mesh.over(cfg.rules.batch)
+    if size % length and length % size:
+        why = f"{size} is neither a divisor nor a multiple of data.length={length}"
+        return [Problem("model.moe.group_size", why, "use a divisor or a multiple of the sequence length")]
+    groups = rows * length // size
+    if rows * length % size or groups % shards:
+        why = f"{rows} sequences of {length} make {rows * length / size:g} groups of {size}, for {shards} token shards"
+        return [Problem("model.moe.group_size", why, f"choose it so that the groups are a multiple of {shards}")]
+    return []
+
+
+def check(cfg: Config) -> list[Problem]:
+    """Every impossible combination of a config (see `rules.validate` for shapes)."""
+    out = check_model(cfg.model) + _check_optimizer(cfg.train.optimizer)
+    mesh, data, train, moe = cfg.mesh, cfg.data, cfg.train, cfg.model.moe
+
+    def no(name: str, reason: str, remedy: str) -> None:
+        out.append(Problem(name, reason, remedy))
+
+    shards = mesh.over(cfg.rules.batch)
+    if data.batch % train.microbatches:
+        no(
+            "train.microbatches",
+            f"batch {data.batch} does not split into {train.microbatches} parts",
+            "use a divisor of data.batch",
+        )
+    elif (data.batch // train.microbatches) % shards:
+        why = f"{data.batch} sequences in {train.microbatches} microbatches do not divide over {shards} token shards"
+        no("data.batch", f"{why} (mesh {mesh})", f"set it to a multiple of {shards * train.microbatches}")
+    elif moe is not None:
+        out += _check_groups(cfg)
+    if moe is not None and moe.experts % mesh.over(cfg.rules.experts):
+        n = mesh.over(cfg.rules.experts)
+        why = f"{moe.experts} experts do not divide over {n} expert shards"
+        no("mesh.expert", why, f"use a divisor of {moe.experts}, or set model.moe.experts to a multiple of {n}")
+    if moe is None and mesh.expert > 1 and "expert" not in cfg.rules.batch:
+        no("mesh.expert", "a dense model has no experts to split", "set mesh.expert=1")
+    if train.sample is not None and check_decoding(cfg.model):
+        no("train.sample", "asks for text, and expert_choice cannot decode a token at a time", "set train.sample= ")
+    if data.length > cfg.model.max_length:
+        no("data.length", f"{data.length} exceeds model.max_length={cfg.model.max_length}", "raise model.max_length")
+    return out

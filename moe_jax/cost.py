@@ -1,0 +1,93 @@
+"""What a dispatcher costs, and which one to use: rules from measurements, each with its reason. No arrays, no JAX.
+
+One-hot products cost in proportion to the tokens of a group and nothing else does: (dispatch + combine) / experts =
+2*2*K*S*f*D / (2*m*K*f*D*F) of a token's multiplications, with m = 2 or 3 matrices an expert; E, K, f and D cancel.
+"""
+
+from typing import NamedTuple
+
+from moe_jax.config import MoEConfig
+
+EINSUM_LIMIT = 0.25  # overhead that a group size is chosen for
+TPU_LIMIT = 0.125  # below it the one-hot products of a TPU are as fast as index tables: S <= F/8 with two matrices
+
+
+class Choice(NamedTuple):
+    """A dispatcher, and why, in one sentence."""
+
+    dispatch: str
+    reason: str
+
+
+class Groups(NamedTuple):
+    """A group size for one-hot dispatch with its predicted cost."""
+
+    size: int
+    overhead: float
+    formula: str
+
+
+def einsum_overhead(group: int, d_ff: int, matrices: int) -> float:
+    """Multiplications of one-hot dispatch and combine in units of those of the experts: 2S/(mF)."""
+    return 2 * group / (matrices * d_ff)
+
+
+def formula(group: int, d_ff: int, matrices: int) -> str:
+    """The rule with its numbers, as it is printed."""
+    rule = "S/F" if matrices == 2 else f"2S/({matrices}F)"
+    numbers = f"{group}/{d_ff}" if matrices == 2 else f"2*{group}/({matrices}*{d_ff})"
+    return f"one-hot cost / expert cost = {rule} = {numbers} = {einsum_overhead(group, d_ff, matrices):.3g}"
+
+
+def einsum_groups(length: int, d_ff: int, matrices: int, limit: float = EINSUM_LIMIT) -> Groups:
+    """The largest group size that divides the sequence and keeps the overhead within the limit, 1 at the least."""
+    fits = (s for s in range(length, 1, -1) if length % s == 0 and einsum_overhead(s, d_ff, matrices) <= limit)
+    size = next(fits, 1)
+    return Groups(size, einsum_overhead(size, d_ff, matrices), formula(size, d_ff, matrices))
+
+
+def choose(platform: str, *, experts: int, top_k: int, d_ff: int, matrices: int, group: int, dropless: bool) -> Choice:
+    """The dispatcher for a layer.
+
+    Args:
+        platform: `cpu`, `gpu` or `tpu`.
+        matrices: of an expert, 2 or 3.
+        group: tokens S of a routing group.
+        dropless: whether every choice must find a place.
+    """
+    if dropless and experts > top_k:
+        waste = f"buffers that can drop nothing hold {experts}/{top_k} times the rows in use"
+        return Choice("ragged", f"dropless: {waste}, sorted rows hold each once")
+    overhead = einsum_overhead(group, d_ff, matrices)
+    if platform == "tpu" and overhead <= TPU_LIMIT:
+        why = f"{formula(group, d_ff, matrices)}, within {TPU_LIMIT}: dense products are as fast as tables on TPU"
+        return Choice("einsum", why)
+    why = f"index tables cost 0.01 to 0.15 of the expert products on {platform}"
+    return Choice("gather", f"{why}; {formula(group, d_ff, matrices)}")
+
+
+def group_size(setting: int | str | None, dispatch: str, length: int, d_ff: int, matrices: int) -> int:
+    """Tokens of a routing group: the setting, or one sequence; `auto` takes the part of one that keeps einsum cheap."""
+    if isinstance(setting, int):
+        return setting
+    if setting == "auto" and dispatch == "einsum":
+        return einsum_groups(length, d_ff, matrices).size
+    return length
+
+
+def describe(platform: str, moe: MoEConfig, *, length: int, d_ff: int, matrices: int) -> str:
+    """The dispatcher and the groups of a training step in words, with the cost of one-hot products where they are used.
+
+    Args:
+        length: tokens of a sequence.
+        d_ff: hidden width of an expert.
+    """
+    S = group_size(moe.group_size, moe.dispatch, length, d_ff, matrices)
+    sizes = {"experts": moe.experts, "top_k": moe.top_k, "d_ff": d_ff, "matrices": matrices, "group": S}
+    picked, why = moe.dispatch, "as set"
+    if moe.dispatch == "auto":
+        picked, why = choose(platform, **sizes, dropless=moe.capacity_factor is None and not moe.expert_dropout)
+    elif moe.dispatch == "einsum":
+        why = formula(S, d_ff, matrices)
+    groups = "" if moe.capacity_factor is None else f", groups of {S:,} tokens"
+    return f"dispatch {picked}{groups} ({why})"

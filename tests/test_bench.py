@@ -1,0 +1,84 @@
+"""The benchmarks: what their rows hold, which products a floor counts, what is refused. No timing is asserted."""
+
+import json
+
+import jax
+import pytest
+
+from moe_jax import cli, config
+from moe_jax.bench import layer, step
+from moe_jax.bench.timing import Times, by_turns, ratio
+
+
+def test_turns_and_ratio():
+    order = []
+    functions = {n: (lambda n=n: order.append(n)) for n in "ab"}
+    times = by_turns(functions, rounds=3, warm=1)
+    assert order == ["a", "b"] * 4 and len(times["a"].wall) == 3
+    assert ratio(Times([2.0, 9.0, 4.0], [], []), Times([1.0, 3.0, 4.0], [], [])) == 2.0
+
+
+def test_layer_rows():
+    """A dispatcher in both phases with a positive ratio, memory and parts; the ideal is the products alone."""
+    shape = layer.Shape(tokens=32, experts=4, d_model=8, d_ff=16, group_size=16)
+    with jax.numpy_dtype_promotion("standard"):
+        report = layer.measure(shape, ("gather",), rounds=1, parts=False)
+    keys = [(r["dispatcher"], r["phase"]) for r in report["rows"]]
+    assert keys == [(d, p) for p in ("forward", "forward+backward") for d in ("gather",)]
+    for row in report["rows"]:
+        assert row["ratio_to_ideal"] > 0 and row["temporaries_bytes"] > 0
+        assert (row["experts"], row["top_k"], row["d_model"], row["d_ff"]) == (4, 2, 8, 16)
+    json.dumps(report, allow_nan=False)
+    assert len(layer.lines(report)) == 2 + len(report["rows"])
+    text = layer.ideal(shape, "forward").compiled.as_text()
+    assert text.count(" dot(") == 2 and "gather" not in text
+
+
+def test_parts_are_the_layer():
+    """The parts timed one by one compute what the layer computes."""
+    shape = layer.Shape(tokens=16, experts=4, d_model=8, d_ff=16, group_size=16)
+    made = layer.pieces(*layer.build(shape, "ragged"), "forward")
+    assert set(made) == {"layer", "routing", "dispatch", "experts", "combine"}
+    assert made["combine"]().size == made["layer"]().size == 16 * 8
+
+
+def test_products_of_a_step():
+    """bench_small: FLOPs from the sizes, by hand."""
+    cfg = config.load("bench_small")
+    m, moe, T, L = cfg.model, cfg.model.moe, 8 * 256, 256
+    attention = 4 * T * m.d_model**2 + sum(2 * 8 * 64 * (64 * (i + 1)) * m.d_model for i in range(L // 64))
+    experts = 2 * (8 * 40 * 16) * m.d_model * moe.d_ff + T * m.d_model * 8
+    want = 6 * (m.layers * (attention + experts) + T * m.d_model * m.vocab)
+    assert sum(p.flops for part in step.step_products(cfg) for p in part) == want
+    assert step.dense_twin(cfg).model.d_ff == 1024
+
+
+@pytest.mark.parametrize(
+    "argv,message",
+    [
+        (["layer", "--experts", "0"], "--experts: is 0"),
+        (["layer", "--dispatch", "scatter"], "--dispatch: has no 'scatter'"),
+        (["layer", "model.layers=2"], "a layer has no config"),
+        (["layer", "--tokens", "64", "--group-size", "7"], "7 does not divide 64 tokens"),
+        (["step", "bench_smal"], "no such config"),
+        (["step", "--rounds", "0"], "--rounds: is 0"),
+    ],
+)
+def test_refusals(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "keep_memory", lambda: None)
+    assert cli.main(["bench", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_step_from_the_command_line(capsys, monkeypatch):
+    """One JSON object with a row for the products, the MoE and its dense twin."""
+    monkeypatch.setattr(cli, "keep_memory", lambda: None)
+    monkeypatch.setattr("moe_jax.mesh.build_mesh", lambda m, build=step.meshes.build_mesh: build(m, jax.devices()[:1]))
+    sizes = ["model.layers=1", "model.d_model=16", "model.d_ff=16", "model.heads=2", "data.length=16", "data.batch=2"]
+    more = ["model.moe.d_ff=16", "model.moe.group_size=16", "model.moe.dispatch=gather", "model.scan=false"]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert cli.main(["bench", "step", "--rounds", "1", "--json", *sizes, *more]) == 0
+    out, _ = capsys.readouterr()
+    report = json.loads(out)
+    assert [r["program"] for r in report["rows"]] == ["products", "moe", "dense"]
+    assert report["moe_to_dense"] > 0 and all(r["page_faults"] >= 0 for r in report["rows"])
