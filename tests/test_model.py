@@ -18,6 +18,7 @@ from moe_jax.config import ConfigError, MeshConfig, ModelConfig, MoEConfig, Rout
 from moe_jax.layers.block import Block, Context
 from moe_jax.layers.moe import Experts, MoELayer
 from moe_jax.model import Transformer, pattern
+from moe_jax.routing import route
 
 # These tests compile much and compute little: the compiler's slow passes cost more than they save.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -546,6 +547,14 @@ def test_decoding_of_a_mixture(router):
     m = replace(SPARSE, moe=replace(SPARSE.moe, router=RouterConfig(router or "softmax_topk"), bias_rate=rate))
     want, got = decoded_on_one_device() if router is None else decode_case(m)
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_hash_router_sees_the_tokens():
+    moe = replace(MOE, router=RouterConfig("hash"), capacity_factor=None)
+    out = jit(functools.partial(transformer(replace(TINY, moe=moe)), record=True))(TOKENS)
+    want = route(jnp.zeros((4, 12, 4)), moe, ids=TOKENS).expert
+    np.testing.assert_array_equal(out.record.expert, jnp.stack([want] * 2))
+    assert len(np.unique(np.asarray(want)[..., 0])) > 1
 
 
 def test_expert_choice_does_not_decode():

@@ -411,22 +411,24 @@ def test_mlp_gate_is_its_formula():
     assert MoELayer(MoEConfig(E, 2, d_ff=F), D, rngs=nnx.Rngs(0)).gate_in is None
 
 
-NOISY = [
-    RouterConfig("softmax_topk", jitter=0.3),
-    RouterConfig("noisy_topk"),
-    RouterConfig("gshard", second="random", threshold=2.0),
+NOISY = [  # a router and the one that it is without its noise
+    (RouterConfig("softmax_topk", jitter=0.3), RouterConfig("softmax_topk")),
+    (RouterConfig("noisy_topk"), RouterConfig("topk_softmax")),
+    (RouterConfig("gshard", second="random", threshold=2.0), RouterConfig("gshard")),
 ]
 
 
-@pytest.mark.parametrize("router", NOISY, ids=lambda r: r.kind)
-def test_noise_is_drawn_in_training_only(router):
-    """Evaluation is a function of the tokens; training needs a key, and another key routes otherwise."""
+@pytest.mark.parametrize("router,calm", NOISY, ids=lambda r: r.kind)
+def test_noise_is_drawn_in_training_only(router, calm):
+    """Evaluation is that of the router without noise; training needs a key, and another key routes otherwise."""
     graph, _, state = split_layer(MoEConfig(E, 2, d_ff=F, router=router), "swiglu", None)
     x = jax.random.normal(jax.random.key(0), (2, L, D))
     call = jax.jit(lambda train, key: nnx.merge(graph, state)(x, train=train, key=key)[0], static_argnums=0)
     keys = jax.random.split(jax.random.key(1))
     plain, quiet = call(False, None), call(False, keys[0])
     np.testing.assert_array_equal(quiet, plain)
+    calm_graph, _, calm_state = split_layer(MoEConfig(E, 2, d_ff=F, router=calm), "swiglu", None)  # the same weights
+    np.testing.assert_allclose(nnx.merge(calm_graph, calm_state)(x)[0], plain, atol=1e-6)
     noisy, again, other = (call(True, key) for key in (keys[0], keys[0], keys[1]))
     np.testing.assert_array_equal(again, noisy)
     assert not jnp.allclose(noisy, plain) and not jnp.allclose(noisy, other)
