@@ -46,8 +46,11 @@ if any(importlib.util.find_spec(name) is None for name in ("moe_jax", "flax")):
     importlib.invalidate_caches()
 
 # %%
+import os
 import tempfile
 import time
+
+os.environ["JAX_NUM_CPU_DEVICES"] = "1"  # on a CPU one device, whatever the surroundings ask for
 
 import jax
 import matplotlib.pyplot as plt

@@ -277,7 +277,8 @@ def test_every_parameter_of_a_transformer():
         assert (axes, shape, placed.shard_shape(shape)) == PLACES[name], path
     assert seen == set(PLACES)
     unused = {f.name for f in fields(Rules)} - {a for axes, _, _ in PLACES.values() for a in axes}
-    assert unused == {"batch", "length", "act_embed", "act_heads", "act_mlp", "act_vocab"}  # activations' axes
+    # those of activations, and that of an MLP gate, which is tested with the layer
+    assert unused == {"batch", "length", "act_embed", "act_heads", "act_mlp", "act_vocab", "router_mlp"}
 
 
 def test_fsdp_splits_the_embedding_dimension():
