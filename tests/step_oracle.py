@@ -58,6 +58,11 @@ class Answer(NamedTuple):
     counts: dict[str, np.ndarray]  # tokens, routed, kept [layers], load [layers, E]
 
 
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
 def sigmoid(x):
     return 1.0 / (1.0 + np.exp(-x))
 
@@ -83,7 +88,7 @@ def choose(case: Case, logits, noise, spread, bias) -> tuple[list[int], list[boo
     else:
         expert = order(logits)[:K]
         if case.kind == "gshard" and noise is not None:  # Lepikhin et al. 2020, Algorithm 1
-            p = oracle.softmax(logits)[expert]
+            p = softmax(logits)[expert]
             asked[1] = noise < p[1] / p.sum() / case.threshold
     return expert, asked, order(logits)[:K], rival
 
@@ -94,7 +99,7 @@ def decide(case: Case, logits, spread, noise, bias, mask, capacity: int) -> Choi
     rows = [choose(case, logits[t], None if noise is None else noise[t], spread[t], bias) for t in range(T)]
     expert, asked, ranked, rival = (np.asarray(column) for column in zip(*rows, strict=True))
     asked = asked & mask[:, None]
-    prob = np.stack([oracle.softmax(x) for x in logits])
+    prob = np.stack([softmax(x) for x in logits])
     kept = np.zeros_like(asked)
     for start in range(0, T, case.group):
         g = slice(start, start + case.group)
