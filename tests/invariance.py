@@ -24,7 +24,7 @@ B, L, D, E, LAYERS, VOCAB = 64, 12, 16, 8, 2, 40
 BIAS_RATE = 0.125
 
 MESHES = {
-    str(m): m
+    str(m).replace(" x ", ","): m
     for m in (
         MeshConfig(data=8),
         MeshConfig(expert=8),
