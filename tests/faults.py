@@ -55,8 +55,8 @@ def unmasked(real, program, logits, moe, mask, *args, **kwargs):
     return real(logits, moe, None, *args, **kwargs)
 
 
-def without_k(real, program, count, prob, tokens, moe):
-    return moe.experts * (count.astype(jnp.float32) * prob / tokens[..., None] ** 2).sum(-1)
+def without_k(real, program, count, prob, tokens, form):
+    return count.shape[-1] * (count.astype(jnp.float32) * prob / tokens[..., None] ** 2).sum(-1)
 
 
 def slots_without_k(real, program, moe, tokens, factor):
@@ -83,10 +83,10 @@ def normalised_after(real, program, routing, moe, slots, noise):
     return out._replace(gate=moe.router.scale * out.gate / (out.gate.sum(-1, keepdims=True) + 1e-9))
 
 
-def leaking(real, program, count, prob, tokens, moe):
+def leaking(real, program, count, prob, tokens, form):
     soft = count.astype(jnp.float32) + prob - jax.lax.stop_gradient(prob)
     share = soft / jnp.maximum(count.sum(-1, keepdims=True), 1).astype(jnp.float32)
-    return moe.experts * (share * prob / tokens[..., None]).sum(-1)
+    return count.shape[-1] * (share * prob / tokens[..., None]).sum(-1)
 
 
 def always_keyed(real, program, key, rows):
