@@ -260,7 +260,7 @@ def test_the_bias_comes_back_with_the_checkpoint(tmp_path):
         second, _ = step(first, batch_of(cfg), jax.random.key(7))
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, first, {})
-    checkpoints.close()
+    checkpoints.wait()
     elsewhere = meshes.build_mesh(other.mesh, jax.devices()[:4])
     restored, _ = Checkpoints(tmp_path).restore(Model.of(other).targets(elsewhere))
     same(jax.tree.map(np.asarray, restored.bias), jax.tree.map(np.asarray, first.bias), rtol=0)
