@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = "--xla_llvm_disable_expensive_passes=true --xla_backen
 
 import jax
 import pytest
+from commands import TINY, finish, start, write_text
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,3 +24,44 @@ def golden():
     import json
 
     return json.loads((Path(__file__).parent / "golden" / "routing.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished run of a real process: workdir, exit code, standard output and standard error."""
+    folder = tmp_path_factory.mktemp("trained")
+    text, workdir = write_text(folder), folder / "run"
+    sample = ["train.sample=ab", "train.sample_tokens=4", "train.tensorboard=true"]
+    argv = ["train", *TINY, *sample, f"data.path={text}", "train.keep=2"]
+    return workdir, *finish(start(*argv, "--workdir", workdir, "--json", cwd=folder))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with inputs of every wrong kind, which is the current one as well."""
+    write_text(tmp_path)
+    files = {
+        "empty.txt": "",
+        "blank.txt": " \n\n",
+        "short.txt": "not enough",
+        "no_field.jsonl": '{"body": "some text", "id": 1}\n',
+        "not_text.jsonl": '{"text": 7}\n',
+        "not_json.jsonl": '{"text": "fine"}\n{"text": \n',
+        "tokenizer.json": '{"model": "none"}',
+        "broken.toml": "[model\nlayers = 2\n",
+        "itself.toml": 'extends = "itself"\n',
+        "orphan.toml": 'extends = "tiny_swich"\n',
+        "foreign/checkpoints/10/model.bin": "someone's weights",
+        "newer/moe_jax.json": '{"format": 99}',
+        "garbled/moe_jax.json": "{",
+        "pictures/one.png": "",
+        "empty_run/moe_jax.json": '{"format": 1}',
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "binary.toml").write_bytes(b"name = '\xff'")
+    (tmp_path / "hollow").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

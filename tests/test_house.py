@@ -8,6 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moe_jax"
 FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
+OTHERS = sorted([*Path(__file__).parent.glob("*.py"), *(PACKAGE.parent / "tools").glob("*.py")])
 
 FLOORS = [
     ("words", {"schema", "checks", "config", "files", "axes"}),
@@ -75,7 +76,7 @@ def test_the_checks_see_what_they_look_for():
     assert worldly(source) == ["flax.nnx", "moe_jax.mesh"]
     assert undocumented(source) == ["f"]
     assert undocumented("def f():\n    '''Doc.'''\n    x = 1\n    return x\ndef g():\n    return 1\n") == []
-    assert UNFINISHED.search("x = 1  # TODO: more")
+    assert all(UNFINISHED.search(f"x = 1  # {word}: more") for word in ("TODO", "FIXME", "XXX", "HACK"))
     assert ABSOLUTE.search('open("/home/me/data.txt")') and not ABSOLUTE.search("a / b, and/or, docs/tutorial/x")
 
 
@@ -91,6 +92,13 @@ def test_the_words_need_no_jax():
     """`--help`, a config and its errors answer before JAX has started."""
     for module in FLOORS[0][1]:
         assert not {name.split(".")[0] for name in imports(FILES[module].read_text("utf-8"))} & {"jax", "flax"}
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda p: p.name)
+def test_tests_and_tools_can_be_read(path):
+    source = path.read_text("utf-8")
+    assert len(source.splitlines()) <= 600
+    assert ast.get_docstring(ast.parse(source)), "a file says what it is for"
 
 
 @pytest.mark.parametrize("module", FILES)

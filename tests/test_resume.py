@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_cli import ENV, NOISE, STEPS, TINY, calls, check_refusal, finish, inside, listing, start, write_text
+from commands import ENV, NOISE, STEPS, TINY, calls, check_refusal, finish, inside, listing, start, write_text
 
 from moe_jax import config, mesh
 from moe_jax.checkpoint import COMPLETE, Checkpoints

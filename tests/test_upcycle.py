@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_cli import NOISE, calls, check_refusal, inside, listing, write_text
+from commands import NOISE, calls, check_refusal, inside, listing, write_text
 
 from moe_jax import cli, config, mesh
 from moe_jax.checkpoint import Checkpoints
