@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.bench.options import add_benchmarks
+from moe_jax.terminal import result, say
 
 STARTED = time.perf_counter()
 
@@ -96,10 +97,10 @@ def parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=run_generate)
 
     upcycle = add("upcycle", "make a mixture of experts out of a trained dense model; `train` goes on in its workdir")
-    upcycle.add_argument("dense", type=Path, metavar="DENSE_DIR", help="workdir of the dense run")
+    upcycle.add_argument("dense", type=folder, metavar="DENSE_DIR", help="workdir of the dense run")
     upcycle.add_argument("config", metavar="CONFIG", help="the new model: the dense one but for model.moe")
     upcycle.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
-    upcycle.add_argument("--workdir", type=Path, metavar="OUT", required=True, help="a new or an empty folder")
+    upcycle.add_argument("--workdir", type=folder, metavar="OUT", required=True, help="a new or an empty folder")
     upcycle.add_argument(
         "--method",
         choices=("copy", "split"),
@@ -283,20 +284,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def result(args: argparse.Namespace, *lines: str) -> None:
-    """What was asked for: on standard output, or beside a JSON object, which holds the same, as progress is told."""
-    if args.json:
-        say(args, *lines)
-    else:
-        print(*lines, sep="\n", flush=True)
-
-
-def say(args: argparse.Namespace, *lines: str) -> None:
-    """Progress, on standard error."""
-    if not args.quiet:
-        print(*lines, sep="\n", file=sys.stderr)
 
 
 def told(error: OSError) -> str:

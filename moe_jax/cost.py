@@ -75,19 +75,16 @@ def group_size(setting: int | str | None, dispatch: str, length: int, d_ff: int,
     return length
 
 
-def describe(platform: str, moe: MoEConfig, *, length: int, d_ff: int, matrices: int) -> str:
-    """The dispatcher and the groups of a training step in words, with the cost of one-hot products where they are used.
+def settle(platform: str, moe: MoEConfig, *, group: int, slots: int, d_ff: int, matrices: int) -> Choice:
+    """The dispatcher of a call, as set or, for `auto`, as `choose` says, and why.
 
     Args:
-        length: tokens of a sequence.
-        d_ff: hidden width of an expert.
+        group: tokens S of a routing group.
+        slots: C of an expert in it; S slots hold whatever comes.
+        d_ff: hidden width of an expert, of `matrices` matrices.
     """
-    S = group_size(moe.group_size, moe.dispatch, length, d_ff, matrices)
-    sizes = {"experts": moe.experts, "top_k": moe.top_k, "d_ff": d_ff, "matrices": matrices, "group": S}
-    picked, why = moe.dispatch, "as set"
     if moe.dispatch == "auto":
-        picked, why = choose(platform, **sizes, dropless=moe.capacity_factor is None and not moe.expert_dropout)
-    elif moe.dispatch == "einsum":
-        why = formula(S, d_ff, matrices)
-    groups = "" if moe.capacity_factor is None else f", groups of {S:,} tokens"
-    return f"dispatch {picked}{groups} ({why})"
+        dropless = slots == group and not moe.expert_dropout  # sorted rows have no slots to draw dropout for
+        sizes = {"experts": moe.experts, "top_k": moe.top_k, "d_ff": d_ff, "matrices": matrices, "group": group}
+        return choose(platform, **sizes, dropless=dropless)
+    return Choice(moe.dispatch, formula(group, d_ff, matrices) if moe.dispatch == "einsum" else "as set")

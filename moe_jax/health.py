@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_jax.checks import BIASED, STEERING
 from moe_jax.config import MoEConfig
 from moe_jax.metrics import DEAD, dead_experts
 
@@ -33,7 +34,12 @@ def balance_remedy(moe: MoEConfig) -> str:
         return f"raise model.moe.bias_rate (now {moe.bias_rate:g})"
     if moe.router.kind == "hash":
         return "use a router that learns, model.moe.router.kind=softmax_topk"
-    return f"raise model.moe.balance_loss (now {moe.balance_loss:g}), or balance by model.moe.bias_rate=0.001"
+    raising = f"raise model.moe.balance_loss (now {moe.balance_loss:g})"
+    if moe.router.kind not in BIASED:
+        return raising
+    steering = [name for name in STEERING if getattr(moe, name)]  # which a moving bias would fight
+    instead = f" in place of {' and '.join(steering)}" if steering else ""
+    return f"{raising}, or balance by model.moe.bias_rate=0.001{instead}"
 
 
 def examine(load: np.ndarray, routed: int, kept: int, moe: MoEConfig) -> list[Alarm]:

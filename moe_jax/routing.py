@@ -234,10 +234,11 @@ def expert_choice(i: Inputs, moe: MoEConfig) -> Choice:
 
     Balanced by construction. A token's experts depend on the tokens after it. K is E here: choice k is expert k.
     """
-    assert i.slots is not None
     prob = jax.nn.softmax(i.logits)
     if i.chosen is not None:
         return Choice(i.chosen, pick(prob, i.chosen), all_of(i.chosen), prob)
+    if i.slots is None:
+        raise ValueError("expert_choice takes a number of tokens an expert: pass it, route(..., slots=capacity(...))")
     score = prob if i.mask is None else jnp.where(i.mask[..., None], prob, -1.0)
     by_expert = jnp.swapaxes(score, -1, -2)  # [..., E, S]
     token = best(by_expert, min(i.slots, score.shape[-2]))  # [..., E, C]

@@ -70,6 +70,17 @@ def test_refusals(argv, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more,where", [([], 0), (["--quiet"], 0), (["--json"], 1), (["--json", "--quiet"], None)])
+def test_the_table_is_a_result(capsys, monkeypatch, more, where):
+    """On standard output, --quiet or not; beside a JSON object on standard error, which --quiet leaves out."""
+    monkeypatch.setattr(cli, "keep_memory", lambda: None)
+    monkeypatch.setattr(layer, "measure", lambda *args, **kwargs: {"rows": []})
+    monkeypatch.setattr(layer, "lines", lambda report: ["the table"])
+    assert cli.main(["bench", "layer", *more]) == 0
+    told = capsys.readouterr()
+    assert [i for i, text in enumerate(told) if "the table" in text] == ([] if where is None else [where])
+
+
 def test_a_step_from_the_command_line(capsys, monkeypatch):
     """One JSON object with a row for the products, the MoE and its dense twin."""
     monkeypatch.setattr(cli, "keep_memory", lambda: None)

@@ -46,15 +46,23 @@ def test_choice_and_reason(platform, options, want, why):
     assert choice.dispatch == want and why in choice.reason
 
 
-def test_settings_in_words():
-    """What a run says of itself: the dispatcher, the groups, and the cost or the reason."""
+def test_settled_as_set_or_by_the_model():
+    """The dispatcher of a call and why: the cost of einsum, or the reason of `auto`, which looks at the slots."""
 
-    def words(**settings):
-        moe = MoEConfig(experts=8, top_k=2, capacity_factor=settings.pop("capacity_factor", 1.25), **settings)
-        return cost.describe("cpu", moe, length=512, d_ff=512, matrices=3)
+    def settled(group, slots, **settings):
+        moe = MoEConfig(experts=8, top_k=2, capacity_factor=1.25, **settings)
+        return cost.settle("cpu", moe, group=group, slots=slots, d_ff=512, matrices=3)
 
-    auto = words(dispatch="einsum", group_size="auto")
-    assert "dispatch einsum, groups of 128 tokens" in auto and "2*128/(3*512) = 0.167" in auto
-    assert "dispatch gather, groups of 512 tokens" in words(dispatch="auto")
-    assert "dispatch ragged (dropless" in words(dispatch="auto", capacity_factor=None)
-    assert "dispatch gather, groups of 64 tokens" in words(dispatch="gather", group_size=64)
+    assert settled(128, 40, dispatch="einsum") == ("einsum", cost.formula(128, 512, 3))
+    assert settled(128, 40, dispatch="gather") == ("gather", "as set")
+    assert settled(128, 40, dispatch="auto").dispatch == "gather"
+    assert settled(128, 128, dispatch="auto").dispatch == "ragged", "a slot for every token: dropless"
+    assert settled(128, 128, dispatch="auto", expert_dropout=0.1).dispatch == "gather"
+
+
+@pytest.mark.parametrize(
+    "setting,dispatch,size",
+    [(64, "einsum", 64), (None, "einsum", 512), ("auto", "einsum", 128), ("auto", "gather", 512)],
+)
+def test_groups_of_a_setting(setting, dispatch, size):
+    assert cost.group_size(setting, dispatch, 512, 512, 3) == size

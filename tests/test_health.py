@@ -1,11 +1,17 @@
 """Alarms: an injected collapse, dead experts and drops are told once, with what to change; a sound router is not."""
 
+import dataclasses
+from typing import get_args
+
 import numpy as np
 import pytest
 
+from moe_jax.checks import check_moe
 from moe_jax.config import MoEConfig, RouterConfig
 from moe_jax.health import Watch, examine
+from moe_jax.schema import RouterKind
 
+COLLAPSED = np.array([[800, 0, 0, 0, 0, 0, 0, 0]])
 SOUND = [[100, 90, 110, 95, 105, 98, 102, 100]]
 
 
@@ -37,14 +43,26 @@ def test_examine(load, kept, moe, kinds):
 @pytest.mark.parametrize(
     "moe,remedy",
     [
-        (MoEConfig(balance_loss=1e-3), "raise model.moe.balance_loss (now 0.001)"),
+        (MoEConfig(), "(now 0), or balance by model.moe.bias_rate=0.001"),
+        (MoEConfig(balance_loss=1e-3), "(now 0.001), or balance by model.moe.bias_rate=0.001 in place of balance_loss"),
         (MoEConfig(bias_rate=1e-3), "raise model.moe.bias_rate (now 0.001)"),
         (MoEConfig(router=RouterConfig("hash")), "use a router that learns"),
     ],
 )
 def test_the_remedy_fits_the_settings(moe, remedy):
-    (alarm,) = examine(np.array([[800, 0, 0, 0, 0, 0, 0, 0]]), 800, 800, moe)
+    (alarm,) = examine(COLLAPSED, 800, 800, moe)
     assert remedy in str(alarm) and "MoE layer 0: 1 of 8 experts get 100%" in str(alarm)
+
+
+@pytest.mark.parametrize("kind", get_args(RouterKind))
+def test_no_remedy_is_refused(kind):
+    """The bias is named to routers that have one, and then the config with it is admitted."""
+    top_k = 1 if kind == "switch" else 2
+    moe = MoEConfig(top_k=top_k, router=RouterConfig(kind), balance_loss=0.0 if kind == "hash" else 1e-3)
+    (alarm,) = examine(np.array([[400, 400, 0, 0, 0, 0, 0, 0]]) if top_k == 2 else COLLAPSED, 800, 800, moe)
+    told = "bias_rate" in alarm.remedy
+    changed = dataclasses.replace(moe, bias_rate=1e-3, balance_loss=0.0)
+    assert told == (not [p for p in check_moe(changed) if p.key.endswith("bias_rate")])
 
 
 def test_an_alarm_is_told_once_until_it_has_been_away():

@@ -252,6 +252,8 @@ def test_refusals_of_a_real_process(trained, place):
         (["train", "tiny_switch", "--workdir", ""], "--workdir: is empty: name a folder"),
         (["train", "tiny_switch", "--workdir="], "--workdir: is empty: name a folder"),
         (["eval", ""], "DIR: is empty: name a folder"),
+        (["upcycle", "", "tiny_switch", "--workdir", "new"], "DENSE_DIR: is empty: name a folder"),
+        (["upcycle", "dense", "tiny_switch", "--workdir", ""], "--workdir: is empty: name a folder"),
         (["generate", "", "--prompt", "a"], "DIR: is empty: name a folder"),
         (["eval"], "required: DIR\n"),
         (["eval", "run", "--json", "stray"], "'stray'"),

@@ -511,6 +511,14 @@ def test_positions_need_no_room():
     assert bool((large.kept | ~small.kept).all())
 
 
+def test_what_a_router_lacks_is_asked_for():
+    """Token ids for hash, the size of an expert's list for expert choice: an error that says what to pass."""
+    for kind, remedy in (("hash", "tokens=ids"), ("expert_choice", "slots=capacity")):
+        moe = MoEConfig(experts=4, top_k=2, capacity_factor=1.0, router=RouterConfig(kind))
+        with pytest.raises(ValueError, match=remedy):
+            route(jnp.zeros((5, 4)), moe)
+
+
 @pytest.mark.parametrize("kind", ["gshard", "topk_softmax", "softmax_topk"])
 def test_choices_survive_underflow(kind):
     """Logits 200 apart: the probabilities of all but one expert are 0 in float32, and their order still counts."""

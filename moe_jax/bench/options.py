@@ -1,9 +1,10 @@
 """Options of `moe-jax bench`; only the standard library is imported before a benchmark runs."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any
+
+from moe_jax.terminal import result
 
 DISPATCHERS = ("einsum", "gather", "ragged")
 DEFAULT_CONFIG = "bench_small"
@@ -16,7 +17,7 @@ def add_benchmarks(bench: argparse.ArgumentParser) -> None:
     def add(name: str, text: str, run: Callable, rounds: int) -> argparse.ArgumentParser:
         sub = kinds.add_parser(name, help=text, description=text)
         sub.add_argument("--json", action="store_true", help="print one JSON object last on standard output")
-        sub.add_argument("--quiet", action="store_true", help="no progress on standard error")
+        sub.add_argument("--quiet", action="store_true", help="results only: no progress on standard error")
         sub.add_argument("--rounds", type=int, default=rounds, metavar="N", help=f"timed turns (default {rounds})")
         sub.set_defaults(run=run, overrides=[])
         return sub
@@ -69,7 +70,7 @@ def run_layer(args: argparse.Namespace) -> dict[str, Any]:
 
     shape = layer.Shape(**sizes, ffn=args.ffn, dtype=args.dtype, group_size=args.group_size)
     report = layer.measure(shape, names, args.rounds, parts=not args.no_parts)
-    say(args, layer.lines(report))
+    result(args, *layer.lines(report))
     return report
 
 
@@ -85,11 +86,5 @@ def run_step(args: argparse.Namespace) -> dict[str, Any]:
     from moe_jax.bench import step
 
     report = step.measure(cfg, args.rounds)
-    say(args, step.lines(report))
+    result(args, *step.lines(report))
     return report
-
-
-def say(args: argparse.Namespace, lines: list[str]) -> None:
-    """The table: on standard output, or on standard error beside a JSON object."""
-    if not args.quiet:
-        print(*lines, sep="\n", file=sys.stderr if args.json else sys.stdout)

@@ -203,12 +203,8 @@ class MoELayer(nnx.Module):
 
     def dispatch_for(self, moe: MoEConfig, S: int, C: int) -> str:
         """The dispatcher of a call with groups of S tokens; `auto` asks the cost model."""
-        if moe.dispatch != "auto":
-            return moe.dispatch
-        E, F, _ = self.experts.w_down.shape
-        dropless = C == S and not moe.expert_dropout  # sorted rows have no slots to draw dropout for
-        sizes = {"experts": E, "top_k": moe.top_k, "d_ff": F, "matrices": self.experts.matrices, "group": S}
-        return cost.choose(platform(), **sizes, dropless=dropless).dispatch
+        F, matrices = self.experts.w_down.shape[1], self.experts.matrices
+        return cost.settle(platform(), moe, group=S, slots=C, d_ff=F, matrices=matrices).dispatch
 
     def with_fallback(
         self, tokens: jax.Array, routing: Routing, limited: Slots, everyone: Slots, C: int, dispatch: str
