@@ -313,7 +313,7 @@ def trained(program: Program) -> Callable[[int, str], Step]:
         return value, gradient, sums.stats, {u: moved(tuned(model, {}, u), weights.bias, sums.stats) for u in updates}
 
     given = inputs(model, program.router, mesh)
-    compiled = jax.jit(step, out_shardings=(None, where.params, None, None), compiler_options=step_oracle.QUICK)
+    compiled = jax.jit(step, out_shardings=(None, where.params, None, None))
 
     def run(padding: int, name: str) -> Step:
         method = METHODS[program.router][name]
@@ -340,7 +340,7 @@ def evaluated(program: Evaluation) -> Callable[[int, str], Step]:
     model = Model.of(config(Program(program.mesh, 1, "none", True, program.router)))
     mesh = meshes.build_mesh(model.cfg.mesh)
     given = inputs(model, program.router, mesh)
-    compiled = jax.jit(make_eval_step(model, None), compiler_options=step_oracle.QUICK)
+    compiled = jax.jit(make_eval_step(model, None))
 
     def run(padding: int, name: str) -> Step:
         with jax.set_mesh(mesh):

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 
-# Compilers take most of the time: older, simpler code for fused loops, in one piece, is made in half of it.
-QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 LOSSES = (
     "balance_loss",
     "sequence_loss",
@@ -227,7 +225,7 @@ def loss(params, case: Case, batch, choices: list[Choices], noise, coefficients)
     return (nats * batch["weights"]).sum() / (batch["weights"] > 0).sum() + total, routers
 
 
-differentiate = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1, compiler_options=QUICK)
+differentiate = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
 
 
 def wide(tree):

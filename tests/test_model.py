@@ -20,10 +20,6 @@ from moe_jax.layers.moe import Experts, MoELayer
 from moe_jax.model import Transformer, pattern
 from moe_jax.routing import route
 
-# These tests compile much and compute little: the compiler's slow passes cost more than they save.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=QUICK)
-
 MOE = MoEConfig(experts=4, top_k=2, d_ff=12, every=2, capacity_factor=1.0, min_capacity=1)
 TINY = ModelConfig(vocab=13, layers=4, d_model=16, d_ff=24, heads=4, kv_heads=2, max_length=32, moe=MOE)
 TOKENS = jnp.asarray(np.random.default_rng(5).integers(0, 13, (4, 12)), jnp.int32)
@@ -91,7 +87,7 @@ def test_block_is_its_parts(norm, order):
     block = filled(lambda: Block(m, "dense", None, nnx.Rngs(params=0)))
     x, ctx = numbers(2, 12, 16), context(TOKENS[:2])
 
-    @jit
+    @jax.jit
     def both(x):
         def attention(h):
             return block.attention(h, ctx.positions, ctx.segments)[0]
@@ -128,7 +124,7 @@ def test_transformer_is_its_blocks(final_norm, settings):
     model = transformer(m)
     assert len(model.runs) > 1 and (model.final_norm is None) != final_norm
 
-    @jit
+    @jax.jit
     def both(tokens):
         ctx = context(tokens)
         x, stats = model.embedding(tokens, ctx.positions), []
@@ -158,7 +154,7 @@ def test_replay_of_a_model(scan):
     """Every token goes in every layer where a recorded call sent it, whichever tokens the call is on."""
     m = replace(TINY, layers=5, scan=scan, moe=replace(MOE, first_dense=1))
     graph, state = nnx.split(transformer(m))
-    call = jit(lambda tokens, past: nnx.merge(graph, state)(tokens, replay=past, record=True))
+    call = jax.jit(lambda tokens, past: nnx.merge(graph, state)(tokens, replay=past, record=True))
     first = call(TOKENS, None)
     assert first.record.expert.shape == (2, 4, 12, 2) == first.record.gate.shape
     assert (first.record.expert[0] != first.record.expert[1]).any()  # so that a swap of layers would show
@@ -172,7 +168,7 @@ def test_replay_of_a_model(scan):
 def test_kept_are_the_loads_cut_at_the_capacity():
     """One group of 48 tokens, so the drops follow from the loads: routed = kept + dropped, exactly."""
     m = replace(TINY, moe=replace(MOE, group_size=48))
-    stats = jit(functools.partial(transformer(m), capacity_factor=0.5))(TOKENS).stats
+    stats = jax.jit(functools.partial(transformer(m), capacity_factor=0.5))(TOKENS).stats
     load, slots = np.asarray(stats.load), 48 * 2 * 0.5 / 4
     np.testing.assert_array_equal(stats.routed - stats.kept, np.maximum(load - slots, 0).sum(-1))
     np.testing.assert_array_equal(stats.routed, 96)
@@ -188,7 +184,7 @@ def loss_and_gradients(scan, remat):
     m = replace(TINY, layers=2, scan=scan, remat=remat, dropout=0.1, norm="layer", moe=moe)
     graph, params = nnx.split(transformer(m))
 
-    @jit
+    @jax.jit
     def run(params):
         def loss(params):
             out = nnx.merge(graph, params)(TOKENS, train=True, key=jax.random.key(0))
@@ -321,7 +317,7 @@ def test_parameter_counts_of_published_models(name):
 def test_initial_parameters():
     """Layers of a stack start from different numbers, norms as the identity, routers ten times smaller."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(TINY, rngs=nnx.Rngs(params=0))))
-    state = jit(lambda: nnx.state(Transformer(TINY, rngs=nnx.Rngs(params=0))))()
+    state = jax.jit(lambda: nnx.state(Transformer(TINY, rngs=nnx.Rngs(params=0))))()
     model = nnx.merge(graph, state)
     assert count(model) == sum(formulas(TINY).values())
     moe = model.stacks[0].blocks[1]
@@ -355,13 +351,13 @@ def test_all_experts_are_the_softmax_weighted_sum(ffn):
     gates = [None] * 3 if w.w_gate is None else w.w_gate[...]
     outs = [numpy_ffn(ffn, x, w.w_up[...][i], w.w_down[...][i], gates[i]) for i in range(3)]
     want = sum(prob[..., i : i + 1] * out for i, out in enumerate(outs))
-    np.testing.assert_allclose(jit(layer.__call__)(x)[0], want, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(layer.__call__)(x)[0], want, atol=1e-5)
 
 
 def test_shared_experts_see_every_token_whatever_the_router():
     layer = moe_layer(MoEConfig(experts=4, top_k=1, d_ff=5, shared_experts=2, capacity_factor=0.25, min_capacity=1))
     graph, state = nnx.split(layer)
-    call = jit(lambda state, x: nnx.merge(graph, state)(x, train=True)[0])
+    call = jax.jit(lambda state, x: nnx.merge(graph, state)(x, train=True)[0])
     x = numbers(2, 8, 8)
     whole = call(state, x)
     # silent routed experts: what is left is one feed-forward layer of width 2 * 5
@@ -384,7 +380,7 @@ def test_experts_work_on_their_own_rows():
     experts = filled(lambda: Experts(moe, "gelu", 8, 5, None, nnx.Rngs(params=0)))
     x = numbers(3, 2, 4, 8)
     want = [numpy_ffn("gelu", x[e], experts.w_up[...][e], experts.w_down[...][e]) for e in range(3)]
-    np.testing.assert_allclose(jit(experts.__call__)(x), np.stack(want), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(experts.__call__)(x), np.stack(want), atol=1e-5)
 
 
 def test_moe_layer_refuses():
@@ -427,7 +423,7 @@ def test_dropout_changes_training_only(field):
     graph, state = nnx.split(transformer(TINY))
     dropped, _ = nnx.split(transformer(replace(TINY, **rate)))
 
-    @jit
+    @jax.jit
     def run(state, key):
         plain, drop = nnx.merge(graph, state), nnx.merge(dropped, state)
         return (
@@ -449,7 +445,7 @@ def test_dropout_changes_training_only(field):
 def padded_run():
     graph, state = nnx.split(transformer(replace(TINY, positions="learned")))
 
-    @jit
+    @jax.jit
     def run(tokens, segments, positions):
         return nnx.merge(graph, state)(tokens, segments=segments, positions=positions, train=True)
 
@@ -473,7 +469,7 @@ def test_padding_changes_nothing():
 def test_padding_is_as_if_it_were_not_there():
     """Rows of 12 with 8 tokens, wherever they sit, against rows of 8; dropless, as capacity knows the row's length."""
     graph, state = nnx.split(transformer(TINY))
-    run = jit(lambda *a: nnx.merge(graph, state)(a[0], segments=a[1], positions=a[2]))
+    run = jax.jit(lambda *a: nnx.merge(graph, state)(a[0], segments=a[1], positions=a[2]))
     at = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 8, 9, 10, 11], [1, 2, 4, 6, 7, 9, 10, 11]])
     short = np.asarray(TOKENS[:3, :8])
     tokens, segments, positions = (np.zeros((3, 12), np.int32) for _ in range(3))
@@ -503,7 +499,7 @@ def decode_case(m, rules=None):
     prompt = np.where(place >= 0, np.take_along_axis(np.asarray(TOKENS), np.maximum(place, 0), 1), 0)
     after = np.take_along_axis(np.asarray(TOKENS), lengths[:, None] + np.arange(STEPS), 1)
 
-    @jit
+    @jax.jit
     def run(state, tokens, prompt, after):
         model = nnx.merge(graph, state)
         whole = model(tokens, capacity_factor=None).logits
@@ -551,7 +547,7 @@ def test_decoding_of_a_mixture(router):
 
 def test_a_hash_router_sees_the_tokens():
     moe = replace(MOE, router=RouterConfig("hash"), capacity_factor=None)
-    out = jit(functools.partial(transformer(replace(TINY, moe=moe)), record=True))(TOKENS)
+    out = jax.jit(functools.partial(transformer(replace(TINY, moe=moe)), record=True))(TOKENS)
     want = route(jnp.zeros((4, 12, 4)), moe, ids=TOKENS).expert
     np.testing.assert_array_equal(out.record.expert, jnp.stack([want] * 2))
     assert len(np.unique(np.asarray(want)[..., 0])) > 1

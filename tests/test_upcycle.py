@@ -22,8 +22,6 @@ from moe_jax.upcycle import cut, upcycle
 here = pytest.fixture(scope="module", autouse=True)(inside)
 call = pytest.fixture(calls)
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=QUICK)
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, 17, (3, 11)), jnp.int32)
 
 
@@ -51,7 +49,7 @@ def numbers(dense: ModelConfig):
 
 def upcycled(m: ModelConfig, method, **options):
     """`upcycle` as one program, of the numbers above."""
-    return jit(lambda params: upcycle(params, m, method, **options))(numbers(without(m)))
+    return jax.jit(lambda params: upcycle(params, m, method, **options))(numbers(without(m)))
 
 
 @functools.cache
@@ -64,7 +62,7 @@ def logits(m: ModelConfig, method=None, **options):
         return model.module(*weights)(TOKENS, capacity_factor=None).logits
 
     with jax.set_mesh(mesh.build_mesh(MeshConfig())):
-        return np.asarray(jit(run)(numbers(without(m))))
+        return np.asarray(jax.jit(run)(numbers(without(m))))
 
 
 def difference(m: ModelConfig, method, **options) -> float:
