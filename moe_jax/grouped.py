@@ -1,13 +1,14 @@
-"""Grouped products: rows sorted by expert times the matrix of their expert. Pure functions on arrays.
+"""Grouped feed-forward networks: rows sorted by expert through the network of their expert. Pure functions on arrays.
 
-On TPU this is `jax.lax.ragged_dot`. Elsewhere that primitive computes every row with every expert (8 times the time at
-8 experts on CPU), so here blocks of rows run in a loop over the experts that have rows, each block one plain product.
-Work follows the rows in use and temporaries do not grow with the number of experts.
+On TPU the products are `jax.lax.ragged_dot`. Elsewhere that primitive computes every row with every expert (5 to 6
+times the time at 8 experts on CPU: `moe-jax bench layer --ragged-dot`), so here blocks of rows run in a loop over the
+experts that have rows, each block through the whole network while it is in the processor's caches. Work follows the
+rows in use and temporaries do not grow with the number of experts.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,30 @@ BLOCK_LIMITS = 32, 160  # rows of one product: fewer run slower, more are wasted
 WEIGHT_GRADIENT = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
+
+
+Act = Callable[[jax.Array], jax.Array]
+Products = tuple[jax.Array, ...]
+"""Rows times the matrices that go up, [R, F] each: one, or the gate's first."""
+
+
+class Weights(NamedTuple):
+    """Matrices of the experts, in the type of the tokens."""
+
+    w_gate: jax.Array | None  # [E, D, F], swiglu only
+    w_up: jax.Array  # [E, D, F]
+    w_down: jax.Array  # [E, F, D]
+
+    @property
+    def up(self) -> tuple[jax.Array, ...]:
+        """The matrices that go up, the gate first."""
+        return (self.w_up,) if self.w_gate is None else (self.w_gate, self.w_up)
+
+
+def hidden(act: Act, *products: jax.Array) -> jax.Array:
+    """The hidden layer from the products that lead to it: act(h), or act(gate) * h (Shazeer 2020)."""
+    h = act(products[0])
+    return h if len(products) == 1 else h * products[1]
 
 
 class Block:
@@ -48,7 +73,7 @@ def block_rows(R: int, E: int) -> int:
     return min(R, max(least, min(most, even)))
 
 
-def over_blocks(sizes: jax.Array, R: int, init: jax.Array, expert: Callable) -> jax.Array:
+def over_blocks(sizes: jax.Array, R: int, init: Any, expert: Callable) -> Any:
     """Loop over the experts with rows and, inside, over the blocks of their rows.
 
     Args:
@@ -61,11 +86,11 @@ def over_blocks(sizes: jax.Array, R: int, init: jax.Array, expert: Callable) -> 
     ends = jnp.cumsum(sizes)
     order = jnp.argsort(sizes == 0, stable=True)  # experts with rows first
 
-    def one(i: jax.Array, carry: jax.Array) -> jax.Array:
+    def one(i: jax.Array, carry: Any) -> Any:
         e = order[i]
         begin, end = ends[e] - sizes[e], ends[e]
 
-        def loop(step: Callable, carry: jax.Array) -> jax.Array:
+        def loop(step: Callable, carry: Any) -> Any:
             count = (sizes[e] + rows - 1) // rows
             return jax.lax.fori_loop(0, count, lambda j, c: step(c, Block(begin + j * rows, end, rows, R)), carry)
 
@@ -79,102 +104,154 @@ def wide(dtype) -> Any:
     return jnp.float32 if dtype.itemsize < 4 else dtype
 
 
-def blocked_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool, widen: bool = False) -> jax.Array:
-    """x [R, D] times w [E, D, F], or w [E, F, D] transposed -> [R, F]; rows of no expert come out zero.
+def times(x: jax.Array, w: jax.Array, transposed: bool = False, **options: Any) -> jax.Array:
+    """x [rows, D] times w [D, F], or w [F, D] transposed."""
+    return jax.lax.dot_general(x, w, (((1,), (1 if transposed else 0,)), ((), ())), **options)
+
+
+def blocked(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, widen: bool = False) -> tuple[Any, Products]:
+    """The networks in blocks of rows; rows of no expert come out zero.
 
     Args:
         widen: multiply and write in float32, for processors without shorter types: there each write of a block into
             a shorter array would convert the whole array.
+    Returns:
+        [R, D], and the products of the way up, which the gradients need.
     """
-    width, dtype = w.shape[1 if transposed else 2], wide(x.dtype) if widen else x.dtype
-    contract = (((1,), (1 if transposed else 0,)), ((), ()))
+    R, dtype = x.shape[0], wide(x.dtype) if widen else x.dtype
+    up, down = weights.up, weights.w_down
 
-    def expert(e: jax.Array, out: jax.Array, loop: Callable) -> jax.Array:
-        mine = w[e].astype(dtype)  # once for all blocks
+    def expert(e: jax.Array, carry: Any, loop: Callable) -> Any:
+        mine, last = [w[e].astype(dtype) for w in up], down[e].astype(dtype)  # once for all blocks
 
-        def step(out: jax.Array, block: Block) -> jax.Array:
-            return block.put(out, jax.lax.dot_general(block.take(x).astype(dtype), mine, contract))
+        def step(carry: Any, block: Block) -> Any:
+            y, kept = carry
+            rows = block.take(x).astype(dtype)
+            products = [times(rows, w).astype(x.dtype) for w in mine]
+            y = block.put(y, times(hidden(act, *products).astype(dtype), last))
+            return y, tuple(block.put(k, p.astype(dtype)) for k, p in zip(kept, products, strict=True))
 
-        return loop(step, out)
+        return loop(step, carry)
 
-    return over_blocks(sizes, x.shape[0], jnp.zeros_like(x, dtype, shape=(x.shape[0], width)), expert).astype(x.dtype)
+    kept = tuple(jnp.zeros_like(x, dtype, shape=(R, w.shape[2])) for w in up)
+    y, kept = over_blocks(sizes, R, (jnp.zeros_like(x, dtype), kept), expert)
+    return y.astype(x.dtype), tuple(k.astype(x.dtype) for k in kept)
 
 
-def blocked_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array, widen: bool = False) -> jax.Array:
-    """x [R, D] and g [R, F] -> [E, D, F], the sum over the rows of each expert, added in float32 at least."""
+def blocked_gradients(
+    x: jax.Array, sizes: jax.Array, weights: Weights, kept: Products, g: jax.Array, act: Act, widen: bool = False
+) -> tuple[jax.Array, Weights]:
+    """Gradients of `blocked` in x and the weights, those of the weights added up in float32 at least."""
     total, dtype = wide(x.dtype), wide(x.dtype) if widen else x.dtype
-    zero = jnp.zeros_like(x, total, shape=(x.shape[1], g.shape[1]))
+    up, down = weights.up, weights.w_down
 
-    def step(carry: jax.Array, block: Block) -> jax.Array:
-        mine, theirs = block.take_own(x).astype(dtype), block.take_own(g).astype(dtype)
-        return carry + jax.lax.dot_general(mine, theirs, (((0,), (0,)), ((), ())), preferred_element_type=total)
+    def expert(e: jax.Array, carry: Any, loop: Callable) -> Any:
+        dx, *out = carry
+        mine, last = [w[e].astype(dtype) for w in up], down[e].astype(dtype)
 
-    def expert(e: jax.Array, out: jax.Array, loop: Callable) -> jax.Array:
-        return out.at[e].set(loop(step, zero).astype(dtype))
+        def step(carry: Any, block: Block) -> Any:
+            dx, *sums = carry
+            rows, cotangent = block.take_own(x).astype(dtype), block.take_own(g).astype(dtype)
+            h, back = jax.vjp(partial(hidden, act), *(block.take(k) for k in kept))
+            steps = [d.astype(dtype) for d in back(times(cotangent, last, True).astype(h.dtype))]
+            dx = block.put(dx, total_of(times(d, w, True) for d, w in zip(steps, mine, strict=True)))
+            pairs = [*((rows, d) for d in steps), (h.astype(dtype), cotangent)]
+            new = [times(a.T, b, preferred_element_type=total) for a, b in pairs]
+            return dx, *(s + n for s, n in zip(sums, new, strict=True))
 
-    out = jnp.zeros_like(x, dtype, shape=(sizes.shape[0], *zero.shape))
-    return over_blocks(sizes, x.shape[0], out, expert).astype(x.dtype)
+        dx, *sums = loop(step, (dx, *(jnp.zeros_like(x, total, shape=o.shape[1:]) for o in out)))
+        return dx, *(o.at[e].set(s.astype(dtype)) for o, s in zip(out, sums, strict=True))
+
+    out = [jnp.zeros_like(x, dtype, shape=w.shape) for w in (*up, down)]
+    dx, *out = over_blocks(sizes, x.shape[0], (jnp.zeros_like(x, dtype), *out), expert)
+    return dx.astype(x.dtype), as_weights([o.astype(x.dtype) for o in out])
 
 
-def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool) -> jax.Array:
-    """The same product by XLA; what it leaves in rows of no expert is set to zero."""
+def total_of(arrays: Iterable[jax.Array]) -> jax.Array:
+    """Their sum."""
+    return reduce(jnp.add, arrays)
+
+
+def as_weights(matrices: list[jax.Array]) -> Weights:
+    """Two matrices, or three with the gate first."""
+    *gate, up, down = matrices
+    return Weights(gate[0] if gate else None, up, down)
+
+
+def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool = False) -> jax.Array:
+    """x [R, D] times w [E, D, F], or w [E, F, D] transposed, by XLA; zero in rows of no expert."""
     y = jax.lax.ragged_dot(x, w.swapaxes(1, 2) if transposed else w, sizes)
     inside = jnp.arange(x.shape[0], dtype=jnp.int32) < sizes.sum()
     return jnp.where(inside[:, None], y, jnp.zeros((), y.dtype))
 
 
 def ragged_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
-    """The same weight gradient by XLA."""
+    """x [R, D] and g [R, F] -> [E, D, F], the sum over the rows of each expert, by XLA."""
     inside = (jnp.arange(x.shape[0], dtype=jnp.int32) < sizes.sum())[:, None]
     x, g = (jnp.where(inside, a, jnp.zeros((), a.dtype)) for a in (x, g))
     return jax.lax.ragged_dot_general(x, g, sizes, WEIGHT_GRADIENT)
 
 
-def product(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool) -> jax.Array:
-    """The grouped product by the means of the platform that the program is compiled for."""
-    return jax.lax.platform_dependent(
-        x,
-        w,
-        sizes,
-        tpu=partial(ragged_dot, transposed=transposed),
-        cpu=partial(blocked_dot, transposed=transposed, widen=True),
-        default=partial(blocked_dot, transposed=transposed),
-    )
+def ragged(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act) -> tuple[jax.Array, Products]:
+    """What `blocked` computes, by XLA's own grouped products."""
+    kept = tuple(ragged_dot(x, w, sizes) for w in weights.up)
+    return ragged_dot(hidden(act, *kept), weights.w_down, sizes), kept
 
 
-@jax.custom_vjp
-def dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    return product(x, w, sizes, False)
+def ragged_gradients(
+    x: jax.Array, sizes: jax.Array, weights: Weights, kept: Products, g: jax.Array, act: Act
+) -> tuple[jax.Array, Weights]:
+    """What `blocked_gradients` computes, by XLA's own grouped products."""
+    h, back = jax.vjp(partial(hidden, act), *kept)
+    steps = back(ragged_dot(g, weights.w_down, sizes, transposed=True))
+    dx = total_of(ragged_dot(d, w, sizes, transposed=True) for d, w in zip(steps, weights.up, strict=True))
+    up = [ragged_gradient(x, d, sizes) for d in steps]
+    return dx, as_weights([*up, ragged_gradient(h, g, sizes)])
 
 
-def backward(saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    """Gradients of `dot`, each a grouped product."""
-    x, w, sizes = saved
-    cpu = partial(blocked_gradient, widen=True)
-    dw = jax.lax.platform_dependent(x, g, sizes, tpu=ragged_gradient, cpu=cpu, default=blocked_gradient)
-    return product(g, w, sizes, True), dw, None
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def networks(act: Act, x: jax.Array, sizes: jax.Array, weights: Weights) -> jax.Array:
+    return forward(act, x, sizes, weights)[0]
 
 
-dot.defvjp(lambda x, w, sizes: (dot(x, w, sizes), (x, w, sizes)), backward)
+def forward(act: Act, x: jax.Array, sizes: jax.Array, weights: Weights) -> tuple[jax.Array, Any]:
+    """By the means of the platform that the program is compiled for."""
+    tpu, cpu, rest = partial(ragged, act=act), partial(blocked, act=act, widen=True), partial(blocked, act=act)
+    y, kept = jax.lax.platform_dependent(x, sizes, weights, tpu=tpu, cpu=cpu, default=rest)
+    return y, (x, sizes, weights, kept)
 
 
-def grouped_dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Rows times the matrix of their expert (MegaBlocks, Gale et al. 2022, section 4, without blocks of zeros).
+def backward(act: Act, saved: Any, g: jax.Array) -> tuple[jax.Array, None, Weights]:
+    """Gradients of `networks`."""
+    tpu, rest = partial(ragged_gradients, act=act), partial(blocked_gradients, act=act)
+    dx, dw = jax.lax.platform_dependent(*saved, g, tpu=tpu, cpu=partial(rest, widen=True), default=rest)
+    return dx, None, dw
+
+
+networks.defvjp(forward, backward)
+
+
+def grouped_ffn(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act) -> jax.Array:
+    """Rows through the network of their expert (MegaBlocks, Gale et al. 2022, section 4, without blocks of zeros).
 
     Args:
         x: [R, D], the rows of expert 0 first, then those of expert 1, and so on; rows after the last are ignored.
-        w: [E, D, F], in the type of x.
         sizes: [E] int32, rows of each expert, R in all at the most.
+        weights: of all experts, in the type of x.
+        act: of the hidden layer, element by element.
     Returns:
-        [R, F] in the type of x, zero after the last row in use. Differentiable once in x and w. Inside `shard_map`
-        the three arguments vary over the same mesh axes: what fewer shards hold is cast (`jax.lax.pcast`) by the
+        [R, D] in the type of x, zero after the last row in use. Differentiable once in x and the weights. Inside
+        `shard_map` all arguments vary over the same mesh axes: what fewer shards hold is cast (`jax.lax.pcast`) by the
         caller, and the cast's transpose adds up its gradient.
     Raises:
         ValueError: shapes or types that do not fit.
     """
-    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or sizes.shape != w.shape[:1] or x.dtype != w.dtype:
-        shapes = f"x {x.dtype}{list(x.shape)}, w {w.dtype}{list(w.shape)}, sizes {list(sizes.shape)}"
-        raise ValueError(f"{shapes}: x [R, D], w [E, D, F] of one type and sizes [E] are needed")
-    if 0 in (*x.shape, *w.shape):
-        return jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
-    return dot(x, w, sizes)
+    (E, D, F), down = weights.w_up.shape, weights.w_down
+    fit = x.ndim == 2 and x.shape[1] == D and down.shape == (E, F, D) and sizes.shape == (E,)
+    if not fit or any(w.shape != (E, D, F) for w in weights.up) or any(w.dtype != x.dtype for w in (*weights.up, down)):
+        arrays = {"x": x, "w_up": weights.w_up, "w_down": down, "sizes": sizes}
+        shapes = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in arrays.items())
+        raise ValueError(f"{shapes}: x [R, D], w_up [E, D, F], w_down [E, F, D] of one type and sizes [E] are needed")
+    if 0 in (*x.shape, *weights.w_up.shape):
+        return jnp.zeros_like(x)
+    return networks(act, x, sizes, weights)

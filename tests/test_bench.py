@@ -1,8 +1,10 @@
 """The benchmarks: what their rows hold, which products a floor counts, what is refused. No timing is asserted."""
 
 import json
+from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 
 from moe_jax import cli, config
@@ -22,14 +24,15 @@ def test_layer_rows():
     """A dispatcher in both phases with a positive ratio, memory and parts; the ideal is the products alone."""
     shape = layer.Shape(tokens=32, experts=4, d_model=8, d_ff=16, group_size=16)
     with jax.numpy_dtype_promotion("standard"):
-        report = layer.measure(shape, ("gather",), rounds=1, parts=False)
-    keys = [(r["dispatcher"], r["phase"]) for r in report["rows"]]
-    assert keys == [(d, p) for p in ("forward", "forward+backward") for d in ("gather",)]
+        report = layer.measure([shape, replace(shape, experts=2)], ("ragged",), rounds=1, parts=False, ragged_dot=True)
+    keys = [(r["phase"], r["dispatcher"], r["experts"]) for r in report["rows"]]
+    assert keys == [(p, "ragged", E) for p in ("forward", "forward+backward") for E in (4, 2)]
     for row in report["rows"]:
-        assert row["ratio_to_ideal"] > 0 and row["temporaries_bytes"] > 0
-        assert (row["experts"], row["top_k"], row["d_model"], row["d_ff"]) == (4, 2, 8, 16)
+        assert row["ratio_to_ideal"] > 0 and row["temporaries_bytes"] > 0 and row["ragged_dot_to_experts"] > 0
+        assert (row["ratio_to_first"] == 1) == (row["experts"] == 4)
+        assert (row["top_k"], row["d_model"], row["d_ff"]) == (2, 8, 16)
     json.dumps(report, allow_nan=False)
-    assert len(layer.lines(report)) == 2 + len(report["rows"])
+    assert "2 experts take" in "".join(layer.lines(report)) and "ragged_dot take" in "".join(layer.lines(report))
     text = layer.ideal(shape, "forward").compiled.as_text()
     assert text.count(" dot(") == 2 and "gather" not in text
 
@@ -40,6 +43,8 @@ def test_parts_are_the_layer():
     made = layer.pieces(*layer.build(shape, "ragged"), "forward")
     assert set(made) == {"layer", "routing", "dispatch", "experts", "combine"}
     assert made["combine"]().size == made["layer"]().size == 16 * 8
+    dense = layer.programs(shape, "ragged", "forward", parts=False, ragged_dot=True)["ragged_dot"]
+    np.testing.assert_allclose(dense(), made["experts"](), atol=1e-6)
 
 
 def test_products_of_a_step():
@@ -57,6 +62,8 @@ def test_products_of_a_step():
     "argv,message",
     [
         (["layer", "--experts", "0"], "--experts: is 0"),
+        (["layer", "--experts", "8,0"], "--experts: is 0"),
+        (["layer", "--ragged-dot", "--dispatch", "gather"], "--dispatch leaves it out"),
         (["layer", "--dispatch", "scatter"], "--dispatch: has no 'scatter'"),
         (["layer", "model.layers=2"], "a layer has no config"),
         (["layer", "--tokens", "64", "--group-size", "7"], "7 does not divide 64 tokens"),

@@ -4,7 +4,7 @@ The ideal is the batched products `ecd,edf->ecf` and back on a ready buffer of K
 process: no router, no dispatch. Every dispatcher is measured against this one reference, dropless ones included.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import balance, cost
-from moe_jax.bench.timing import by_turns, cpu_ratio, machine, ratio
+from moe_jax.bench.timing import Times, by_turns, cpu_ratio, machine, ratio
 from moe_jax.capacity import capacity
 from moe_jax.config import MoEConfig, Problem, Refused, RouterConfig
 from moe_jax.dispatch import ragged_plan
+from moe_jax.grouped import grouped_ffn, ragged
 from moe_jax.layers.common import ACTIVATIONS
 from moe_jax.layers.moe import MoELayer
-from moe_jax.layers.ragged import grouped_ffn
 from moe_jax.rows import gather_rows, sum_rows
 
 PHASES = ("forward", "forward+backward")
@@ -153,7 +153,7 @@ def pieces(layer: MoELayer, x: jax.Array, phase: str) -> dict[str, Piece]:
             return sum_rows((v[0].astype(jnp.float32) * v[1][:, None]).astype(x.dtype), plan.rows)
 
         def experts(v: Any, sizes: Any) -> jax.Array:
-            return grouped_ffn(v[0], sizes, v[1], kind)
+            return grouped_ffn(v[0], sizes, v[1], ACTIVATIONS[kind])
 
         rows = gather_rows(tokens.reshape(-1, D), plan.rows)
         out["experts"] = Piece(experts, phase, (rows, weights), plan.sizes)
@@ -179,61 +179,106 @@ def pieces(layer: MoELayer, x: jax.Array, phase: str) -> dict[str, Piece]:
     return out
 
 
-def measure(shape: Shape, dispatchers: tuple[str, ...], rounds: int = 9, parts: bool = True) -> dict[str, Any]:
-    """Time every dispatcher in both phases; `rows` holds one entry for each.
+def programs(shape: Shape, dispatch: str, phase: str, parts: bool, ragged_dot: bool) -> dict[str, Piece]:
+    """What is timed of one dispatcher: the layer, and on request its parts and the products by `jax.lax.ragged_dot`."""
+    made = pieces(*build(shape, dispatch), phase)
+    out = {name: piece for name, piece in made.items() if parts or name == "layer"}
+    if ragged_dot and dispatch == "ragged":
+        (rows, weights), sizes = made["experts"].args
 
+        def experts(v: Any, sizes: Any) -> jax.Array:
+            return ragged(v[0], sizes, v[1], ACTIVATIONS[shape.ffn])[0]
+
+        out |= {"experts": made["experts"], "ragged_dot": Piece(experts, phase, (rows, weights), sizes)}
+    return out
+
+
+def measure(
+    shapes: Sequence[Shape],
+    dispatchers: Sequence[str],
+    rounds: int = 9,
+    parts: bool = True,
+    ragged_dot: bool = False,
+) -> dict[str, Any]:
+    """Time every dispatcher at every shape in both phases, all by turns; `rows` holds one entry for each.
+
+    Args:
+        shapes: may differ in the number of experts.
+        ragged_dot: time the products of the ragged dispatcher by `jax.lax.ragged_dot` too.
     Returns:
         `rows[]` with the shape, dispatcher, phase, ratio_to_ideal (median over rounds of wall time against the ideal
-        in the same round), its twin in CPU seconds, seconds, temporaries in bytes and seconds of each part.
+        in the same round), its twin in CPU seconds, ratio_to_first (against the layer of the first shape), seconds,
+        temporaries in bytes and seconds of each part.
     """
     rows = []
     for phase in PHASES:
-        run: dict[str, Piece] = {"ideal": ideal(shape, phase)}
-        for name in dispatchers:
-            made = pieces(*build(shape, name), phase)
-            run |= {f"{name}.{part}": piece for part, piece in made.items() if parts or part == "layer"}
+        run = {(shape.experts, "ideal"): ideal(shape, phase) for shape in shapes}
+        for shape in shapes:
+            for name in dispatchers:
+                made = programs(shape, name, phase, parts, ragged_dot)
+                run |= {(shape.experts, f"{name}.{part}"): piece for part, piece in made.items()}
         times = by_turns(run, rounds)
-        for name in dispatchers:
-            layer, floor = times[f"{name}.layer"], times["ideal"]
-            group = shape.group(name)
-            overhead = cost.einsum_overhead(group, shape.d_ff, shape.matrices) if name == "einsum" else None
-            where = ("routing", "dispatch", "experts", "combine") if parts else ()
-            rows.append(
-                {
-                    "dispatcher": name,
-                    "experts": shape.experts,
-                    "top_k": shape.top_k,
-                    "d_model": shape.d_model,
-                    "d_ff": shape.d_ff,
-                    "tokens": shape.tokens,
-                    "ffn": shape.ffn,
-                    "dtype": shape.dtype,
-                    "group_size": group,
-                    "capacity_factor": None if name == "ragged" else shape.capacity_factor,
-                    "phase": phase,
-                    "ratio_to_ideal": ratio(layer, floor),
-                    "predicted_ratio": None if overhead is None else 1 + overhead,
-                    "ratio_to_ideal_cpu": cpu_ratio(layer, floor),
-                    "seconds": layer.seconds,
-                    "ideal_seconds": floor.seconds,
-                    "temporaries_bytes": run[f"{name}.layer"].temporaries,
-                    "ideal_temporaries_bytes": run["ideal"].temporaries,
-                    "parts_seconds": {part: times[f"{name}.{part}"].seconds for part in where},
-                }
-            )
+        for shape in shapes:
+            mine = {name: (run[E, name], t) for (E, name), t in times.items() if shape.experts == E}
+            for name in dispatchers:
+                first = times[shapes[0].experts, f"{name}.layer"]
+                rows.append(
+                    row(shape, name, phase, mine, parts) | {"ratio_to_first": ratio(mine[f"{name}.layer"][1], first)}
+                )
+    shape = shapes[0]
     rule = cost.formula(shape.group("einsum"), shape.d_ff, shape.matrices)
     return {"bench": "layer", **machine(), "rounds": rounds, "formula": rule, "rows": rows}
+
+
+def row(shape: Shape, name: str, phase: str, run: Mapping[str, tuple[Piece, Times]], parts: bool) -> dict[str, Any]:
+    """What there is to say of a dispatcher at a shape."""
+    (layer, t), (floor, ideal_times) = run[f"{name}.layer"], run["ideal"]
+    group = shape.group(name)
+    overhead = cost.einsum_overhead(group, shape.d_ff, shape.matrices) if name == "einsum" else None
+    where = ("routing", "dispatch", "experts", "combine") if parts else ()
+    dense = run.get(f"{name}.ragged_dot")
+    return {
+        "dispatcher": name,
+        "experts": shape.experts,
+        "top_k": shape.top_k,
+        "d_model": shape.d_model,
+        "d_ff": shape.d_ff,
+        "tokens": shape.tokens,
+        "ffn": shape.ffn,
+        "dtype": shape.dtype,
+        "group_size": group,
+        "capacity_factor": None if name == "ragged" else shape.capacity_factor,
+        "phase": phase,
+        "ratio_to_ideal": ratio(t, ideal_times),
+        "predicted_ratio": None if overhead is None else 1 + overhead,
+        "ratio_to_ideal_cpu": cpu_ratio(t, ideal_times),
+        "seconds": t.seconds,
+        "ideal_seconds": ideal_times.seconds,
+        "temporaries_bytes": layer.temporaries,
+        "ideal_temporaries_bytes": floor.temporaries,
+        "parts_seconds": {part: run[f"{name}.{part}"][1].seconds for part in where},
+        "ragged_dot_to_experts": None if dense is None else ratio(dense[1], run[f"{name}.experts"][1]),
+    }
 
 
 def lines(report: dict[str, Any]) -> list[str]:
     """The report as a table for people."""
     out = [
         report["formula"],
-        f"{'dispatcher':10} {'phase':17} {'x ideal':>7} {'x cpu':>6} {'ms':>8} {'temp MB':>8}  parts, ms",
+        f"{'dispatcher':10} {'E':>4} {'phase':17} {'x ideal':>7} {'x cpu':>6} {'ms':>8} {'temp MB':>8}  parts, ms",
     ]
     for r in report["rows"]:
         parts = " ".join(f"{name} {1e3 * s:.1f}" for name, s in r["parts_seconds"].items())
         memory = "-" if r["temporaries_bytes"] is None else f"{r['temporaries_bytes'] / 1e6:.0f}"
         ratios = f"{r['ratio_to_ideal']:7.2f} {r['ratio_to_ideal_cpu']:6.2f}"
-        out.append(f"{r['dispatcher']:10} {r['phase']:17} {ratios} {1e3 * r['seconds']:8.1f} {memory:>8}  {parts}")
+        head = f"{r['dispatcher']:10} {r['experts']:4} {r['phase']:17}"
+        out.append(f"{head} {ratios} {1e3 * r['seconds']:8.1f} {memory:>8}  {parts}")
+    first = report["rows"][0]["experts"] if report["rows"] else 0
+    for r in report["rows"]:
+        if r["experts"] != first:
+            more = f"{r['experts']} experts take {r['ratio_to_first']:.2f} times as long as {first}"
+            out.append(f"{r['dispatcher']}, {r['phase']}: {more}")
+        if r["ragged_dot_to_experts"] is not None:
+            more = f"the products by jax.lax.ragged_dot take {r['ragged_dot_to_experts']:.1f} times as long"
+            out.append(f"{r['dispatcher']}, {r['experts']} experts, {r['phase']}: {more}")
     return out

@@ -24,8 +24,10 @@ def add_benchmarks(bench: argparse.ArgumentParser) -> None:
 
     text = "one MoE layer with each dispatcher, against the products of its experts alone"
     layer = add("layer", text, run_layer, 9)
-    for name, value in (("tokens", 4096), ("experts", 8), ("top-k", 2), ("d-model", 256), ("d-ff", 512)):
+    for name, value in (("tokens", 4096), ("top-k", 2), ("d-model", 256), ("d-ff", 512)):
         layer.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
+    help = "several are compared with the first, such as 8,64 (default 8)"
+    layer.add_argument("--experts", type=numbers, default=(8,), metavar="N,...", help=help)
     layer.add_argument("--ffn", choices=("relu", "gelu", "swiglu"), default="relu")
     layer.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     layer.add_argument("--capacity-factor", type=float, default=1.25, metavar="F", help="default 1.25")
@@ -39,10 +41,17 @@ def add_benchmarks(bench: argparse.ArgumentParser) -> None:
         help=f"some of {','.join(DISPATCHERS)} (default all); ragged is dropless",
     )
     layer.add_argument("--no-parts", action="store_true", help="leave out where the time goes")
+    help = "time the products of the ragged dispatcher by jax.lax.ragged_dot too"
+    layer.add_argument("--ragged-dot", action="store_true", help=help)
 
     step = add("step", "a train step against its matrix products alone and against a dense model", run_step, 9)
     step.add_argument("config", metavar="CONFIG", nargs="?", default=DEFAULT_CONFIG)
     step.add_argument("overrides", nargs="*", metavar="key.path=value")
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Integers between commas, each once."""
+    return tuple(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 def at_least_one(**values: float) -> None:
@@ -64,12 +73,16 @@ def run_layer(args: argparse.Namespace) -> dict[str, Any]:
         raise Refused(Problem("--dispatch", f"has no {unknown[0]!r}", f"use some of {','.join(DISPATCHERS)}"))
     if args.overrides:
         raise Refused(Problem(args.overrides[0], "a layer has no config", "use the options of `bench layer`"))
-    sizes = {n: getattr(args, n) for n in ("tokens", "experts", "top_k", "d_model", "d_ff", "capacity_factor")}
-    at_least_one(rounds=args.rounds, **sizes, **({} if args.group_size is None else {"group_size": args.group_size}))
+    sizes = {n: getattr(args, n) for n in ("tokens", "top_k", "d_model", "d_ff", "capacity_factor")}
+    group = {} if args.group_size is None else {"group_size": args.group_size}
+    at_least_one(rounds=args.rounds, experts=min(args.experts), **sizes, **group)
+    if args.ragged_dot and "ragged" not in names:
+        raise Refused(Problem("--ragged-dot", "compares the ragged dispatcher, and --dispatch leaves it out", "add it"))
     from moe_jax.bench import layer
 
-    shape = layer.Shape(**sizes, ffn=args.ffn, dtype=args.dtype, group_size=args.group_size)
-    report = layer.measure(shape, names, args.rounds, parts=not args.no_parts)
+    more = {"ffn": args.ffn, "dtype": args.dtype, **sizes, **group}
+    shapes = [layer.Shape(experts=E, **more) for E in args.experts]
+    report = layer.measure(shapes, names, args.rounds, parts=not args.no_parts, ragged_dot=args.ragged_dot)
     result(args, *layer.lines(report))
     return report
 

@@ -152,7 +152,10 @@ def measure(cfg: Config, rounds: int = 9) -> dict[str, Any]:
         )
     flops = sum(p.flops for part in step_products(cfg) for p in part)
     report = {"bench": "step", "config": cfg.name, **machine(), "rounds": rounds, "flops": flops, "rows": rows}
-    return report | ({"moe_to_dense": ratio(times["moe"], times["dense"])} if "moe" in times else {})
+    if "moe" in times:
+        moe, dense = times["moe"], times["dense"]
+        report |= {"moe_to_dense": ratio(moe, dense), "moe_to_dense_cpu": cpu_ratio(moe, dense)}
+    return report
 
 
 def lines(report: dict[str, Any]) -> list[str]:
@@ -165,4 +168,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         speed = f"{r['seconds']:8.4f} {r['cpu_seconds']:8.4f} {r['tokens_per_second']:9,.0f}"
         ratios = f"{r['ratio_to_products']:10.2f} {r['ratio_to_products_cpu']:6.2f}"
         out.append(f"{r['program']:9} {speed} {ratios} {r['page_faults']:8,}")
+    if "moe_to_dense" in report:
+        wall, cpu = report["moe_to_dense"], report["moe_to_dense_cpu"]
+        out.append(f"the step takes {wall:.2f} times as long as its dense twin, {cpu:.2f} times in CPU seconds")
     return out

@@ -5,9 +5,11 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+
+Name = TypeVar("Name")
 
 
 class Times(NamedTuple):
@@ -26,7 +28,7 @@ class Times(NamedTuple):
         return statistics.median(self.cpu)
 
 
-def by_turns(functions: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 1) -> dict[str, Times]:
+def by_turns(functions: Mapping[Name, Callable[[], Any]], rounds: int, warm: int = 1) -> dict[Name, Times]:
     """Run each function `rounds` times, one after the other, `warm` more rounds come first and do not count."""
     times = {name: Times([], [], []) for name in functions}
     for turn in range(warm + rounds):

@@ -17,9 +17,10 @@ from moe_jax.axes import Rules
 from moe_jax.capacity import Slots, assign, capacity, unlimited
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import DISPATCHERS
+from moe_jax.grouped import Weights
 from moe_jax.layers.common import ACTIVATIONS, Keys, constant, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
-from moe_jax.layers.ragged import Weights, over_mesh, ragged_experts
+from moe_jax.layers.ragged import over_mesh, ragged_experts
 from moe_jax.routing import QUIET, Routing, draw, jittered, recorded, route
 from moe_jax.rules import current_mesh, platform, spec
 

@@ -15,27 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.axes import Axes, Rules
 from moe_jax.capacity import Slots
 from moe_jax.dispatch import RaggedPlan, ragged_plan
-from moe_jax.grouped import grouped_dot
+from moe_jax.grouped import Weights, grouped_ffn
 from moe_jax.layers.common import ACTIVATIONS
 from moe_jax.routing import Routing
 from moe_jax.rows import Rows, gather_rows, sum_rows
 from moe_jax.rules import current_mesh, spec
-
-
-class Weights(NamedTuple):
-    """Matrices of the experts, in the type of the tokens."""
-
-    w_gate: jax.Array | None  # [E, D, F], swiglu only
-    w_up: jax.Array  # [E, D, F]
-    w_down: jax.Array  # [E, F, D]
-
-
-def grouped_ffn(x: jax.Array, sizes: jax.Array, weights: Weights, kind: str) -> jax.Array:
-    """x [R, D] sorted by expert -> [R, D], each row through the network of its expert."""
-    act = ACTIVATIONS[kind]
-    h = grouped_dot(x, weights.w_up, sizes)  # [R,F]
-    h = act(h) if weights.w_gate is None else act(grouped_dot(x, weights.w_gate, sizes)) * h
-    return grouped_dot(h, weights.w_down, sizes)  # [R,D]
 
 
 class Exchange(NamedTuple):
@@ -104,7 +88,7 @@ def ragged_experts(
             x = gather_rows(jax.lax.all_to_all(sent, axes, 0, 0, tiled=True), sort)
         x = checkpoint_name(x, "dispatched")
     with jax.named_scope("experts"):
-        y = grouped_ffn(x, sizes, weights, kind)
+        y = grouped_ffn(x, sizes, weights, ACTIVATIONS[kind])
     with jax.named_scope("combine"):
         if n > 1:
             y = jax.lax.all_to_all(sum_rows(y, sort), axes, 0, 0, tiled=True)

@@ -1,0 +1,58 @@
+"""tools/bench_transformers.py: its processes take turns, and what is missing is said. No timing is asserted."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parent.parent / "tools" / "bench_transformers.py"
+
+
+@pytest.fixture
+def versus():
+    spec = importlib.util.spec_from_file_location("bench_transformers", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_transformers_missing(versus, tmp_path, capsys):
+    """One message with what to install, before anything of ours compiles."""
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
+    bare.chmod(0o755)
+    assert versus.main(["--python", str(bare), "--threads", "1"]) == 2
+    err = capsys.readouterr().err
+    assert "lacks torch or transformers: No module named 'torch'" in err and "pip install transformers" in err
+    assert versus.main(["--python", str(tmp_path / "none"), "--threads", "1"]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_processes_take_turns(versus, tmp_path):
+    """Each in its own process, one after the other; one that fails is left out and says why."""
+    fake = f"""
+import sys; sys.path.insert(0, {str(TOOL.parent)!r})
+import bench_transformers as b
+def build(spec):
+    def step():
+        with open(spec["log"], "a") as f: f.write(spec["name"])
+        if spec["name"] == "c": raise MemoryError("too large")
+        return 1.0
+    return step, {{}}
+b.serve(build)
+"""
+    log, processors = tmp_path / "log", sorted(versus.os.sched_getaffinity(0))
+    programs = [
+        versus.Program(
+            f"transformers {n}", [sys.executable, "-c", fake], dict(name=n, log=str(log), processors=processors)
+        )
+        for n in "abc"
+    ]
+    versus.by_turns(programs, rounds=2, warm=1)
+    result = versus.report(programs, tokens=8)
+    for p in programs:
+        p.end()
+    assert log.read_text() == "abc" + "ab" * 2
+    assert result["rows"][2]["failed"] == "MemoryError: too large" and "seconds" not in result["rows"][2]
+    assert all(r["tokens_per_second"] > 0 for r in result["rows"][:2]) and result["ratio_ours_to_fastest"] > 0
