@@ -18,6 +18,7 @@ _HOME = {
     "build_mesh": "mesh",
     "balance_loss": "balance",
     "router_loss": "balance",
+    "updated_bias": "balance",
     "z_loss": "balance",
     "MoELayer": "layers.moe",
     "Transformer": "model",

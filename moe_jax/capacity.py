@@ -1,28 +1,13 @@
 """Capacity: who gets a slot of an expert, in exact integers. Pure functions on arrays; no Flax, no mesh."""
 
-from fractions import Fraction
-from math import ceil
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.config import MoEConfig
+from moe_jax.cost import capacity as capacity
 from moe_jax.routing import QUIET, Noise, Routing, normalized
-
-
-def capacity(cfg: MoEConfig, tokens: int, factor: float | None) -> int:
-    """Slots C of one expert in a group of S tokens: `max(min_capacity, ceil(K*S*f/E))`, S at most; S when dropless.
-
-    The factor is taken as the decimal that was written, so that no rounding of binary fractions adds a slot. For expert
-    choice C is what an expert takes: no call can lift it.
-    """
-    if factor is None and cfg.router.kind == "expert_choice":
-        factor = cfg.capacity_factor
-    if factor is None:
-        return tokens
-    slots = ceil(Fraction(str(factor)) * cfg.top_k * tokens / cfg.experts)
-    return min(tokens, max(cfg.min_capacity, slots))
 
 
 class Slots(NamedTuple):

@@ -28,8 +28,8 @@ GROUPED = ("deepseek_v2", "deepseek_v3")
 BIASED = ("softmax_topk", *GROUPED)
 
 
-def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
-    """Impossible combinations inside the mixture of experts."""
+def check_moe(moe: MoEConfig, prefix: str = "model.moe", *, learns: bool = True) -> list[Problem]:
+    """Impossible combinations inside the mixture of experts; `learns`: and what leaves a router without a gradient."""
     out: list[Problem] = []
 
     def no(name: str, reason: str, remedy: str) -> None:
@@ -55,6 +55,8 @@ def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
     if moe.group_size == "auto" and moe.dispatch == "auto":
         why = "is 'auto' with dispatch=auto: what is dropped would depend on the platform"
         no("group_size", why, "name the dispatcher, for example dispatch=einsum, or give a number")
+    if learns:
+        _check_gradient(moe, no)
     _check_router(moe, no)
     _check_groups_of_experts(moe, no)
     _check_balance(moe, no)
@@ -66,10 +68,13 @@ def check_moe(moe: MoEConfig, prefix: str = "model.moe") -> list[Problem]:
 Refuse = Callable[[str, str, str], None]
 
 
-def _check_router(moe: MoEConfig, no: Refuse) -> None:
-    """Gates, second experts and noise against the kind of router."""
+SOFTMAX_OF_CHOSEN = ("topk_softmax", "noisy_topk")
+
+
+def _check_gradient(moe: MoEConfig, no: Refuse) -> None:
+    """A single gate that is always 1."""
     kind, norm = moe.router.kind, moe.router.normalize
-    always_one = kind in ("topk_softmax", "noisy_topk")
+    always_one = kind in SOFTMAX_OF_CHOSEN
     normalized = norm in ("before", "after") or (kind == "deepseek_v3" and norm is None)
     if moe.top_k == 1 and kind not in ("hash", "expert_choice") and (always_one or normalized):
         why = "a gate normalised over one choice is always 1 and gives the router no gradient"
@@ -77,7 +82,12 @@ def _check_router(moe: MoEConfig, no: Refuse) -> None:
             no("router.kind", why, "set router.kind=switch or top_k=2")
         else:
             no("router.normalize", why, "set router.kind=switch, router.normalize=none or top_k=2")
-    if always_one and norm in ("none", "before"):
+
+
+def _check_router(moe: MoEConfig, no: Refuse) -> None:
+    """Gates, second experts and noise against the kind of router."""
+    kind, norm = moe.router.kind, moe.router.normalize
+    if kind in SOFTMAX_OF_CHOSEN and norm in ("none", "before"):
         why = "softmax over the chosen logits is normalised already"
         no("router.normalize", why, "leave it unset, or set it to after")
     if kind in ("hash", "expert_choice") and norm is not None:
@@ -153,6 +163,8 @@ def _check_balance(moe: MoEConfig, no: Refuse) -> None:
         if moe.bias_rate > 0 and steering:
             why = f"a moving bias and {', '.join(steering)} fight over the same loads"
             no("bias_rate", why, f"take {' and '.join(steering)} out (sequence_loss may stay), or the bias")
+        if moe.bias_rate > 0 and moe.router.force is not None:
+            no("bias_rate", "moves a bias that forced choices do not look at", "take it or router.force out")
     elif moe.bias_update != "sign":
         no("bias_update", f"is {moe.bias_update!r} without a bias", "set bias_rate, for example 0.001")
     if moe.load_loss and kind != "noisy_topk":

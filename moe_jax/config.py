@@ -176,9 +176,11 @@ def _foreign(settings: Any, wanted: type, name: str) -> list[Problem]:
     ]
 
 
-def require(settings: ModelConfig | MoEConfig, name: str) -> None:
+def require(settings: ModelConfig | MoEConfig, name: str, *, learns: bool = True) -> None:
     """Refuse settings built in Python that a file could not hold: values out of range, or that contradict one another.
 
+    Args:
+        learns: also refuse what would leave a router without a gradient.
     Raises:
         ConfigError: every problem, its keys beginning with `name`.
     """
@@ -188,7 +190,7 @@ def require(settings: ModelConfig | MoEConfig, name: str) -> None:
         TypeAdapter(type(settings)).validate_json(json.dumps(to_dict(settings)))
     except ValidationError as e:
         raise ConfigError(*(_problem(x | {"loc": (name, *x["loc"])}) for x in e.errors())) from None
-    problems = check_moe(settings, name) if isinstance(settings, MoEConfig) else check_model(settings)
+    problems = check_moe(settings, name, learns=learns) if isinstance(settings, MoEConfig) else check_model(settings)
     if problems:
         raise ConfigError(*problems)
 

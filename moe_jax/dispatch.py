@@ -14,6 +14,9 @@ from moe_jax.capacity import Slots
 from moe_jax.routing import Routing
 from moe_jax.rows import Rows, gather_rows, sum_rows
 
+# One-hot products move numbers, and must not round float32 ones on the way, as accelerators do by default.
+EXACT = jax.lax.Precision.HIGHEST
+
 
 def einsum_plan(routing: Routing, slots: Slots, capacity: int, dtype) -> tuple[jax.Array, jax.Array]:
     """One-hot dispatch mask and the gate of each slot (GShard, section 3.2; Mesh TensorFlow).
@@ -25,13 +28,14 @@ def einsum_plan(routing: Routing, slots: Slots, capacity: int, dtype) -> tuple[j
     to_expert = jax.nn.one_hot(routing.expert, E, dtype=dtype) * slots.kept[..., None].astype(dtype)  # [G,S,K,E]
     to_slot = jax.nn.one_hot(slots.position, capacity, dtype=dtype)  # [G,S,K,C]
     mask = jnp.einsum("gske,gskc->gsec", to_expert, to_slot)
-    gate = jnp.einsum("gske,gsk->gse", to_expert.astype(jnp.float32), slots.gate)  # a token picks an expert once
-    return mask, jnp.einsum("gsec,gse->egc", mask.astype(jnp.float32), gate)
+    choices = to_expert.astype(jnp.float32)
+    gate = jnp.einsum("gske,gsk->gse", choices, slots.gate, precision=EXACT)  # a token picks an expert once
+    return mask, jnp.einsum("gsec,gse->egc", mask.astype(jnp.float32), gate, precision=EXACT)
 
 
 def einsum_dispatch(x: jax.Array, plan: tuple[jax.Array, jax.Array]) -> jax.Array:
     """x [G, S, D] -> buffers [E, G, C, D]; empty slots are zero."""
-    return jnp.einsum("gsec,gsd->egcd", plan[0], x)
+    return jnp.einsum("gsec,gsd->egcd", plan[0], x, precision=EXACT)
 
 
 def einsum_combine(y: jax.Array, plan: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -39,7 +43,7 @@ def einsum_combine(y: jax.Array, plan: tuple[jax.Array, jax.Array]) -> jax.Array
     mask, weight = plan
     # The gate multiplies slots, not the mask: its gradient is then one dense sum over D.
     weighted = (y.astype(jnp.float32) * weight[..., None]).astype(y.dtype)
-    return jnp.einsum("gsec,egcd->gsd", mask, weighted)
+    return jnp.einsum("gsec,egcd->gsd", mask, weighted, precision=EXACT)
 
 
 class IndexPlan(NamedTuple):

@@ -207,8 +207,15 @@ def scored(i: Inputs, moe: MoEConfig, score: jax.Array, measure: str, normalize:
     if i.asked is not None:
         gate = jnp.where(i.asked, gate, 0.0)
     if moe.router.normalize == "before" or (moe.router.normalize is None and normalize):
-        gate = gate / jnp.maximum(gate.sum(-1, keepdims=True), 1e-18)
+        gate = shares(gate)
     return expert, gate
+
+
+def shares(score: jax.Array) -> jax.Array:
+    """Scores [..., n] divided by their sum, however small it is; zeros stay zeros."""
+    largest = jax.lax.stop_gradient(score.max(-1, keepdims=True))
+    score = score / jnp.where(largest > 0, largest, 1.0)  # the quotient does not depend on it, and cannot underflow
+    return score / jnp.maximum(score.sum(-1, keepdims=True), 1e-18)
 
 
 def softmax_topk(i: Inputs, moe: MoEConfig) -> Choice:
@@ -225,8 +232,7 @@ def deepseek_v3(i: Inputs, moe: MoEConfig) -> Choice:
     """
     score = jax.nn.sigmoid(i.logits)
     expert, gate = scored(i, moe, score, "sum2", normalize=True)
-    prob = score / jnp.maximum(score.sum(-1, keepdims=True), 1e-18)
-    return Choice(expert, gate, all_of(expert), prob)
+    return Choice(expert, gate, all_of(expert), shares(score))
 
 
 def expert_choice(i: Inputs, moe: MoEConfig) -> Choice:
@@ -331,6 +337,7 @@ def route(
         Routing with expert, gate and valid [..., S, K], prob and logits [..., S, E].
     """
     logits = logits.astype(jnp.float32)
+    check_mask(mask, logits.shape[:-1])
     if chosen is None and moe.router.force is not None:
         chosen = forced(moe, logits.shape)
     bias = None if bias is None else jax.lax.stop_gradient(bias)
@@ -343,6 +350,17 @@ def route(
     gate = jnp.where(valid, choice.gate * moe.router.scale, 0.0)
     ranked = best(logits, moe.top_k) if moe.sequence_loss else None
     return Routing(choice.expert.astype(jnp.int32), gate, valid, choice.prob, logits, choice.chance, ranked)
+
+
+def check_mask(mask: jax.Array | None, shape: tuple[int, ...]) -> None:
+    """Refuse a mask that is not one: integers, such as segment ids, would select some of the tokens only.
+
+    Raises:
+        ValueError: another shape or type.
+    """
+    if mask is not None and (mask.shape != shape or mask.dtype != jnp.bool_):
+        why = f"the mask is {mask.dtype}{list(mask.shape)}, and bool{list(shape)} is needed"
+        raise ValueError(f"{why}: True for tokens and False for padding, for example segments > 0")
 
 
 def recorded(routing: Routing) -> jax.Array:

@@ -163,7 +163,7 @@ def validate(rules: Rules, mesh: Mapping[str, int], leaves) -> None:
 
 
 def place(module: Any, mesh: jax.sharding.Mesh, rules: Rules) -> None:
-    """Move the parameters of a Flax NNX module onto a mesh, in place, by their logical axes.
+    """Move the parameters and selection biases of a Flax NNX module onto a mesh, in place, by their logical axes.
 
     Parameters without logical axes, those of layers that are not this library's, are replicated.
 
@@ -172,7 +172,8 @@ def place(module: Any, mesh: jax.sharding.Mesh, rules: Rules) -> None:
     """
     variables = [
         (".".join(map(str, path)), v, v.get_metadata().get("axes"))
-        for path, v in nnx.to_flat_state(nnx.state(module, nnx.Param))
+        for path, v in nnx.to_flat_state(nnx.state(module))
+        if isinstance(v, nnx.Param) or "axes" in v.get_metadata()
     ]
     sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
     validate(rules, sizes, [(name, v.shape, axes) for name, v, axes in variables if axes is not None])

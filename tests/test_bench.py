@@ -42,7 +42,7 @@ def test_parts_are_the_layer():
     shape = layer.Shape(tokens=16, experts=4, d_model=8, d_ff=16, group_size=16)
     made = layer.pieces(*layer.build(shape, "ragged"), "forward")
     assert set(made) == {"layer", "routing", "dispatch", "experts", "combine"}
-    assert made["combine"]().size == made["layer"]().size == 16 * 8
+    assert made["combine"]().size == made["layer"]()[0].size == 16 * 8
     dense = layer.programs(shape, "ragged", "forward", parts=False, ragged_dot=True)["ragged_dot"]
     np.testing.assert_allclose(dense(), made["experts"](), atol=1e-6)
 

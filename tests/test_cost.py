@@ -1,10 +1,12 @@
 """The cost model: its formula, the group size it picks, the dispatcher it chooses and its reason."""
 
 import pytest
+from flax import nnx
 
 from moe_jax import cost
-from moe_jax.config import MoEConfig
+from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.cost import choose, einsum_groups, einsum_overhead
+from moe_jax.layers.moe import MoELayer
 
 
 def test_overhead_is_the_ratio_of_multiplications():
@@ -32,7 +34,7 @@ def test_group_size(length, d_ff, matrices, size):
     "platform,options,want,why",
     [
         ("cpu", {}, "gather", "S/F = 512/2048"),
-        ("gpu", {}, "gather", "on gpu"),
+        ("gpu", {}, "gather", "measured on CPU only, not on gpu"),
         ("tpu", {}, "gather", "S/F = 512/2048"),
         ("tpu", {"group": 256}, "einsum", "S/F = 256/2048"),
         ("tpu", {"dropless": True}, "ragged", "8/2 times"),
@@ -61,8 +63,30 @@ def test_settled_as_set_or_by_the_model():
 
 
 @pytest.mark.parametrize(
-    "setting,dispatch,size",
-    [(64, "einsum", 64), (None, "einsum", 512), ("auto", "einsum", 128), ("auto", "gather", 512)],
+    "setting,dispatch,factor,size",
+    [
+        (64, "einsum", 1.0, 64),
+        (None, "einsum", 1.0, 512),
+        ("auto", "einsum", 1.0, 128),
+        ("auto", "gather", 1.0, 512),
+        (64, "einsum", None, 128),  # never full: the setting changes no result, and small groups have small masks
+    ],
 )
-def test_groups_of_a_setting(setting, dispatch, size):
-    assert cost.group_size(setting, dispatch, 512, 512, 3) == size
+def test_groups_of_a_setting(setting, dispatch, factor, size):
+    moe = MoEConfig(group_size=setting, dispatch=dispatch)
+    assert cost.group_size(moe, factor, 512, 512, 3) == size
+
+
+@pytest.mark.parametrize("factor", [None, 1.0])
+@pytest.mark.parametrize("dispatch", ["einsum", "auto"])
+def test_what_a_run_says_is_what_its_layers_do(factor, dispatch):
+    """Dispatcher, groups and slots that are printed, against those of the layer."""
+    moe = MoEConfig(experts=8, top_k=2, d_ff=48, capacity_factor=factor, dispatch=dispatch)
+    said = cost.for_training("cpu", ModelConfig(d_model=16, moe=moe), 256)
+    layer = MoELayer(moe, 16, rngs=nnx.Rngs(params=0))
+    S = layer.group_size(4, 256, factor)
+    assert said.dispatch == layer.dispatch_for(moe, S, cost.capacity(moe, S, factor))
+    if dispatch == "einsum":
+        assert cost.formula(S, 48, 3) in said.reason
+    if factor is not None:
+        assert f"groups of {S} tokens with {cost.capacity(moe, S, factor)} slots" in said.reason

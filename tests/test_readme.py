@@ -43,6 +43,10 @@ assert moments[...].sharding.is_equivalent_to(net.moe.experts.w_up[...].sharding
 assert stats.tokens == 52 and 0 < dropped < stats.routed == stats.load.sum()
 assert 52 <= stats.load.sum() <= 104 and (y[1, 20:] == 0).all()
 """,
+    4: """
+moves = (layer.bias[...] / 1e-3).round()
+assert (moves == jnp.sign(stats.load.mean() - stats.load)).all() and (moves != 0).any()
+""",
 }
 
 

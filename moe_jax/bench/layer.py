@@ -133,7 +133,7 @@ def pieces(layer: MoELayer, x: jax.Array, phase: str) -> dict[str, Piece]:
     tokens, mask = x.reshape(-1, S, D), jnp.ones((T // S, S), bool)
 
     def whole(v: Any, _: Any) -> Any:
-        return nnx.merge(graph, v[0])(v[1], train=True)[0]
+        return nnx.merge(graph, v[0])(v[1], train=True)  # with the statistics, which every train step uses
 
     def routing(v: Any, _: Any) -> Any:
         routed, slots = nnx.merge(graph, v[0]).route(moe, v[1], mask, None, C, moe.dispatch)

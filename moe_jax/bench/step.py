@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax import cost
 from moe_jax import mesh as meshes
 from moe_jax.bench.timing import by_turns, cpu_ratio, machine, ratio
 from moe_jax.capacity import capacity
 from moe_jax.config import Config, ModelConfig, Problem, Refused
-from moe_jax.cost import group_size
 from moe_jax.layers.attention import QUERY_BLOCK, QUERY_BLOCKS
 from moe_jax.rules import sharding
 from moe_jax.train.state import Model
@@ -49,7 +49,7 @@ def layer_products(m: ModelConfig, kind: str, B: int, L: int) -> list[Product]:
         return out + ffn_products(T, 1, D, m.d_ff, m.ffn)
     moe = m.moe
     F = moe.d_ff or m.d_ff
-    S = group_size(moe.group_size, moe.dispatch, L, F, 3 if m.ffn == "swiglu" else 2)
+    S = cost.group_size(moe, moe.capacity_factor, L, F, 3 if m.ffn == "swiglu" else 2)
     # Without a limit, the rows in use: what sorted rows multiply, and buffers that drop nothing exceed.
     dropless = moe.capacity_factor is None
     rows = -(-moe.top_k * T // moe.experts) if dropless else capacity(moe, S, moe.capacity_factor) * (T // S)
@@ -152,6 +152,8 @@ def measure(cfg: Config, rounds: int = 9) -> dict[str, Any]:
         )
     flops = sum(p.flops for part in step_products(cfg) for p in part)
     report = {"bench": "step", "config": cfg.name, **machine(), "rounds": rounds, "flops": flops, "rows": rows}
+    if cfg.model.moe is not None:
+        report |= cost.for_training(jax.devices()[0].platform, cfg.model, cfg.data.length)._asdict()
     if "moe" in times:
         moe, dense = times["moe"], times["dense"]
         report |= {"moe_to_dense": ratio(moe, dense), "moe_to_dense_cpu": cpu_ratio(moe, dense)}
@@ -161,6 +163,8 @@ def measure(cfg: Config, rounds: int = 9) -> dict[str, Any]:
 def lines(report: dict[str, Any]) -> list[str]:
     """The report as a table for people."""
     out = [f"{report['config']}: {report['flops'] / 1e9:.1f} GFLOP of products a step"]
+    if "dispatch" in report:
+        out.append("dispatch {dispatch} ({reason})".format(**report))
     out.append(
         f"{'program':9} {'s/step':>8} {'cpu s':>8} {'tokens/s':>9} {'x products':>10} {'x cpu':>6} {'faults':>8}"
     )

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,12 +20,11 @@ from moe_jax.grouped import Weights
 from moe_jax.layers.common import ACTIVATIONS, Keys, constant, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.ragged import over_mesh, ragged_experts
-from moe_jax.routing import QUIET, Routing, draw, jittered, recorded, route
+from moe_jax.routing import QUIET, Routing, check_mask, draw, jittered, recorded, route
 from moe_jax.rules import current_mesh, platform, spec
 
 FROM_CONFIG: Any = "the config's capacity factor"
 HIGHEST = jax.lax.Precision.HIGHEST  # of the router's products (Switch, section 2.4: selective precision)
-DROPLESS_GROUP = 128  # without a limit the group size changes no result, and small groups have small masks
 
 
 def group_keys(rows: Keys, L: int, S: int) -> Keys:
@@ -157,11 +155,10 @@ class MoELayer(nnx.Module):
         """
         self.check_input(x)
         B, L, D = x.shape
-        moe = self.moe if top_k is None else dataclasses.replace(self.moe, top_k=top_k)
-        if top_k is not None:
-            config.require(moe, "moe")
-        if mask is not None:
-            chex.assert_shape(mask, (B, L))
+        moe = self.settings(train, top_k, capacity_factor)
+        check_mask(mask, (B, L))
+        if tokens is not None and (tokens.shape != (B, L) or not jnp.issubdtype(tokens.dtype, jnp.integer)):
+            raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}: give token ids, integers [B={B}, L={L}]")
         K = moe.experts if moe.router.kind == "expert_choice" else moe.top_k
         if replay is not None and replay.shape != (B, L, K):
             raise ValueError(f"replay is {list(replay.shape)}, this call [B={B}, L={L}, K={K}]: record it on the same")
@@ -175,7 +172,11 @@ class MoELayer(nnx.Module):
         groups = group_keys(rows, L, S)
 
         h = lay(x.reshape(-1, S, D), self.rules, names=("batch", None, "act_embed"))  # [G,S,D]
-        mask = (jnp.ones((B, L), bool) if mask is None else mask).reshape(-1, S)  # [G,S]
+        if mask is None:
+            mask = jnp.ones((B, L), bool)
+        else:  # whatever padding holds, even NaN, is neither routed nor multiplied
+            h = jnp.where(mask.reshape(-1, S, 1), h, jnp.zeros((), h.dtype))
+        mask = mask.reshape(-1, S)  # [G,S]
         dispatch = self.dispatch_for(moe, S, C)
         fallback = moe.overflow == "fallback" and C < S
         with jax.named_scope("routing"):
@@ -201,6 +202,18 @@ class MoELayer(nnx.Module):
             return y, stats
         expert = recorded(routing)
         return y, stats, Record(expert.reshape(B, L, -1), slots.gate.reshape(B, L, -1))
+
+    def settings(self, train: bool, top_k: int | None, capacity_factor: Any) -> MoEConfig:
+        """The config of a call, with what it overrides.
+
+        Raises:
+            ConfigError: a `top_k` or capacity factor that the config's other settings do not admit.
+        """
+        moe = self.moe if top_k is None else dataclasses.replace(self.moe, top_k=top_k)
+        given = {} if capacity_factor is FROM_CONFIG else {"eval_capacity_factor": capacity_factor}
+        if top_k is not None or given:  # one gate of value 1 teaches the router nothing, which evaluation does not ask
+            config.require(dataclasses.replace(moe, **given), "moe", learns=train)
+        return moe
 
     def dispatch_for(self, moe: MoEConfig, S: int, C: int) -> str:
         """The dispatcher of a call with groups of S tokens; `auto` asks the cost model."""
@@ -340,10 +353,7 @@ class MoELayer(nnx.Module):
 
     def group_size(self, B: int, L: int, factor: float | None) -> int:
         """Tokens S of a group for a call on [B, L]."""
-        if factor is None and self.moe.router.kind != "expert_choice":
-            return next(s for s in range(min(L, DROPLESS_GROUP), 0, -1) if L % s == 0)
-        F = self.experts.w_down.shape[1]
-        S = cost.group_size(self.moe.group_size, self.moe.dispatch, L, F, self.experts.matrices)
+        S = cost.group_size(self.moe, factor, L, self.experts.w_down.shape[1], self.experts.matrices)
         if (L % S and S % L) or B * L % S:
             raise ValueError(
                 f"moe.group_size={S} fits no [B={B}, L={L}]: use a divisor of L, or a multiple dividing B*L"
@@ -356,6 +366,8 @@ class MoELayer(nnx.Module):
             raise ValueError(
                 f"x has the shape {list(x.shape)}, and a MoELayer takes [B, L, D={self.d_model}]: {remedy}"
             )
+        if x.size == 0:
+            raise ValueError(f"x has the shape {list(x.shape)} and holds no token: give a token or more")
         if x.shape[-1] != self.d_model:
             raise ValueError(
                 f"x {list(x.shape)} has tokens of width {x.shape[-1]}, and this MoELayer was built with d_model="

@@ -14,10 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax import mesh as meshes
-from moe_jax.capacity import capacity
 from moe_jax.checkpoint import Checkpoints, check_workdir
 from moe_jax.config import Config, Problem, Refused
-from moe_jax.cost import group_size, settle
+from moe_jax.cost import for_training
 from moe_jax.data import Windows, batches, bigram_loss, load_tokenizer, prepare
 from moe_jax.generate import Generator
 from moe_jax.health import Watch
@@ -196,14 +195,8 @@ class Run:
 
     def dispatch(self) -> str:
         """The dispatcher, the groups and why, in words."""
-        m, moe, length = self.cfg.model, self.cfg.model.moe, self.cfg.data.length
-        assert moe is not None
-        expert = {"d_ff": moe.d_ff or m.d_ff, "matrices": 3 if m.ffn == "swiglu" else 2}
-        S = group_size(moe.group_size, moe.dispatch, length, **expert)
-        C = capacity(moe, S, moe.capacity_factor)
-        picked, why = settle(jax.devices()[0].platform, moe, group=S, slots=C, **expert)
-        groups = "" if moe.capacity_factor is None else f", groups of {S:,} tokens with {C:,} slots an expert"
-        return f"dispatch {picked}{groups} ({why})"
+        picked, why = for_training(jax.devices()[0].platform, self.cfg.model, self.cfg.data.length)
+        return f"dispatch {picked} ({why})"
 
     def compile(self, state: State, seed: jax.Array) -> Any:
         """The train step for these shapes; the old state's memory is reused for the new one."""

@@ -114,7 +114,7 @@ def report(model: Model, total: jax.Array, sums: Sums) -> dict[str, jax.Array]:
     if stats is None or moe is None:
         return out
     return out | {
-        "balance": balance.balance_loss(stats, moe).mean(),
+        "balance": balance.balance_loss(stats, dataclasses.replace(moe, balance_form="per_choice")).mean(),
         "z_loss": balance.z_loss(stats).mean(),
         **{n: v.mean() for n, v in balance.losses(stats, moe).items() if n not in ("balance_loss", "z_loss")},
         "router_entropy": stats.entropy / balance.token_count(stats),  # [layers]
