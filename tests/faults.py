@@ -75,7 +75,9 @@ def masked_with_zero(real, program, score, moe, measure):
 
 
 def second_first(real, program, routing, priority, uniform):
-    return [-key for key in real(routing, priority, uniform)]
+    line = real(routing, priority, uniform)  # [..., K*S], all first choices first
+    *lead, S, K = routing.expert.shape
+    return line.reshape(*lead, K, S)[..., ::-1, :].reshape(line.shape)
 
 
 def normalised_after(real, program, routing, moe, slots, noise):
@@ -152,7 +154,7 @@ FAULTS = {
     "K forgotten in the capacity": Fault(layer, "capacity", slots_without_k, V3, ALL),
     "weights taken from biased scores": Fault(routing, "scored", biased_gates, V3, ALL),
     "mask 0 instead of -inf": Fault(routing, "within_groups", masked_with_zero, V3, ALL),
-    "second choices before first": Fault(capacity, "queue_keys", second_first, V3, ALL),
+    "second choices before first": Fault(capacity, "queue", second_first, V3, ALL),
     "drop before normalise": Fault(layer, "assign", normalised_after, V3, ALL),
     "gradient through the counts": Fault(balance, "per_count", leaking, V3, "gradient"),
     "noise left on in evaluation": Fault(layer, "row_keys", always_keyed, EVALUATION, "loss, counts"),

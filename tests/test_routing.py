@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax import balance
-from moe_jax.capacity import assign, capacity
+from moe_jax.capacity import assign, by_expert, capacity
 from moe_jax.config import MoEConfig, RouterConfig, check_moe
 from moe_jax.routing import QUIET, Noise, draw, jittered, recorded, route
 
@@ -525,3 +525,13 @@ def test_choices_survive_underflow(kind):
     moe = MoEConfig(experts=3, top_k=2, router=RouterConfig(kind))
     routing = route(jnp.array([[200.0, 0.0, 50.0]]), moe)
     assert routing.expert.tolist() == [[0, 2]] and bool(jnp.isfinite(routing.gate).all())
+
+
+@pytest.mark.parametrize("experts", [3, 2**30])
+def test_sorting_in_one_integer_or_two(experts):
+    """Equal experts keep their order, whether expert and place fit into 32 bits together or not."""
+    expert = np.random.default_rng(0).integers(0, 3, (2, 50)).astype(np.int32)
+    got, order = by_expert(jnp.asarray(expert), experts)
+    want = np.argsort(expert, -1, kind="stable")
+    np.testing.assert_array_equal(order, want)
+    np.testing.assert_array_equal(got, np.take_along_axis(expert, want, -1))
