@@ -5,10 +5,10 @@ Axis letters, used in names, einsums and shape comments:
 `D` model width, `F` expert hidden width, `H` heads, `N` head width, `V` vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
-"""Mesh axes, slowest first. Groups are ordered data, fsdp, expert: that order makes the exchange one all-to-all."""
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+"""Mesh axes, slowest first: neighbouring devices share what talks most. Tokens are split over all but the last."""
 
 Axes = tuple[str, ...]
 Layout = tuple[Axes, ...]
@@ -38,8 +38,9 @@ class Rules:
     layers: Axes = ()
 
     batch: Axes = ("data", "fsdp", "expert")
-    length: Axes = ()
+    length: Axes = ("context",)
     act_embed: Axes = ()
+    act_exchange: Axes = ()
     act_heads: Axes = ("tensor",)
     act_mlp: Axes = ("tensor",)
     act_vocab: Axes = ("tensor",)
@@ -49,11 +50,31 @@ class Rules:
         return tuple(() if name is None else getattr(self, name) for name in names)
 
     @property
+    def tokens(self) -> Axes:
+        """The axes that split tokens: those of the batch, then those of the length."""
+        return self.batch + self.length
+
+    @property
+    def groups(self) -> Axes:
+        """The axes of the groups `G` of tokens, the experts' last: that order makes the exchange one all-to-all."""
+        rest = tuple(a for a in self.tokens if a not in self.experts)
+        return rest + tuple(a for a in self.experts if a in self.tokens)
+
+    @property
+    def travelling(self) -> Axes:
+        """The axes of D while tokens travel. `act_exchange` splits what the tensor shards would all send alike."""
+        return self.act_exchange or self.act_embed
+
+    @property
     def token_major(self) -> Layout:
-        """Layout of a dispatched tensor `[E, G, C, D]` while tokens are at home: groups sharded like the batch."""
-        return ((), self.batch, (), self.act_embed)
+        """Layout of a dispatched tensor `[E, G, C, D]` while tokens are at home: groups lie where their tokens do."""
+        return ((), self.groups, (), self.travelling)
 
     @property
     def expert_major(self) -> Layout:
         """Layout of a dispatched tensor `[E, G, C, D]` at its experts: the expert axes moved from G to E."""
-        return (self.experts, tuple(a for a in self.batch if a not in self.experts), (), self.act_embed)
+        return (self.experts, tuple(a for a in self.groups if a not in self.experts), (), self.travelling)
+
+    def by_rows(self) -> "Rules":
+        """These rules with whole sequences on every shard and more rows in the batch, as decoding needs it."""
+        return replace(self, batch=self.tokens, length=())

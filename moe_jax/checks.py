@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moe_jax.axes import Rules
 from moe_jax.schema import Config, ConfigError, ModelConfig, MoEConfig, OptimizerConfig, Problem, RouterConfig
 
 
@@ -52,6 +53,9 @@ def check_moe(moe: MoEConfig, prefix: str = "model.moe", *, learns: bool = True)
     if moe.overflow == "fallback" and moe.dispatch == "ragged":
         why = "is 'fallback', and ragged dispatch without capacity_factor is what it would fall back to"
         no("overflow", why, "take capacity_factor out, or set dispatch=gather")
+    if moe.exchange == "ragged" and moe.dispatch != "ragged":
+        why = f"is 'ragged', and dispatch={moe.dispatch} fills buffers of one size"
+        no("exchange", why, "set dispatch=ragged, or another exchange")
     if moe.group_size == "auto" and moe.dispatch == "auto":
         why = "is 'auto' with dispatch=auto: what is dropped would depend on the platform"
         no("group_size", why, "name the dispatcher, for example dispatch=einsum, or give a number")
@@ -272,6 +276,43 @@ def require_decoding(m: ModelConfig) -> None:
         raise ConfigError(*problems)
 
 
+def check_exchange(moe: MoEConfig, rules: Rules, prefix: str = "model.moe") -> list[Problem]:
+    """The exchange against the axes of the experts."""
+    if moe.exchange != "hierarchical" or len(rules.experts) == 2:
+        return []
+    why = f"is 'hierarchical', and rules.experts={list(rules.experts)} names no slow and fast axis"
+    return [
+        Problem(f"{prefix}.exchange", why, 'set rules.experts to two axes such as ["data", "expert"], or shard_map')
+    ]
+
+
+def _check_context(cfg: Config) -> list[Problem]:
+    """Rows split over the mesh: two equal pieces for each shard, and groups of tokens inside of them."""
+    n, length, moe = cfg.mesh.over(cfg.rules.length), cfg.data.length, cfg.model.moe
+    over = " x ".join(f"mesh.{axis}" for axis in cfg.rules.length)
+    if n == 1:
+        return []
+    if length % (2 * n):
+        why = f"{length} tokens do not split into two pieces for each of {n} shards ({over})"
+        return [
+            Problem("data.length", why, f"set it to a multiple of {2 * n}, or {over} to a divisor of {length // 2}")
+        ]
+    if moe is None:
+        return []
+    piece = length // (2 * n)
+    if moe.capacity_factor is None and moe.expert_dropout:
+        why = f"is {moe.expert_dropout}, and without a capacity its noise would depend on the shards of a row ({over})"
+        return [Problem("model.moe.expert_dropout", why, "set model.moe.capacity_factor, or expert_dropout=0")]
+    if moe.capacity_factor is None and moe.eval_capacity_factor is None:
+        return []  # no group is ever full
+    size = length if moe.group_size is None else moe.group_size
+    if size == "auto" or piece % size:
+        groups = "'auto' cuts groups of whole rows, which" if size == "auto" else f"groups of {size} tokens"
+        why = f"{groups} do not fit into the pieces of {piece} tokens that {over}={n} makes of a row"
+        return [Problem("model.moe.group_size", why, f"set it to a divisor of {piece}, which changes who competes")]
+    return []
+
+
 def _check_groups(cfg: Config) -> list[Problem]:
     """Group sizes against sequences, microbatches and the mesh."""
     moe, length = cfg.model.moe, cfg.data.length
@@ -307,8 +348,11 @@ def check(cfg: Config) -> list[Problem]:
     elif (data.batch // train.microbatches) % shards:
         why = f"{data.batch} sequences in {train.microbatches} microbatches do not divide over {shards} token shards"
         no("data.batch", f"{why} (mesh {mesh})", f"set it to a multiple of {shards * train.microbatches}")
+    elif context := _check_context(cfg):
+        out += context
     elif moe is not None:
         out += _check_groups(cfg)
+    out += [] if moe is None else check_exchange(moe, cfg.rules)
     if moe is not None and moe.experts % mesh.over(cfg.rules.experts):
         n = mesh.over(cfg.rules.experts)
         why = f"{moe.experts} experts do not divide over {n} expert shards"

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from moe_jax.checks import check, check_model, check_moe, require_decoding
+from moe_jax.checks import check, check_exchange, check_model, check_moe, require_decoding
 from moe_jax.files import File, chain, config_names, named_in, nearest, set_in
 from moe_jax.schema import (
     Config,
@@ -43,6 +43,7 @@ __all__ = [
     "Refused",
     "RouterConfig",
     "TrainConfig",
+    "check_exchange",
     "config_names",
     "load",
     "nearest",

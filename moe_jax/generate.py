@@ -1,5 +1,6 @@
 """Text from a model: prefill once, then one compiled loop of decoding steps with a key/value cache, dropless."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -56,6 +57,9 @@ class Generator:
 
     def __init__(self, model: Model, mesh: Mesh, known: int, stop: int, sampling: Sampling = SAMPLING):
         require_decoding(model.cfg.model)
+        cfg = model.cfg
+        if cfg.mesh.over(cfg.rules.length) > 1:  # a cache holds whole rows: their shards take more of them instead
+            model = Model.of(dataclasses.replace(cfg, rules=cfg.rules.by_rows()))
         self.model, self.mesh, self.known, self.stop, self.sampling = model, mesh, known, stop, sampling
 
     def keys(self, step: jax.Array, rows: int) -> jax.Array:

@@ -36,7 +36,7 @@ def prepare_devices(mesh: MeshConfig, fake_devices: int | None) -> None:
 
 
 def build_mesh(mesh: MeshConfig, devices: list | None = None) -> Mesh:
-    """A mesh of all four axes, Auto on each, over all devices there are.
+    """A mesh of all axes, Auto on each, over all devices there are.
 
     Raises:
         Refused: the mesh and the devices differ in number.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import config
+from moe_jax import config, sequence
 from moe_jax.axes import Rules
 from moe_jax.balance import Stats
 from moe_jax.cache import Cache, Cached, LayerCache, empty_layer, places
@@ -119,6 +119,7 @@ class Transformer(nnx.Module):
         top_k: int | Sequence[int | None] | None = None,
         replay: jax.Array | None = None,
         record: bool = False,
+        balanced: bool = False,
     ) -> Output:
         """tokens [B, L] int32 -> logits [B, L, V] float32, routing statistics, cache.
 
@@ -133,22 +134,33 @@ class Transformer(nnx.Module):
             top_k: experts per token, likewise; default the config's.
             replay: [layers, B, L, K] int32, `record.expert` of an earlier call: tokens go where they went then.
             record: also return where every token went.
+            balanced: the tokens of every argument are in the order of `sequence.balanced`, and so are the results:
+                where rows are split, logits then need not be moved back.
+        Raises:
+            ValueError: rows too long, or that do not split over the mesh; a cache where they are split.
         """
         B, L = tokens.shape
         if L > self.m.max_length:
             raise ValueError(f"{L} tokens exceed model.max_length={self.m.max_length}")
         if cache is not None and positions is not None:
             raise ValueError("positions cannot be given with a cache, which counts them: leave them out")
+        n = self.shards(L, cache)
+        order = jnp.asarray(sequence.places(L, n))  # [L]
+        turned = 1 if balanced else n  # shards for which the order of the tokens is still to be changed
+        tokens = sequence.ordered(tokens, self.rules, turned)
+        given = segments, positions
+        segments, positions = (None if a is None else sequence.ordered(a, self.rules, turned) for a in given)
+        replay = None if replay is None else sequence.balanced(replay, turned, 2)
         segments = jnp.ones((B, L), jnp.int32) if segments is None else segments
         if cache is None:
-            positions = jnp.broadcast_to(jnp.arange(L), (B, L)) if positions is None else positions
-            context = Context(positions, segments, tokens, None)
+            positions = jnp.broadcast_to(order, (B, L)) if positions is None else positions
+            context = Context(positions, segments, tokens, None, order if n > 1 else None)
         else:
             context = self.cached_context(cache, segments, tokens)
         keys = row_keys(key if train else None, B)
 
         with jax.named_scope("embed"):
-            x = dropout(self.embedding(tokens, context.positions), self.m.dropout, fold(keys, 0))
+            x = dropout(self.embedding(tokens, context.positions), self.m.dropout, fold(keys, 0), context.places)
         options = self.options(capacity_factor, top_k, record)
         routed, layers, done = [], [], 0
         for i, (stack, (kinds, repeats)) in enumerate(zip(self.stacks, self.runs, strict=True)):
@@ -169,7 +181,21 @@ class Transformer(nnx.Module):
             # A write past the last place would overwrite it in silence: such a call returns no numbers.
             logits = jnp.where(cache.filled + L <= places(cache), logits, jnp.nan)
             cache = Cache(tuple(layers), cache.start, cache.filled + L)
-        return Output(logits, stats, cache, past)
+        past = jax.tree.map(lambda a: sequence.restored(a, turned, 2), past)
+        return Output(sequence.restored(logits, turned), stats, cache, past)
+
+    def shards(self, L: int, cache: Cache | None) -> int:
+        """Shards of a row of L tokens over the current mesh."""
+        n = sequence.shards(self.rules)
+        if n > 1 and cache is not None:
+            raise ValueError(
+                f"rules.length splits rows over {n} shards, and a cache holds whole ones: "
+                "build the model with rules.by_rows(), which puts more rows there instead"
+            )
+        if L % (2 * n) and n > 1:
+            why = f"rows of {L} tokens do not split into two pieces for each of {n} shards"
+            raise ValueError(f"{why}: use a multiple of {2 * n}, or the rules by_rows(), which leave them whole")
+        return n
 
     def options(self, capacity_factor: Any, top_k: Any, record: bool) -> list[dict[str, Any]]:
         """What each MoE layer is called with, bottom first."""

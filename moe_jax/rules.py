@@ -6,6 +6,7 @@ was given rules never runs unsharded by accident.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from math import prod
 from typing import Any
 
 import jax
@@ -84,9 +85,10 @@ def clashes(rules: Rules) -> list[Problem]:
     """Activations of which two dimensions would lie on one mesh axis, whatever its size."""
     names = ("batch", "length", "act_embed"), ("batch", "length", "act_mlp"), ("batch", "length", "act_vocab")
     layouts = {f"activation ({', '.join(n)})": rules.layout(*n) for n in (*names, ("batch", "length", "act_heads"))}
-    layouts["cache (batch, kv_heads)"] = rules.layout("batch", "kv_heads")
-    experts, groups, _, embed = rules.expert_major
-    layouts["tokens at their experts (experts, batch, act_embed)"] = (experts, groups, embed)
+    layouts["cache (batch, kv_heads)"] = rules.by_rows().layout("batch", "kv_heads")
+    experts, groups, _, travelling = rules.expert_major
+    layouts["tokens at their experts (experts, batch, act_embed)"] = (experts, groups, rules.act_embed)
+    layouts["tokens on their way (experts, batch, act_exchange)"] = (experts, groups, travelling)
     layouts["hidden layer of the experts (experts, batch, expert_mlp)"] = (experts, groups, rules.expert_mlp)
     out = []
     for name, layout in layouts.items():
@@ -119,6 +121,15 @@ def misfits(rules: Rules, mesh: Mapping[str, int], leaves: Iterable[Leaf]) -> li
     return out
 
 
+def travels(rules: Rules, mesh: Mapping[str, int], leaves: Iterable[Leaf]) -> list[Problem]:
+    """Widths of tokens that cannot be split for their way to the experts."""
+    shards = prod(mesh.get(a, 1) for a in rules.act_exchange)
+    widths = {n: name for name, shape, axes in leaves for n, a in zip(shape, axes, strict=True) if a == "expert_embed"}
+    why = "tokens of width {} do not divide over {} shards on their way to the experts"
+    remedy = "set rules.act_exchange=[], or another size"
+    return [Problem(name, why.format(n, shards), remedy) for n, name in widths.items() if n % shards]
+
+
 def grouped(problems: Iterable[Problem]) -> list[Problem]:
     """Equal conflicts as one that names the first array: a model has the same one in every layer and weight."""
     where: dict[tuple[str, str], list[str]] = {}
@@ -140,12 +151,21 @@ def conflicts(rules: Rules, mesh: Mapping[str, int], leaves: Iterable[Leaf]) -> 
             out.append(
                 Problem(f"rules.{f.name}", f"a mesh axis twice in {list(getattr(rules, f.name))}", "name it once")
             )
-    outside = [a for a in rules.experts if a not in rules.batch and mesh.get(a, 1) > 1]
+    outside = [a for a in rules.experts if a not in rules.tokens and mesh.get(a, 1) > 1]
     if outside:
-        why = f"expert axes {outside} are not among the token axes {list(rules.batch)}: no all-to-all is possible"
-        out.append(Problem("rules.experts", why, "use a subset of rules.batch"))
+        why = f"expert axes {outside} are not among the token axes {list(rules.tokens)}: no all-to-all is possible"
+        out.append(Problem("rules.experts", why, "use a subset of rules.batch and rules.length"))
+    idle = [a for a in rules.act_exchange if a not in rules.expert_mlp and mesh.get(a, 1) > 1]
+    if idle:
+        why = f"{idle} are not among the axes {list(rules.expert_mlp)} of the experts' hidden width, which share tokens"
+        out.append(Problem("rules.act_exchange", why, "use a subset of rules.expert_mlp"))
+    named = {axis for f in fields(Rules) for axis in getattr(rules, f.name)}
+    for axis in (a for a in MESH_AXES if mesh.get(a, 1) > 1 and a not in named):
+        why = f"has {mesh[axis]} devices, and no rule splits anything over {axis!r}"
+        out.append(Problem(f"mesh.{axis}", why, f"set it to 1, or name {axis!r} in one of rules.*"))
     out += clashes(rules)
-    return out + grouped(misfits(rules, mesh, leaves))
+    leaves = list(leaves)
+    return out + grouped(misfits(rules, mesh, leaves) + travels(rules, mesh, leaves))
 
 
 def validate(rules: Rules, mesh: Mapping[str, int], leaves) -> None:

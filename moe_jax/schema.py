@@ -106,6 +106,11 @@ class MoEConfig:
     dispatch: Literal["auto", "einsum", "gather", "ragged"] = key(
         "einsum", "how tokens reach their experts: one-hot products, index tables, sorted rows, or by the cost model"
     )
+    exchange: Literal["compiler", "shard_map", "hierarchical", "ragged"] = key(
+        "compiler",
+        "tokens travel by constraints, by a hand-placed all-to-all, by two over the slow and the fast axis of "
+        "rules.experts; dispatch=ragged places its own: these rows padded, or ragged: as many as there are",
+    )
     overflow: Literal["drop", "error", "fallback"] = key(
         "drop",
         "choices without a slot pass by the residual, or stop `moe-jax train`, or the layer runs dropless that time",
@@ -157,6 +162,9 @@ class ModelConfig:
     final_norm: bool = key(True, "a norm before the head")
     ffn: Literal["relu", "gelu", "swiglu"] = key("swiglu", "dense layers and experts: two matrices, or gated three")
     tied_head: bool = key(True, "the head is the transposed embedding")
+    attention_exchange: Literal["gather", "ring"] = key(
+        "gather", "mesh.context > 1: keys and values are gathered, or passed round a ring of shards"
+    )
     dropout: Rate = key(0.0, "dropout on the output of each sub-layer and of the embedding, in training")
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and router stay float32")
     scan: bool = key(True, "run equal layers in a loop: compile time near-flat in depth")
@@ -190,6 +198,7 @@ class MeshConfig:
     data: Count = key(1, "replicas: the batch is split, parameters are copied")
     fsdp: Count = key(1, "the batch is split, parameters and optimizer state are split too")
     expert: Count = key(1, "the batch is split, and so are the experts")
+    context: Count = key(1, "sequences are split")
     tensor: Count = key(1, "heads and hidden widths are split")
 
     @property

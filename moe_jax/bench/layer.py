@@ -20,7 +20,7 @@ from moe_jax.config import MoEConfig, Problem, Refused, RouterConfig
 from moe_jax.dispatch import ragged_plan
 from moe_jax.grouped import grouped_ffn, ragged
 from moe_jax.layers.common import ACTIVATIONS
-from moe_jax.layers.moe import MoELayer
+from moe_jax.layers.moe import SILENT, MoELayer
 from moe_jax.rows import gather_rows, sum_rows
 
 PHASES = ("forward", "forward+backward")
@@ -136,7 +136,7 @@ def pieces(layer: MoELayer, x: jax.Array, phase: str) -> dict[str, Piece]:
         return nnx.merge(graph, v[0])(v[1], train=True)  # with the statistics, which every train step uses
 
     def routing(v: Any, _: Any) -> Any:
-        routed, slots = nnx.merge(graph, v[0]).route(moe, v[1], mask, None, C, moe.dispatch)
+        routed, slots = nnx.merge(graph, v[0]).route(moe, v[1], mask, SILENT, C, moe.dispatch)
         return slots, routed, balance.statistics(routed, slots, moe, mask)
 
     slots, routed, _ = jax.jit(routing)((state, tokens), ())

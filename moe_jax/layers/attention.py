@@ -8,7 +8,9 @@ from moe_jax.axes import Rules
 from moe_jax.cache import Cached, LayerCache, write
 from moe_jax.config import ModelConfig
 from moe_jax.layers.common import fan_in, lay, param, product
+from moe_jax.layers.context import split_attention
 from moe_jax.layers.positions import rotary
+from moe_jax.sequence import shards
 
 QUERY_BLOCK = 64  # least rows of a query block
 QUERY_BLOCKS = 8  # most blocks, so that compile time does not grow with the length
@@ -55,7 +57,7 @@ class Attention(nnx.Module):
 
     def heads(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """x [B, L, D] -> [B, heads, L, N]."""
-        h = product(x, w.reshape(w.shape[0], -1)).reshape(*x.shape[:-1], *w.shape[1:])  # [B,L,heads,N]
+        h = product(x, w.reshape(w.shape[0], -1), self.rules).reshape(*x.shape[:-1], *w.shape[1:])  # [B,L,heads,N]
         h = lay(h, self.rules, names=("batch", "length", "act_heads", None))
         return h.transpose(0, 2, 1, 3)
 
@@ -70,7 +72,8 @@ class Attention(nnx.Module):
         """x [B, L, D] -> ([B, L, D], cache).
 
         Args:
-            positions: [B, L] int32; segments: [B, L] int32, 0 for padding.
+            positions: [B, L] int32; segments: [B, L] int32, 0 for padding. Tokens of split rows are in the order of
+                `sequence.balanced`.
             cache: k and v [B, J, M, N]; keys and values are written from `cached.place` on, and the tokens attend to
                 the places that `cached.visible` shows.
         """
@@ -84,8 +87,10 @@ class Attention(nnx.Module):
         if cache is not None and cached is not None:
             cache = write(cache, k, v, cached.place)
             y = weighted_values(q, cache.k, cache.v, cached.visible)
+        elif self.rules is not None and shards(self.rules) > 1:
+            y = split_attention(q, k, v, segments, self.rules, m.attention_exchange)
         else:
             y = causal_attention(q, k, v, segments)
         y = y.reshape(B, -1, L, y.shape[-1]).transpose(0, 2, 1, 3)  # [B,L,H,N]
         w = self.w_out[...]
-        return product(y.reshape(B, L, -1), w.reshape(-1, w.shape[-1])), cache
+        return product(y.reshape(B, L, -1), w.reshape(-1, w.shape[-1]), self.rules), cache

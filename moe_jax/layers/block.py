@@ -23,6 +23,7 @@ class Context(NamedTuple):
     segments: jax.Array  # [B, L] int32, 0 for padding
     tokens: jax.Array  # [B, L] int32
     cached: Cached | None  # None without a cache
+    places: jax.Array | None = None  # [L] int32 of tokens in the order of `sequence.balanced`; None in their own
 
 
 class Routed(NamedTuple):
@@ -65,7 +66,7 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             h = self.attention_norm(x) if pre else x
             h, cache = self.attention(h, context.positions, context.segments, cache, context.cached)
-            x = x + dropout(h, self.m.dropout, fold(keys, 0))
+            x = x + dropout(h, self.m.dropout, fold(keys, 0), context.places)
             x = x if pre else self.attention_norm(x)
 
         with jax.named_scope("ffn"):
@@ -73,10 +74,11 @@ class Block(nnx.Module):
             routed = None
             if isinstance(self.ffn, MoELayer):
                 mask, key = context.segments > 0, fold(keys, 2)
-                h, *rest = self.ffn(h, mask=mask, train=train, key=key, tokens=context.tokens, **options)
+                options |= {"train": train, "balanced": context.places is not None}
+                h, *rest = self.ffn(h, mask=mask, key=key, tokens=context.tokens, **options)
                 routed = Routed(*rest)
             else:
                 h = self.ffn(h)
-            x = x + dropout(h, self.m.dropout, fold(keys, 1))
+            x = x + dropout(h, self.m.dropout, fold(keys, 1), context.places)
             x = x if pre else self.ffn_norm(x)
         return x, routed, cache

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from flax import nnx
 
 from moe_jax.axes import Layout, Rules
 from moe_jax.rules import constrain
+from moe_jax.sequence import shards
 
 ACTIVATIONS: dict[str, Callable] = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "swiglu": jax.nn.silu}
 
@@ -33,12 +35,16 @@ def fan_in(width: int) -> float:
     return 1.0 / math.sqrt(width)
 
 
-def product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., D] times w [D, F] -> [..., F], in the type of x.
+def product(x: jax.Array, w: jax.Array, rules: Rules | None, dtype: Any = None) -> jax.Array:
+    """x [B, L, D] times w [D, F] -> [B, L, F], in `dtype` or the type of x.
 
-    Tokens are flattened first: a weight gradient over several token dimensions would transpose its cotangent.
+    Tokens are flattened first: a weight gradient over several token dimensions would transpose its cotangent. Not so
+    where both are split, and no layout of the flattened ones would leave them in their places.
     """
-    return (x.reshape(-1, x.shape[-1]) @ w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[-1])
+    if shards(rules) > 1:
+        return jnp.einsum("bld,df->blf", x, w.astype(x.dtype), preferred_element_type=dtype)
+    flat = jnp.matmul(x.reshape(-1, x.shape[-1]), w.astype(x.dtype), preferred_element_type=dtype)
+    return flat.reshape(*x.shape[:-1], w.shape[-1])
 
 
 Keys = jax.Array | None
@@ -56,11 +62,17 @@ def fold(keys: Keys, number: int | jax.Array) -> Keys:
     return None if keys is None else jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
 
 
-def dropout(x: jax.Array, rate: float, keys: Keys) -> jax.Array:
-    """Inverted dropout of x [B, ...]; without keys (evaluation) or rate, `x` itself."""
+def dropout(x: jax.Array, rate: float, keys: Keys, places: jax.Array | None = None) -> jax.Array:
+    """Inverted dropout of x [B, L, ...]; without keys (evaluation) or rate, `x` itself.
+
+    Args:
+        places: [L] int32, the place of each token in its row, by which it draws; default 0, 1, 2, ...
+    """
     if keys is None or rate == 0.0:
         return x
-    keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate, x.shape[1:]))(keys)
+    places = jnp.arange(x.shape[1]) if places is None else places
+    by_token = jax.vmap(lambda k: jax.vmap(lambda p: jax.random.fold_in(k, p))(places))(keys)  # [B,L]
+    keep = jax.vmap(jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate, x.shape[2:])))(by_token)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 

@@ -6,7 +6,7 @@ from flax import nnx
 
 from moe_jax.axes import Rules
 from moe_jax.config import ModelConfig
-from moe_jax.layers.common import fan_in, lay, param
+from moe_jax.layers.common import fan_in, lay, param, product
 from moe_jax.layers.positions import sinusoidal
 
 
@@ -37,6 +37,5 @@ class Embedding(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """x [B, L, D] -> [B, L, V] float32."""
         w = self.table[...].T if self.head is None else self.head[...]
-        flat = x.reshape(-1, x.shape[-1])
-        out = jnp.matmul(flat, w.astype(x.dtype), preferred_element_type=jnp.float32)
-        return lay(out.reshape(*x.shape[:-1], -1), self.rules, names=("batch", "length", "act_vocab"))
+        out = product(x, w, self.rules, jnp.float32)
+        return lay(out, self.rules, names=("batch", "length", "act_vocab"))

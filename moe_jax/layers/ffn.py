@@ -17,10 +17,12 @@ class FFN(nnx.Module):
         self.w_up = param(rngs, (D, F), ("embed", "mlp"), fan_in(D))
         self.w_down = param(rngs, (F, D), ("mlp", "embed"), fan_in(F))
 
-    def __call__(self, x: jax.Array, *, rate: float = 0.0, keys: Keys = None) -> jax.Array:
-        """x [B, L, D] -> [B, L, D]; `rate` is the dropout of the hidden layer."""
-        h = product(x, self.w_up[...])  # [B,L,F]
+    def __call__(
+        self, x: jax.Array, *, rate: float = 0.0, keys: Keys = None, places: jax.Array | None = None
+    ) -> jax.Array:
+        """x [B, L, D] -> [B, L, D]; `rate` is the dropout of the hidden layer, drawn by the tokens' `places` [L]."""
+        h = product(x, self.w_up[...], self.rules)  # [B,L,F]
         act = ACTIVATIONS[self.kind]
-        h = act(h) if self.w_gate is None else act(product(x, self.w_gate[...])) * h
+        h = act(h) if self.w_gate is None else act(product(x, self.w_gate[...], self.rules)) * h
         h = lay(h, self.rules, names=("batch", "length", "act_mlp"))
-        return product(dropout(h, rate, keys), self.w_down[...])  # [B,L,D]
+        return product(dropout(h, rate, keys, places), self.w_down[...], self.rules)  # [B,L,D]

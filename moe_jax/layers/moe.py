@@ -11,8 +11,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from moe_jax import balance, config, cost
-from moe_jax.axes import Rules
+from moe_jax import balance, config, cost, exchange
+from moe_jax.axes import Axes, Rules
 from moe_jax.capacity import Slots, assign, capacity, unlimited
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import DISPATCHERS
@@ -20,8 +20,9 @@ from moe_jax.grouped import Weights
 from moe_jax.layers.common import ACTIVATIONS, Keys, constant, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.ragged import over_mesh, ragged_experts
-from moe_jax.routing import QUIET, Routing, check_mask, draw, jittered, recorded, route
+from moe_jax.routing import QUIET, Noise, Routing, check_mask, draw, jittered, recorded, route
 from moe_jax.rules import current_mesh, platform, spec
+from moe_jax.sequence import Cut, shards
 
 FROM_CONFIG: Any = "the config's capacity factor"
 HIGHEST = jax.lax.Precision.HIGHEST  # of the router's products (Switch, section 2.4: selective precision)
@@ -38,6 +39,25 @@ def group_keys(rows: Keys, L: int, S: int) -> Keys:
 
 class SelectionBias(nnx.Variable):
     """Biases [E] on the scores that choose experts: no parameter, moved by `balance.updated_bias` after each step."""
+
+
+class Draws(NamedTuple):
+    """Random numbers of a call; None where nothing is drawn."""
+
+    noise: Noise  # [G, S, ...], of the router and of the queues
+    jitter: jax.Array | None  # [G, S, D], factors on the router's input
+    groups: Keys  # [G]
+
+
+SILENT = Draws(QUIET, None, None)
+
+
+class Seen(NamedTuple):
+    """What the statistics count."""
+
+    routing: Routing
+    slots: Slots
+    mask: jax.Array
 
 
 class Record(NamedTuple):
@@ -109,6 +129,8 @@ class MoELayer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         config.require(moe, "moe")
+        if rules is not None and (problems := config.check_exchange(moe, rules, "moe")):
+            raise config.ConfigError(*problems)
         width = moe.d_ff or d_ff
         if width is None:
             raise config.ConfigError(config.Problem("moe.d_ff", "is unset", "give moe.d_ff or MoELayer(d_ff=...)"))
@@ -134,6 +156,7 @@ class MoELayer(nnx.Module):
         top_k: int | None = None,
         replay: jax.Array | None = None,
         record: bool = False,
+        balanced: bool = False,
     ):
         """x [B, L, D] -> (y [B, L, D], statistics of the routing), and with `record` a `Record` third.
 
@@ -148,13 +171,15 @@ class MoELayer(nnx.Module):
             top_k: overrides the config's number of experts per token.
             replay: [B, L, K] int32, experts in place of the router's choice, as `Record` has them; gates are computed
                 from this call's logits.
+            balanced: the tokens of a row are in the order of `sequence.balanced`, two pieces a shard; random numbers
+                and groups are still those of the row's own order.
         Raises:
             ValueError: an x of another rank or width, a batch or a group size that does not fit the mesh or [B, L], or
                 training noise without a key.
             ConfigError: a `top_k` that the config's other settings do not admit.
         """
         self.check_input(x)
-        B, L, D = x.shape
+        B, L, _ = x.shape
         moe = self.settings(train, top_k, capacity_factor)
         check_mask(mask, (B, L))
         if tokens is not None and (tokens.shape != (B, L) or not jnp.issubdtype(tokens.dtype, jnp.integer)):
@@ -164,44 +189,46 @@ class MoELayer(nnx.Module):
             raise ValueError(f"replay is {list(replay.shape)}, this call [B={B}, L={L}, K={K}]: record it on the same")
         if capacity_factor is FROM_CONFIG:
             capacity_factor = moe.capacity_factor if train else moe.eval_capacity_factor
-        S = self.group_size(B, L, capacity_factor)
-        self.check_shards(B, L, S)
-        C = capacity(moe, S, capacity_factor)
+        cut = self.cut(B, L, capacity_factor, balanced)
+        S, C = cut.size, capacity(moe, cut.size, capacity_factor)
         self.check_key(train, key)
         rows = row_keys(key if train else None, B)
-        groups = group_keys(rows, L, S)
+        draws = self.draws(moe, rows, cut, self.group_size(B, L, capacity_factor))
 
-        h = lay(x.reshape(-1, S, D), self.rules, names=("batch", None, "act_embed"))  # [G,S,D]
+        h = self.lay_groups(cut.groups(x, self.width))  # [G,S,D]
         if mask is None:
             mask = jnp.ones((B, L), bool)
         else:  # whatever padding holds, even NaN, is neither routed nor multiplied
-            h = jnp.where(mask.reshape(-1, S, 1), h, jnp.zeros((), h.dtype))
-        mask = mask.reshape(-1, S)  # [G,S]
+            h = jnp.where(cut.groups(mask)[..., None], h, jnp.zeros((), h.dtype))
+        mask = cut.groups(mask)  # [G,S]
         dispatch = self.dispatch_for(moe, S, C)
         fallback = moe.overflow == "fallback" and C < S
         with jax.named_scope("routing"):
-            ids, chosen = (None if a is None else a.reshape(-1, S, *a.shape[2:]) for a in (tokens, replay))
-            routing, slots = self.route(moe, h, mask, groups, C, dispatch, ids, chosen)
+            ids, chosen = (None if a is None else cut.groups(a) for a in (tokens, replay))
+            routing, slots = self.route(moe, h, mask, draws, C, dispatch, ids, chosen)
             limited = slots
             if fallback:
                 slots = unlimited(routing, moe)
-            stats = balance.statistics(routing, slots, moe, mask, rows=B)
+            seen = Seen(routing, slots, mask)
+            if not cut.plain:  # losses of whole sequences need their tokens in rows
+                seen = jax.tree.map(cut.whole, seen)
+            stats = balance.statistics(seen.routing, seen.slots, moe, seen.mask, rows=B)
         if self.shared is not None:  # needs nothing of the exchange, which may overlap it
             with jax.named_scope("shared_experts"):
-                shared = self.shared(x, rate=moe.expert_dropout, keys=fold(rows, 2))
+                places = cut.places() if moe.expert_dropout else None
+                shared = self.shared(x, rate=moe.expert_dropout, keys=fold(rows, 2), places=places)
         if fallback:
             y = self.with_fallback(h, routing, limited, slots, C, dispatch)
         elif dispatch == "ragged":
             y = self.ragged(h, routing, slots, C)
         else:
-            y = self.buffered(h, routing, slots, C, dispatch, fold(groups, 1))
-        y = y.reshape(B, L, D)
+            y = self.buffered(h, routing, slots, C, dispatch, fold(draws.groups, 1))
+        y = cut.whole(self.lay_groups(y), self.width)  # [B,L,D]
         y = y if self.shared is None else y + shared
         y = lay(y, self.rules, names=("batch", "length", "act_embed"))
         if not record:
             return y, stats
-        expert = recorded(routing)
-        return y, stats, Record(expert.reshape(B, L, -1), slots.gate.reshape(B, L, -1))
+        return y, stats, Record(cut.whole(recorded(routing)), cut.whole(slots.gate))
 
     def settings(self, train: bool, top_k: int | None, capacity_factor: Any) -> MoEConfig:
         """The config of a call, with what it overrides.
@@ -258,7 +285,7 @@ class MoELayer(nnx.Module):
         weights, kind = self.experts.weights(tokens.dtype), self.experts.kind
         if self.rules is None:
             return ragged_experts(tokens, routing, slots, weights, C, kind)
-        return over_mesh(self.rules, C, kind)(tokens, routing, slots, weights)
+        return over_mesh(self.rules, C, kind, self.moe.exchange)(tokens, routing, slots, weights)
 
     def gate(self, rngs: nnx.Rngs, D: int) -> tuple[nnx.Param | None, nnx.Param | None, nnx.Param | None]:
         """Parameters that make the logits: the first matrix of an MLP gate, the router, the scale of learned noise."""
@@ -274,13 +301,13 @@ class MoELayer(nnx.Module):
         noisy = router.kind == "noisy_topk"  # begins with equal noise for all (Shazeer et al. 2017, appendix A)
         return gate_in, out, constant(0.0, (D, E), ("router_embed", "router_experts")) if noisy else None
 
-    def scores(self, h: jax.Array, keys: Keys) -> tuple[jax.Array, jax.Array | None]:
+    def scores(self, h: jax.Array, jitter: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         """Router logits and, for noisy_topk, the standard deviation of their noise: [G, S, D] -> [G, S, E] float32."""
         h = h.astype(jnp.float32)
         if self.router is None:
             return jnp.zeros((*h.shape[:-1], self.moe.experts)), None
-        if keys is not None and self.moe.router.jitter:
-            h = jax.vmap(lambda row, key: jittered(row, self.moe.router.jitter, key))(h, keys)
+        if jitter is not None:
+            h = h * jitter
         spread = None
         if self.noise is not None:
             spread = jax.nn.softplus(jnp.einsum("gsd,de->gse", h, self.noise[...], precision=HIGHEST))
@@ -289,11 +316,10 @@ class MoELayer(nnx.Module):
         return jnp.einsum("gsd,de->gse", h, self.router[...], precision=HIGHEST), spread
 
     def route(
-        self, moe: MoEConfig, h: jax.Array, mask: jax.Array, keys: Keys, C: int, dispatch: str, ids=None, chosen=None
+        self, moe: MoEConfig, h: jax.Array, mask: jax.Array, draws: Draws, C: int, dispatch: str, ids=None, chosen=None
     ) -> tuple[Routing, Slots]:
         """Route and queue each group [G, S, D]; all that follows the logits is local to a group."""
-        logits, spread = self.scores(h, fold(keys, 3))
-        noise = QUIET if keys is None else jax.vmap(lambda k: draw(k, moe, logits.shape[1:]))(fold(keys, 0))
+        logits, spread = self.scores(h, draws.jitter)
 
         def local(bias, logits, mask, noise, spread, ids, chosen) -> tuple[Routing, Slots]:
             given = {"bias": bias, "spread": spread, "ids": ids, "slots": C, "chosen": chosen}
@@ -303,7 +329,29 @@ class MoELayer(nnx.Module):
             return routing, assign(routing, moe, C, noise)
 
         bias = None if self.bias is None else self.bias[...]
-        return self.per_group(local, shared=1)(bias, logits, mask, noise, spread, ids, chosen)
+        return self.per_group(local, shared=1)(bias, logits, mask, draws.noise, spread, ids, chosen)
+
+    def draws(self, moe: MoEConfig, rows: Keys, cut: Cut, S: int) -> Draws:
+        """The random numbers of a call from keys of its rows [B]: those of one device, whatever the mesh.
+
+        Args:
+            S: tokens of a group on one device, for which they are drawn.
+        """
+        if rows is None:
+            return SILENT
+        keys, alike = group_keys(rows, cut.length, S), S == cut.size
+        assert keys is not None
+        groups = cut.keys(keys) if alike else None
+        if groups is None and moe.expert_dropout:
+            why = f"groups of {cut.size} tokens, not of {S} as on one device: dropout inside experts would draw others"
+            raise ValueError(f"a split length makes {why}; set moe.capacity_factor or expert_dropout=0")
+
+        def drawn(f: Callable, number: int) -> Any:
+            out = jax.vmap(f)(fold(keys if groups is None else groups, number))
+            return out if alike else jax.tree.map(cut.regroup, out)
+
+        noise, jitter, D = drawn(lambda k: draw(k, moe, (S, moe.experts)), 0), moe.router.jitter, self.d_model
+        return Draws(noise, drawn(lambda k: jittered(jnp.ones((S, D)), jitter, k), 3) if jitter else None, groups)
 
     def per_group(self, f: Callable, shared: int = 0) -> Callable:
         """`f` over shards of groups. The compiler would gather the groups for a top-k or a sort.
@@ -314,7 +362,7 @@ class MoELayer(nnx.Module):
         if self.rules is None:
             return f
         current_mesh()
-        groups: PartitionSpec = spec((self.rules.batch,))
+        groups: PartitionSpec = spec((self.rules.groups,))
 
         def over(*args: Any) -> Any:
             specs = tuple(PartitionSpec() if i < shared else groups for i in range(len(args)))
@@ -331,8 +379,8 @@ class MoELayer(nnx.Module):
 
         if self.rules is None or not chosen.local:
             return plan, chosen.dispatch, chosen.combine
-        groups, buffers = spec((self.rules.batch,)), spec(self.rules.token_major)
-        tokens = spec(self.rules.layout("batch", None, "act_embed"))
+        groups, buffers = spec((self.rules.groups,)), spec(self.rules.token_major)
+        tokens = spec((self.rules.groups, (), self.rules.travelling))
         return (
             self.per_group(plan),
             jax.shard_map(chosen.dispatch, in_specs=(tokens, groups), out_specs=buffers),
@@ -347,12 +395,39 @@ class MoELayer(nnx.Module):
         if self.rules is None:
             return buffers
         layouts = (self.rules.token_major, self.rules.expert_major)
-        for layout in layouts if to_experts else reversed(layouts):
-            buffers = lay(buffers, self.rules, layout)
-        return buffers
+        begin, end = layouts if to_experts else reversed(layouts)
+        buffers = lay(buffers, self.rules, begin)
+        if self.moe.exchange in ("shard_map", "hierarchical"):
+            buffers = exchange.move(buffers, self.rules, self.moe.exchange, home=not to_experts)
+        return lay(buffers, self.rules, end)
+
+    @property
+    def width(self) -> Axes:
+        """The mesh axes of D."""
+        return () if self.rules is None else self.rules.act_embed
+
+    def lay_groups(self, x: jax.Array) -> jax.Array:
+        """x [G, S, D] where its groups are."""
+        return x if self.rules is None else lay(x, self.rules, (self.rules.groups, (), self.width))
+
+    def cut(self, B: int, L: int, factor: float | None, balanced: bool) -> Cut:
+        """The groups of a call: those of one device, or smaller ones where their size changes no result."""
+        n, S = shards(self.rules), self.group_size(B, L, factor)
+        pieces = 2 * n if balanced and n > 1 else n
+        if L % pieces:
+            raise ValueError(f"rows of {L} tokens do not split into {pieces} pieces for {n} shards of the length")
+        if n > 1 and cost.never_full(self.moe, factor):
+            S = cost.dropless_group(L // pieces)
+        elif n > 1 and (L // pieces) % S:
+            why = (
+                f"groups of {S} tokens do not fit into the {pieces} pieces of {L // pieces} tokens that {n} shards make"
+            )
+            raise ValueError(f"{why} of a row: set moe.group_size to a divisor of {L // pieces}")
+        self.check_shards(B, L, S)
+        return Cut(self.rules, B, L, S, n if balanced else 1)
 
     def group_size(self, B: int, L: int, factor: float | None) -> int:
-        """Tokens S of a group for a call on [B, L]."""
+        """Tokens S of a group for a call on [B, L] on one device."""
         S = cost.group_size(self.moe, factor, L, self.experts.w_down.shape[1], self.experts.matrices)
         if (L % S and S % L) or B * L % S:
             raise ValueError(
@@ -379,11 +454,11 @@ class MoELayer(nnx.Module):
         if self.rules is None:
             return
         sizes = {axis: n for axis, n in current_mesh().shape.items() if axis in self.rules.batch and n > 1}
-        shards, groups = math.prod(sizes.values()), B * L // S
-        over = f"does not divide over {shards} token shards ({' x '.join(f'{a}={n}' for a, n in sizes.items())})"
-        if B % shards:
-            raise ValueError(f"a batch of {B} {over}: use a multiple of {shards}, or smaller mesh axes")
-        if groups % shards:
+        count, groups = math.prod(sizes.values()), B * L // S
+        over = f"does not divide over {count} token shards ({' x '.join(f'{a}={n}' for a, n in sizes.items())})"
+        if B % count:
+            raise ValueError(f"a batch of {B} {over}: use a multiple of {count}, or smaller mesh axes")
+        if groups % count:
             raise ValueError(f"[B={B}, L={L}] makes {groups} groups of {S} tokens, which {over}: lower moe.group_size")
 
     def check_key(self, train: bool, key: jax.Array | None) -> None:

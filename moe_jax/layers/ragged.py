@@ -1,8 +1,8 @@
 """Dropless experts: rows sorted by expert, grouped products over the rows in use, on one device or over a mesh.
 
-Over a mesh everything runs inside one `shard_map`: rows are sorted by the shard of their expert, exchanged in buffers
-that hold the worst case (a ragged all-to-all written with `all_to_all`, which every platform has), sorted by expert
-among what all shards sent, multiplied, and sent home the same way.
+Over a mesh everything runs inside one `shard_map`: rows are sorted by the shard of their expert, exchanged, sorted by
+expert among what all shards sent, multiplied, and sent home the same way. They arrive in buffers that hold the worst
+case, and travel in such buffers too, or, by a ragged all-to-all, only as many as there are.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.axes import Axes, Rules
 from moe_jax.capacity import Slots
 from moe_jax.dispatch import RaggedPlan, ragged_plan
+from moe_jax.exchange import blocks, ragged
 from moe_jax.grouped import Weights, grouped_ffn
 from moe_jax.layers.common import ACTIVATIONS
 from moe_jax.routing import Routing
@@ -29,9 +30,12 @@ class Exchange(NamedTuple):
     weight: jax.Array  # [n*M] float32, the gate of each row sent
     sort: Rows  # rows received [n*M] to rows sorted by expert [n*M]
     sizes: jax.Array  # [E/n] int32, rows of each expert here, from all shards
+    starts: jax.Array  # [n] int32, where the rows for each shard begin in the plan
+    sent: jax.Array  # [n] int32, rows for each shard
+    came: jax.Array  # [n] int32, rows from each shard
 
 
-def exchange(plan: RaggedPlan, n: int, axes: Axes) -> Exchange:
+def tables(plan: RaggedPlan, n: int, axes: Axes, kind: str) -> Exchange:
     """Who sends what to whom, from the counts that the n shards tell one another."""
     (R,), (T, K), E = plan.expert.shape, plan.rows.home.shape, plan.sizes.shape[0]
     local = E // n
@@ -49,7 +53,7 @@ def exchange(plan: RaggedPlan, n: int, axes: Axes) -> Exchange:
     used = jnp.where(plan.expert < E, place, n * M)[:, None]
     weight = gather_rows(plan.weight[:, None], Rows(row, used))[:, 0]
 
-    came = jax.lax.all_to_all(by_shard, axes, 0, 0, tiled=True)  # [n,E/n], rows from each shard for each expert
+    came = blocks(by_shard, axes, kind)  # [n,E/n], rows from each shard for each expert
     last = jnp.cumsum(came, 1)
     # The expert of a received row: how many experts of its sender end at or before it.
     marks = jnp.zeros_like(came, shape=(n, M + 1)).at[shards, last].add(1)
@@ -61,7 +65,37 @@ def exchange(plan: RaggedPlan, n: int, axes: Axes) -> Exchange:
     target = jnp.where(expert < local, target, n * M).reshape(-1)  # [n*M]
     entry = jnp.arange(n * M, dtype=jnp.int32)
     source = jnp.full_like(target, n * M).at[target].set(entry, mode="drop")
-    return Exchange(send, weight, Rows(source, target[:, None]), sizes)
+    return Exchange(send, weight, Rows(source, target[:, None]), sizes, starts, by_shard.sum(1), came.sum(1))
+
+
+def there_and_back(
+    tokens: jax.Array, plan: RaggedPlan, n: int, axes: Axes, kind: str
+) -> tuple[jax.Array, Exchange, Rows, jax.Array, Callable[[jax.Array], jax.Array]]:
+    """tokens [T, D] -> rows [n*M, D] sorted by expert at their experts, and what brings such rows home.
+
+    Returns:
+        the rows, their tables, and for the way back: tokens to rows, the gate of each row, and rows [n*M, D] of the
+        experts -> rows at home.
+    """
+    to = tables(plan, n, axes, kind)
+    if kind != "ragged":
+        sent = gather_rows(tokens, to.send)  # [n*M,D]
+
+        def swap(x: jax.Array) -> jax.Array:
+            return blocks(x.reshape(n, -1, x.shape[-1]), axes, kind).reshape(x.shape)
+
+        return gather_rows(swap(sent), to.sort), to, to.send, to.weight, lambda y: swap(sum_rows(y, to.sort))
+    (R,), M = plan.expert.shape, to.sort.source.shape[0] // n
+    lanes = M * jnp.arange(n, dtype=jnp.int32)  # where rows from each shard begin in the buffer
+    mine = M * jax.lax.axis_index(axes).astype(jnp.int32) + jnp.zeros_like(lanes)
+    homes = jax.lax.all_to_all(to.starts, axes, 0, 0, tiled=True)  # where rows for here begin in the other's plan
+    rows = gather_rows(tokens, plan.rows)  # [R,D]
+    got = ragged(rows, n * M, to.starts, to.sent, mine, to.came, axes, M)
+
+    def home(y: jax.Array) -> jax.Array:
+        return ragged(sum_rows(y, to.sort), R, lanes, to.came, homes, to.sent, axes, M)
+
+    return gather_rows(got, to.sort), to, plan.rows, plan.weight, home
 
 
 def ragged_experts(
@@ -73,40 +107,48 @@ def ragged_experts(
     kind: str,
     n: int = 1,
     axes: Axes = (),
+    exchange: str = "shard_map",
+    share: Axes = (),
 ) -> jax.Array:
-    """tokens [G, S, D] -> [G, S, D], on one device or, inside `shard_map`, on one of n shards of the experts."""
+    """tokens [G, S, D] -> [G, S, D], on one device or, inside `shard_map`, on one of n shards of the experts.
+
+    Args:
+        share: mesh axes over which D is split while tokens travel: some of those that split the hidden width F, whose
+            other axes give partial sums.
+    """
     G, S, D = tokens.shape
     with jax.named_scope("dispatch"):
         plan = ragged_plan(routing, slots, capacity)
         flat = tokens.reshape(G * S, D)
+        rows, weight, sizes, home = plan.rows, plan.weight, plan.sizes, None
         if n == 1:
-            rows, weight, sizes = plan.rows, plan.weight, plan.sizes
             x = gather_rows(flat, rows)  # [R,D]
         else:
-            rows, weight, sort, sizes = exchange(plan, n, axes)
-            sent = gather_rows(flat, rows)  # [n*M,D]
-            x = gather_rows(jax.lax.all_to_all(sent, axes, 0, 0, tiled=True), sort)
+            x, to, rows, weight, home = there_and_back(flat, plan, n, axes, exchange)
+            sizes = to.sizes
         x = checkpoint_name(x, "dispatched")
+        if share:
+            x = jax.lax.all_gather(x, share, axis=1, tiled=True)
     with jax.named_scope("experts"):
         y = grouped_ffn(x, sizes, weights, ACTIVATIONS[kind])
+        if share:
+            y = jax.lax.psum_scatter(y, share, scatter_dimension=1, tiled=True)
     with jax.named_scope("combine"):
-        if n > 1:
-            y = jax.lax.all_to_all(sum_rows(y, sort), axes, 0, 0, tiled=True)
-        y = checkpoint_name(y, "expert_out")
+        y = checkpoint_name(y if home is None else home(y), "expert_out")
         # The gate multiplies rows, densely: its gradient at the tokens would be a sum over gathered rows.
         weighted = (y.astype(jnp.float32) * weight[:, None]).astype(y.dtype)
         return sum_rows(weighted, rows).reshape(G, S, D)
 
 
-def over_mesh(rules: Rules, capacity: int, kind: str) -> Callable:
+def over_mesh(rules: Rules, capacity: int, kind: str, exchange: str) -> Callable:
     """`ragged_experts` over the current mesh: (tokens, routing, slots, weights) -> [G, S, D].
 
     Weights that are split over other axes than those of experts and hidden width are gathered on the way in; a hidden
     width that is split gives partial sums, added up once, at the tokens.
     """
     mesh = current_mesh()
-    hidden = rules.expert_mlp
-    everywhere = (*rules.batch, *(a for a in (*rules.experts, *hidden) if a not in rules.batch))
+    hidden, share = rules.expert_mlp, rules.act_exchange
+    everywhere = (*rules.groups, *(a for a in (*rules.experts, *hidden) if a not in rules.groups))
     n = 1
     for axis in rules.experts:
         n *= mesh.shape[axis]
@@ -118,16 +160,18 @@ def over_mesh(rules: Rules, capacity: int, kind: str) -> Callable:
 
     def local(tokens: jax.Array, routing: Routing, slots: Slots, weights: Weights) -> jax.Array:
         weights = jax.tree.map(lambda w: vary(w, (*rules.experts, *hidden)), weights)
-        y = ragged_experts(vary(tokens, rules.batch), routing, slots, weights, capacity, kind, n, rules.experts)
-        rest = tuple(a for a in everywhere if a not in rules.batch)
+        here = (*rules.groups, *share)  # where the tokens of a shard differ
+        options = {"n": n, "axes": rules.experts, "exchange": exchange, "share": share}
+        y = ragged_experts(vary(tokens, here), routing, slots, weights, capacity, kind, **options)
+        rest = tuple(a for a in everywhere if a not in here)
         return jax.lax.psum(y, rest) if rest else y
 
-    groups = spec((rules.batch,))
+    groups, width = spec((rules.groups,)), spec((rules.groups, (), share))
     up, down = spec((rules.experts, (), hidden)), spec((rules.experts, hidden, ()))
 
     def over_shards(tokens: jax.Array, routing: Routing, slots: Slots, weights: Weights) -> jax.Array:
-        specs = (groups, groups, groups, (None if weights.w_gate is None else up, up, down))
-        parts = jax.shard_map(lambda t, r, s, w: local(t, r, s, Weights(*w)), in_specs=specs, out_specs=groups)
+        specs = (width, groups, groups, (None if weights.w_gate is None else up, up, down))
+        parts = jax.shard_map(lambda t, r, s, w: local(t, r, s, Weights(*w)), in_specs=specs, out_specs=width)
         return parts(tokens, routing, slots, tuple(weights))
 
     return over_shards

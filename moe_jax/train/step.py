@@ -14,6 +14,7 @@ from moe_jax.balance import Stats
 from moe_jax.layers.moe import FROM_CONFIG
 from moe_jax.model import pattern
 from moe_jax.rules import constrain
+from moe_jax.sequence import ordered, shards
 from moe_jax.train.state import Model, State, Weights, nnx_keys, text_keys
 
 Batch = dict[str, jax.Array]
@@ -40,7 +41,13 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def forward(model: Model, weights: Weights, batch: Batch, *, train: bool, keys=None, capacity_factor=FROM_CONFIG):
-    """The `Sums` of one (micro)batch."""
+    """The `Sums` of one (micro)batch.
+
+    Split rows are put in the order of their shards here, once: nothing after it moves a token, and all that is summed
+    does not know the order.
+    """
+    rules = model.cfg.rules
+    batch = {name: ordered(rows, rules, shards(rules)) for name, rows in batch.items()}
     out = model.module(*weights)(
         batch["tokens"],
         segments=batch["segments"],
@@ -48,6 +55,7 @@ def forward(model: Model, weights: Weights, batch: Batch, *, train: bool, keys=N
         train=train,
         key=keys,
         capacity_factor=capacity_factor,
+        balanced=True,
     )
     nats = cross_entropy(out.logits, batch["targets"]) * batch["weights"]
     targets = (batch["weights"] > 0).sum(dtype=jnp.int32)

@@ -1,0 +1,188 @@
+"""Exact causal attention over rows that are split over mesh axes: keys and values gathered, or passed round a ring.
+
+Shard i of n holds pieces i and 2n-1-i of a row (`sequence.balanced`), its early and its late half. To the keys of shard
+j they need: late queries the early keys of every j; and early to early where j < i, late to late where j > i. So each
+shard multiplies two blocks for every other one and three for its own, two of these half masked: all have the same work.
+The softmax is summed up block by block, and its gradient recomputes the blocks, so that no shard ever holds more
+scores than one block's (Liu et al. 2023, Ring Attention; Dao 2023, FlashAttention-2, Algorithms 1 and 2).
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.axes import Axes, Rules
+from moe_jax.layers.common import fan_in
+from moe_jax.rules import current_mesh, spec
+
+
+class Sums(NamedTuple):
+    """A softmax under way, of one half or stacked of both."""
+
+    out: jax.Array  # [B, J, R, c, N] float32, sum of exp(score - peak) times values
+    total: jax.Array  # [B, J, R, c] float32, sum of exp(score - peak)
+    peak: jax.Array  # [B, J, R, c] float32, largest score so far
+
+
+def scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """q [B, J, R, c, N], k [B, J, c, N], mask [B, c, c] -> [B, J, R, c, c] float32."""
+    s = jnp.einsum("bjrln,bjmn->bjrlm", q, k, preferred_element_type=jnp.float32) * fan_in(q.shape[-1])
+    return jnp.where(mask[:, None, None], s, -1e30)
+
+
+def add(sums: Sums | None, q: jax.Array, kv: jax.Array, mask: jax.Array) -> Sums:
+    """The sums with one more block of keys and values kv [2, B, J, c, N]; the first one must show each row a key."""
+    s = scores(q, kv[0], mask)
+    peak = s.max(-1) if sums is None else jnp.maximum(sums.peak, s.max(-1))
+    p = jnp.exp(s - peak[..., None])
+    out = jnp.einsum("bjrlm,bjmn->bjrln", p.astype(kv.dtype), kv[1], preferred_element_type=jnp.float32)
+    total = p.sum(-1)
+    if sums is not None:
+        before = jnp.exp(sums.peak - peak)
+        out, total = out + sums.out * before[..., None], total + sums.total * before
+    return Sums(out, total, peak)
+
+
+class Late(NamedTuple):
+    """What the gradient needs of one half, or stacked of both: queries, cotangents, their products, normalisers."""
+
+    q: jax.Array  # [B, J, R, c, N]
+    g: jax.Array  # [B, J, R, c, N], gradient of the output
+    delta: jax.Array  # [B, J, R, c] float32, sum over N of g times output
+    log_sum: jax.Array  # [B, J, R, c] float32, log of the sum of exp(score)
+
+
+def pull(h: Late, kv: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradients of one block at its queries [B, J, R, c, N] and at its keys and values [2, B, J, c, N], float32."""
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    p = jnp.exp(scores(h.q, kv[0], mask) - h.log_sum[..., None])  # [B,J,R,c,c]
+    ds = p * (product("bjrln,bjmn->bjrlm", h.g, kv[1]) - h.delta[..., None]) * fan_in(h.q.shape[-1])
+    p, ds = p.astype(kv.dtype), ds.astype(kv.dtype)
+    dk, dv = product("bjrlm,bjrln->bjmn", ds, h.q), product("bjrlm,bjrln->bjmn", p, h.g)
+    return product("bjrlm,bjmn->bjrln", ds, kv[0]), jnp.stack([dk, dv])
+
+
+def at(tree: Any, half: int | jax.Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, half, 0, keepdims=False), tree)
+
+
+def put(tree: Any, half: int | jax.Array, one: Any) -> Any:
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, half, 0), tree, one)
+
+
+def onward(tree: Any, axes: Axes) -> Any:
+    """Every shard's arrays to the next one of the ring."""
+    n = jax.lax.axis_size(axes)
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, [(a, (a + 1) % n) for a in range(n)]), tree)
+
+
+def same(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Segments [B, c] of queries and keys -> [B, c, c], whether they are one."""
+    return a[:, :, None] == b[:, None, :]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def attend(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, kind: str) -> jax.Array:
+    """Attention of one shard's two halves, inside `shard_map`.
+
+    Args:
+        q: [2, B, J, R, c, N]; kv: [2, 2, B, J, c, N], halves, then keys and values; segments: [n, 2, B, c] of all.
+        axes: the mesh axes of the length; kind: `gather` or `ring`.
+    """
+    return forward(q, kv, segments, axes, kind)[0]
+
+
+def forward(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, kind: str) -> tuple[jax.Array, Any]:
+    """`attend`, and what its gradient needs."""
+    i, n, c = jax.lax.axis_index(axes), jax.lax.axis_size(axes), q.shape[-2]
+    own = at(segments, i)
+    causal = (jnp.arange(c)[:, None] >= jnp.arange(c)[None])[None]
+    early, late = (add(None, q[h], kv[h], same(own[h], own[h]) & causal) for h in (0, 1))
+    late = add(late, q[1], kv[0], same(own[1], own[0]))
+    everyone = jax.lax.all_gather(kv, axes) if kind == "gather" else None
+
+    def step(carry: tuple[Sums, Any], distance: jax.Array) -> tuple[Any, None]:
+        sums, theirs = carry
+        j = (i - distance) % n
+        if everyone is None:
+            theirs = onward(theirs, axes)
+        block = theirs if everyone is None else at(everyone, j)
+        seen, half = at(segments, j), jnp.where(j < i, 0, 1)
+        sums = put(sums, 1, add(at(sums, 1), q[1], block[0], same(own[1], seen[0])))
+        one = add(at(sums, half), at(q, half), at(block, half), same(at(own, half), at(seen, half)))
+        return (put(sums, half, one), theirs), None
+
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), early, late)
+    (sums, _), _ = jax.lax.scan(step, (both, kv if everyone is None else None), jnp.arange(1, n))
+    out = (sums.out / sums.total[..., None]).astype(q.dtype)
+    return out, (q, kv, segments, out, sums.peak + jnp.log(sums.total))
+
+
+def backward(axes: Axes, kind: str, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    """Gradients at q and kv, by the same walk. What a block gives to another shard's keys travels on with them, or is
+    added up at the end."""
+    q, kv, segments, out, log_sum = saved
+    i, n, c = jax.lax.axis_index(axes), jax.lax.axis_size(axes), q.shape[-2]
+    own = at(segments, i)
+    causal = (jnp.arange(c)[:, None] >= jnp.arange(c)[None])[None]
+    halves = Late(q, g, (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), log_sum)
+    first = [pull(at(halves, h), kv[h], same(own[h], own[h]) & causal) for h in (0, 1)]
+    more, to_early = pull(at(halves, 1), kv[0], same(own[1], own[0]))
+    dq = jnp.stack([first[0][0], first[1][0] + more])
+    dkv = jnp.stack([first[0][1] + to_early, first[1][1]])
+    everyone = jax.lax.all_gather(kv, axes) if kind == "gather" else None
+
+    def step(carry: tuple[jax.Array, Any, jax.Array], distance: jax.Array) -> tuple[Any, None]:
+        dq, theirs, dkv = carry
+        j = (i - distance) % n
+        if everyone is None:
+            theirs, dkv = onward((theirs, dkv), axes)
+        block = theirs if everyone is None else at(everyone, j)
+        seen, half = at(segments, j), jnp.where(j < i, 0, 1)
+        to_late, to_early = pull(at(halves, 1), block[0], same(own[1], seen[0]))
+        to_half, to_same = pull(at(halves, half), at(block, half), same(at(own, half), at(seen, half)))
+        dq = dq.at[1].add(to_late).at[half].add(to_half)
+        gained = jnp.zeros_like(to_same, shape=kv.shape).at[0].add(to_early).at[half].add(to_same)
+        dkv = dkv + gained if everyone is None else dkv.at[j].add(gained)
+        return (dq, theirs, dkv), None
+
+    if everyone is None:
+        (dq, _, dkv), _ = jax.lax.scan(step, (dq, kv, dkv), jnp.arange(1, n))
+        dkv = onward(dkv, axes)  # after n-1 steps it is with the shard before its own
+    else:
+        start = put(jnp.zeros_like(dkv, shape=everyone.shape), i, dkv)
+        (dq, _, dkv), _ = jax.lax.scan(step, (dq, None, start), jnp.arange(1, n))
+        dkv = jax.lax.psum_scatter(dkv, axes)
+    return dq.astype(q.dtype), dkv.astype(kv.dtype), None
+
+
+attend.defvjp(forward, backward)
+
+
+def split_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, rules: Rules, kind: str
+) -> jax.Array:
+    """Attention of each token to the earlier ones of its segment, rows split over `rules.length` and `balanced`.
+
+    Args:
+        q: [B, J, R, L, N]; k, v: [B, J, L, N]; segments: [B, L] int32, 0 for padding.
+        kind: `gather` or `ring`.
+    """
+    axes = tuple(a for a in rules.length if current_mesh().shape[a] > 1)
+
+    def halves(x: jax.Array) -> jax.Array:
+        return jnp.stack(jnp.split(x, 2, axis=-2))  # [..., 2c, N] -> [2, ..., c, N]
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        B, c = q.shape[0], q.shape[-2] // 2
+        pieces = segments.reshape(B, -1, 2, c).transpose(1, 2, 0, 3)  # [n,2,B,c]
+        out = attend(halves(q), jnp.stack([halves(k), halves(v)], 1), pieces, axes, kind)
+        return jnp.concatenate([out[0], out[1]], axis=-2)
+
+    heads = rules.act_heads
+    queries = spec((rules.batch, heads, (), rules.length, ()))
+    keys = spec((rules.batch, heads, rules.length, ()))
+    specs = (queries, keys, keys, spec((rules.batch, ())))
+    return jax.shard_map(local, in_specs=specs, out_specs=queries)(q, k, v, segments)
