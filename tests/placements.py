@@ -1,0 +1,167 @@
+"""Cells of the placement battery: all factorisations of 8 devices; exchanges, dispatchers and attention in turn."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax import mesh as meshes
+from moe_jax.axes import MESH_AXES, Axes, Rules
+from moe_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
+from moe_jax.train.state import Model
+from moe_jax.train.step import total_loss
+
+B, L, D, VOCAB = 8, 32, 16, 40
+AXES = tuple(a for a in MESH_AXES if a != "stage")
+KINDS = [
+    *itertools.product(("einsum", "gather"), ("compiler", "shard_map", "hierarchical")),
+    *(("ragged", exchange) for exchange in ("shard_map", "hierarchical", "ragged")),
+]
+
+
+class Cell(NamedTuple):
+    """A way to lay a train step over devices."""
+
+    mesh: tuple[int, ...]  # devices along each of AXES
+    dispatch: str
+    exchange: str
+    attention: str  # gather or ring
+    experts: Axes
+    share: bool  # split tokens over `tensor` while they travel
+    microbatches: int = 1
+
+    def __str__(self) -> str:
+        sizes = ",".join(f"{a}={n}" for a, n in zip(AXES, self.mesh, strict=True) if n > 1)
+        extra = "-share" * self.share + f"-m{self.microbatches}" * (self.microbatches > 1)
+        return f"{sizes}-{self.dispatch}-{self.exchange}-{self.attention}-{'+'.join(self.experts)}{extra}"
+
+
+def factorisations(n: int, axes: int) -> list[tuple[int, ...]]:
+    """All tuples of `axes` numbers whose product is n."""
+    if axes == 1:
+        return [(n,)]
+    return [(k, *rest) for k in range(1, n + 1) if n % k == 0 for rest in factorisations(n // k, axes - 1)]
+
+
+def expert_axes(mesh: tuple[int, ...], turn: int) -> tuple[Axes, Axes]:
+    """One axis for the experts, and two, of those that split tokens here if there are any."""
+    wide = [a for a, n in zip(AXES, mesh, strict=True) if n > 1 and a not in ("tensor", "fsdp")]
+    one = wide[turn % len(wide)] if wide else "expert"
+    rest = [a for a in (*wide, "data", "expert", "context") if a != one]
+    pair = (rest[0], one) if turn % 2 else (one, rest[0])
+    return (one,), pair
+
+
+def cells() -> list[Cell]:
+    """Every mesh twice, with everything else in turn."""
+    out = []
+    for i, mesh in enumerate(factorisations(8, len(AXES))):
+        for j in range(2):
+            dispatch, exchange = KINDS[(2 * i + 5 * j) % len(KINDS)]
+            one, pair = expert_axes(mesh, i + j)
+            experts = pair if exchange == "hierarchical" or (i + j) % 4 == 0 else one
+            share = mesh[-1] > 1 and (i // 2 + j) % 2 == 0
+            attention = ("gather", "ring")[(i + j) % 2]
+            out.append(Cell(mesh, dispatch, exchange, attention, experts, share, 1 + (i + j) % 3 // 2))
+    return out
+
+
+def config(cell: Cell | None) -> Config:
+    """A model with all that could depend on the mesh; without a cell on one device, its microbatches one by one."""
+    moe = MoEConfig(
+        experts=8,
+        top_k=2,
+        d_ff=16,
+        capacity_factor=2.0,
+        min_capacity=1,
+        group_size=2,
+        balance_loss=0.1,
+        sequence_loss=0.1,
+        z_loss=0.1,
+        shared_experts=1,
+        router=RouterConfig("noisy_topk", jitter=0.1),
+    )
+    model = ModelConfig(vocab=VOCAB, layers=2, d_model=D, d_ff=24, heads=8, max_length=L, dropout=0.1, moe=moe)
+    cfg = Config(model=model, data=DataConfig(length=L, batch=B))
+    if cell is None:
+        return cfg
+    moe = dataclasses.replace(moe, dispatch=cell.dispatch, exchange=cell.exchange)
+    # expert weights are gathered over fsdp, whichever axes their experts are on
+    rules = Rules(experts=cell.experts, act_exchange=("tensor",) if cell.share else ())
+    return dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(model, moe=moe, attention_exchange=cell.attention),
+        mesh=MeshConfig(**dict(zip(AXES, cell.mesh, strict=True))),
+        rules=rules,
+        train=TrainConfig(microbatches=cell.microbatches),
+    )
+
+
+@functools.cache
+def batch() -> dict[str, np.ndarray]:
+    """Random tokens, in two segments and padding, which begin inside of pieces."""
+    rng = np.random.default_rng(0)
+    segments = np.repeat(np.where(np.arange(L) < 11, 1, 2)[None], B, 0).astype(np.int32)
+    segments[::2, -5:] = 0
+    positions = np.where(np.arange(L) < 11, np.arange(L), np.arange(L) - 11)[None].repeat(B, 0).astype(np.int32)
+    tokens = rng.integers(0, VOCAB, (B, L + 1)).astype(np.int32)
+    rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments, "positions": positions}
+    return rows | {"weights": (segments > 0).astype(np.float32)}
+
+
+class Step(NamedTuple):
+    loss: Any
+    gradient: Any
+    stats: Any
+
+
+def step(cfg: Config) -> Step:
+    """Loss, gradient and statistics of a train step."""
+    assert from_dict(to_dict(cfg)) == cfg, "a config that a file could hold"
+    model = Model.of(cfg)
+    model.validate()
+    mesh = meshes.build_mesh(cfg.mesh, jax.devices()[: cfg.mesh.size])
+    where = model.weight_shardings(mesh).params
+    numbers = [np.random.default_rng(i) for i in range(len(jax.tree.leaves(model.shapes)))]
+    leaves = [0.3 * r.normal(size=s.shape) for r, s in zip(numbers, jax.tree.leaves(model.shapes), strict=True)]
+    params = jax.tree.unflatten(jax.tree.structure(model.shapes), [x.astype(np.float32) for x in leaves])
+    keys = jax.random.split(jax.random.key(1), B)
+
+    def loss(params, batch):
+        return total_loss(model, params, batch, keys)
+
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(batch(), NamedSharding(mesh, PartitionSpec(cfg.rules.batch)))
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=(None, where))
+        (value, sums), gradient = run(jax.device_put(params, where), rows)
+    return jax.tree.map(np.asarray, Step(value, gradient, sums.stats))
+
+
+@functools.cache
+def expected() -> Step:
+    """What one device says; no number of it depends on the dispatcher."""
+    return step(config(None))
+
+
+def agree(got: Step, want: Step) -> None:
+    """Floats to 1e-5 of the largest entry of their array, counts exactly."""
+    off = []
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        error = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
+        if not error <= (1e-5 * np.abs(b).max() if a.dtype.kind == "f" else 0):  # written so that NaN fails too
+            off.append(f"{jax.tree_util.keystr(path)} by {error:.2g} of {np.abs(b).max():.3g}")
+    assert not off, "\n".join(off)

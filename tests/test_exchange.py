@@ -1,0 +1,205 @@
+"""Exchanges: every way to place them gives one answer, and sends what it should over the axes that it should."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import placements
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax import exchange
+from moe_jax import mesh as meshes
+from moe_jax.axes import MESH_AXES, Rules
+from moe_jax.collectives import read
+from moe_jax.config import ConfigError, MeshConfig, MoEConfig, RouterConfig
+from moe_jax.layers.moe import MoELayer
+from moe_jax.rules import sharding, spec
+
+# The battery
+
+QUICK = {
+    "expert=2,context=2,tensor=2-ragged-ragged",
+    "data=2,expert=2,context=2-gather-hierarchical",
+    "fsdp=2,expert=2,tensor=2",
+}
+CELLS = placements.cells()
+
+
+def marked() -> list:
+    """All cells but a few are slow."""
+    quick = [next((c for c in CELLS if str(c).startswith(name)), None) for name in QUICK]
+    return [pytest.param(c, marks=() if c in quick else pytest.mark.slow, id=str(c)) for c in CELLS]
+
+
+def test_the_battery_is_whole():
+    """Every factorisation of 8 devices, every exchange with every dispatcher, all with split rows and shared tokens."""
+    assert len(set(CELLS)) == len(CELLS) == 70 and len({c.mesh for c in CELLS}) == 35
+    kinds = {(c.dispatch, c.exchange) for c in CELLS}
+    assert kinds == set(placements.KINDS)
+    split = [c for c in CELLS if c.mesh[placements.AXES.index("context")] > 1]
+    assert {(c.dispatch, c.exchange) for c in split} == kinds
+    assert {(c.dispatch, c.attention) for c in split} == set(
+        itertools.product(("einsum", "gather", "ragged"), ("gather", "ring"))
+    )
+    assert {c.dispatch for c in CELLS if c.share} == {"einsum", "gather", "ragged"}
+    assert {c.microbatches for c in CELLS} == {1, 2}
+
+
+@pytest.mark.parametrize("cell", marked())
+def test_a_step_is_that_of_one_device(cell):
+    """Loss, every gradient, drops and statistics: with noise, dropout, padding, segments and full experts."""
+    want = placements.expected()
+    assert (want.stats.kept < want.stats.routed).all(), "the test needs drops"
+    placements.agree(placements.step(placements.config(cell)), want)
+
+
+# What is sent
+
+
+def programs(config: MeshConfig, rules: Rules, kind: str, dispatch: str = "einsum"):
+    """Collectives of one layer: forward, and forward with backward; and the bytes of a shard's buffer."""
+    mesh = meshes.build_mesh(config, jax.devices()[: config.size])
+    moe = MoEConfig(
+        experts=8,
+        top_k=2,
+        d_ff=64,
+        capacity_factor=2.0,
+        group_size=8,
+        router=RouterConfig("gshard"),
+        dispatch=dispatch,
+        exchange=kind,
+    )
+    B, L, D = 8, 32, 32
+    with jax.set_mesh(mesh):
+        layer = MoELayer(moe, D, rules=rules, rngs=nnx.Rngs(params=0))
+        graph, state = nnx.split(layer)
+        axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        put = lambda w, a: jax.device_put(w, sharding(mesh, rules.layout(*a)))  # noqa: E731
+        weights = jax.tree.map(put, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
+        x = jax.device_put(jnp.ones((B, L, D)), NamedSharding(mesh, spec((rules.batch, rules.length, ()))))
+
+        def forward(weights, x):
+            return nnx.merge(graph, weights)(x, train=True)
+
+        def loss(weights, x):
+            y, stats = forward(weights, x)
+            return (y**2).sum() + stats.prob.sum() + stats.z
+
+        both = jax.value_and_grad(loss, argnums=(0, 1))
+        texts = [jax.jit(f).lower(weights, x).compile().as_text() for f in (forward, both)]
+    slots = 4  # C = max(4, 2*8*2/8)
+    buffer = 4 * 8 * (B * L // 8 // config.over(rules.tokens)) * slots * D  # float32 [E, G, C, D] of one device
+    return [read(text, mesh) for text in texts], buffer
+
+
+PINNED = [
+    (MeshConfig(expert=8), ("expert",)),
+    (MeshConfig(data=2, expert=4), ("data", "expert")),
+    (MeshConfig(data=2, expert=2, context=2), ("expert",)),
+    (MeshConfig(data=2, expert=2, context=2), ("expert", "context")),
+    (MeshConfig(expert=2, context=2, tensor=2), ("expert", "context")),
+    (MeshConfig(data=2, expert=2, tensor=2), ("expert", "data")),
+    (MeshConfig(fsdp=2, expert=2, context=2), ("context",)),
+]
+
+
+@pytest.mark.parametrize("dispatch", ["einsum", "gather"])
+@pytest.mark.parametrize("config,experts", PINNED, ids=str)
+@pytest.mark.parametrize("kind", ["compiler", "shard_map", "hierarchical"])
+def test_exchanges_are_pinned(config, experts, kind, dispatch):
+    """Flat: 2 all-to-alls forward, 2 more backward, over the experts' axes; in two stages: one of each over each axis.
+
+    Each at the least bytes, and no other collective moves tokens.
+    """
+    if kind == "hierarchical" and len(experts) == 1:
+        with pytest.raises(ConfigError, match="names no slow and fast axis"):
+            programs(config, Rules(experts=experts), kind, dispatch)
+        return
+    found, buffer = programs(config, Rules(experts=experts), kind, dispatch)
+    for program, ways in zip(found, (2, 4), strict=True):
+        sent = [c for c in program if c.op == "all-to-all"]
+        stages = [(a,) for a in experts] if kind == "hierarchical" else [tuple(a for a in MESH_AXES if a in experts)]
+        assert sorted(c.axes for c in sent) == sorted(ways * stages)
+        assert all(c.bytes == buffer for c in sent)
+        moving = [c for c in program if c.op not in ("all-to-all", "all-reduce")]
+        assert all(c.axes == ("fsdp",) for c in moving), moving  # weights, gathered over their own axis
+
+
+@pytest.mark.parametrize("dispatch", ["einsum", "gather", "ragged"])
+@pytest.mark.parametrize("kind", ["compiler", "shard_map"])
+def test_tensor_shards_send_no_duplicates(kind, dispatch):
+    """With `act_exchange` each tensor shard sends its share of D, half of the bytes; they are joined over tensor."""
+    config = MeshConfig(data=2, expert=2, tensor=2)
+    alike, _ = programs(config, Rules(), kind, dispatch)
+    shared, _ = programs(config, Rules(act_exchange=("tensor",)), kind, dispatch)
+    for before, after in zip(alike, shared, strict=True):
+        rows = [[c.bytes for c in p if c.op == "all-to-all" and c.bytes > 100] for p in (before, after)]
+        assert sorted(rows[1]) == sorted(b // 2 for b in rows[0])
+        assert all(c.axes == ("tensor",) for c in after if c.op in ("all-gather", "reduce-scatter"))
+    assert any(c.op == "all-gather" for c in shared[0]) and not any(c.op == "all-gather" for c in alike[0])
+
+
+# Rows in ragged numbers
+
+n, ROWS, MOST, WIDTH = 4, 12, 5, 3
+
+
+@functools.cache
+def sizes() -> np.ndarray:
+    """Rows from each shard to each, [n, n], none of them and the most among them."""
+    out = np.random.default_rng(0).integers(0, 4, (n, n)).astype(np.int32)
+    out[0, 0], out[1, 2], out[3, 3] = 0, MOST, 1
+    assert out.sum(1).max() <= ROWS and out.max() == MOST
+    return out
+
+
+def tables() -> tuple[np.ndarray, ...]:
+    """starts, sizes, places and counts of all shards; places leave a gap of one row between senders."""
+    size = sizes()
+    starts = np.cumsum(size, 1) - size
+    places = (np.cumsum(size, 0) - size + np.arange(n)[:, None]).astype(np.int32)  # [sender, receiver]
+    return starts.astype(np.int32), size, places, size.T.copy()
+
+
+def run_ragged(x):
+    """[n, ROWS, WIDTH] -> [n, 3 * ROWS, WIDTH] over four shards of a mesh."""
+
+    def local(x, starts, size, places, came):
+        inner = (a.reshape(a.shape[1:]) for a in (starts, size, places, came))
+        return exchange.ragged(x[0], 3 * ROWS, *inner, ("data", "expert"), MOST)[None]
+
+    over = PartitionSpec(("data", "expert"))
+    return jax.shard_map(local, in_specs=(over,) * 5, out_specs=over)(x, *map(jnp.asarray, tables()))
+
+
+def test_ragged_rows():
+    """Every row where a loop puts it, zeros elsewhere, and its gradient back where it came from."""
+    starts, size, places, _ = tables()
+    rng = np.random.default_rng(1)
+    x, g = (
+        rng.normal(size=(n, ROWS, WIDTH)).astype(np.float32),
+        rng.normal(size=(n, 3 * ROWS, WIDTH)).astype(np.float32),
+    )
+    want, back = np.zeros_like(g), np.zeros_like(x)
+    for i, j in itertools.product(range(n), range(n)):
+        here, there = np.arange(size[i, j]) + starts[i, j], np.arange(size[i, j]) + places[i, j]
+        want[j, there], back[i, here] = x[i, here], g[j, there]
+    with jax.set_mesh(meshes.build_mesh(MeshConfig(data=2, expert=2), jax.devices()[:n])):
+        out, pull = jax.vjp(jax.jit(run_ragged), x)
+        np.testing.assert_array_equal(out, want)
+        np.testing.assert_array_equal(pull(jnp.asarray(g))[0], back)
+
+
+@pytest.mark.parametrize("target", ["tpu", "cuda"])
+def test_accelerators_send_only_what_there_is(target, monkeypatch):
+    """Their programs hold the ragged collective, forward and backward, and no padded blocks of tokens."""
+    monkeypatch.setattr(exchange, "platform", lambda: target)
+    with jax.set_mesh(meshes.build_mesh(MeshConfig(data=2, expert=2), jax.devices()[:n])):
+        traced = jax.jit(jax.grad(lambda x: (run_ragged(x) ** 2).sum())).trace(jnp.ones((n, ROWS, WIDTH)))
+        text = traced.lower(lowering_platforms=(target,)).as_text()
+    assert text.count("@ragged_all_to_all") == 2
+    assert not [line for line in text.splitlines() if "all_to_all" in line and "xf32" in line and "@ragged" not in line]
