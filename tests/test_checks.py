@@ -14,6 +14,11 @@ def adam(kind, **keys):
     return {"train": {"optimizer": {"kind": kind, **keys}}}
 
 
+def split(n=2, length=16, **keys):
+    """A row of tokens split over n shards, with a mixture of experts."""
+    return moe(capacity_factor=1.0, **keys) | {"mesh": {"context": n}, "data": {"length": length}}
+
+
 V2, V3 = {"kind": "deepseek_v2"}, {"kind": "deepseek_v3"}
 CHOICE = {"capacity_factor": 1.0, "router": {"kind": "expert_choice", "lookahead": True}}
 HASH = {"router": {"kind": "hash"}}
@@ -57,6 +62,10 @@ IMPOSSIBLE = [  # settings of model.moe, the key that is refused, words of the m
         for loss in ("balance_loss", "importance_loss", "device_loss", "communication_loss")
     ),
     ({"bias_update": "centred"}, "bias_update", "without a bias"),
+    # exchanges
+    ({"exchange": "ragged"}, "exchange", "dispatch=einsum fills buffers of one size"),
+    ({"exchange": "ragged", "dispatch": "auto"}, "exchange", "set dispatch=ragged"),
+    ({"exchange": "hierarchical"}, "exchange", "rules.experts=['expert'] names no slow and fast axis"),
     ({"load_loss": 0.1}, "load_loss", "set router.kind=noisy_topk"),
     (
         {"top_k": 2, "load_loss": 0.1, "router": {"kind": "noisy_topk", "force": "balanced"}},
@@ -110,6 +119,17 @@ IMPOSSIBLE = [  # settings of model.moe, the key that is refused, words of the m
         ({"model": {"positions": "sinusoidal", "d_model": 5, "heads": 1}}, "model.d_model", "5 is odd"),
         ({"mesh": {"expert": 2}, "rules": {"batch": ["data"]}}, "mesh.expert", "a dense model has no experts"),
         ({"model": {"layers": None}}, "model.layers", "None"),
+        ({"mesh": {"context": 3}}, "data.length", "128 tokens do not split into two pieces for each of 3 shards"),
+        (split(length=18, group_size=1), "data.length", "set it to a multiple of 4"),
+        (split(), "model.moe.group_size", "groups of 16 tokens do not fit into the pieces of 4 tokens"),
+        (split(group_size=8), "model.moe.group_size", "set it to a divisor of 4"),
+        (split(group_size="auto"), "model.moe.group_size", "'auto' cuts groups of whole rows"),
+        (split(group_size=32), "model.moe.group_size", "groups of 32 tokens do not fit"),
+        (
+            moe(expert_dropout=0.1, dispatch="gather") | {"mesh": {"context": 2}},
+            "model.moe.expert_dropout",
+            "would depend on the shards of a row (mesh.context)",
+        ),
         ({"model": None}, "model", "a table of keys"),
         ([1], "config", "a table of keys"),
         *((moe(**keys), f"model.moe.{key}", words) for keys, key, words in IMPOSSIBLE),
@@ -140,6 +160,11 @@ def test_refused_tree(tree, key, words):
         {"model": {"positions": "learned", "rope_theta": 1e4}},
         moe(top_k=2, router={"kind": "gshard", "second": "random", "threshold": 0.2}),
         moe(router={"threshold": 0.5}),
+        split(group_size=4),
+        split(4, group_size=2),
+        moe() | {"mesh": {"context": 8}},  # no group is ever full, whatever its size
+        moe(exchange="hierarchical") | {"rules": {"experts": ["data", "expert"]}},
+        moe(exchange="ragged", dispatch="ragged"),
     ],
 )
 def test_what_has_an_effect_or_is_the_default_is_allowed(tree):

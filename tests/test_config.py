@@ -119,7 +119,12 @@ def test_derived_values():
     assert (m.resolved_head_dim, m.resolved_kv_heads) == (24, 4)
     assert dataclasses.replace(m, head_dim=10, kv_heads=2).resolved_head_dim == 10
     mesh = MeshConfig(data=2, expert=3)
-    assert (mesh.size, mesh.shape, str(mesh), str(MeshConfig())) == (6, (2, 1, 3, 1), "data=2 x expert=3", "one device")
+    assert (mesh.size, mesh.shape, str(mesh), str(MeshConfig())) == (
+        6,
+        (2, 1, 3, 1, 1),
+        "data=2 x expert=3",
+        "one device",
+    )
     assert mesh.over(("data", "expert", "nowhere")) == 6
 
 

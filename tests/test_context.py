@@ -1,22 +1,34 @@
 """Rows split over shards: their order, exact attention over them, and what travels for it."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from moe_jax import mesh as meshes
 from moe_jax.axes import Rules
 from moe_jax.collectives import read
-from moe_jax.config import MeshConfig
+from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig
+from moe_jax.generate import Generator, Sampling
 from moe_jax.layers.context import split_attention
+from moe_jax.layers.moe import MoELayer
+from moe_jax.model import Transformer
 from moe_jax.rules import spec
 from moe_jax.sequence import Cut, balanced, places, restored
+from moe_jax.train.state import Model, Weights
 
 B, J, R, L, N = 2, 2, 2, 24, 4
+
+
+def close(got, want, name=""):
+    """Within 1e-5 of the largest entry."""
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max(), name
+
 
 # The order of the tokens
 
@@ -78,6 +90,71 @@ def test_groups_over_two_expert_axes_that_span_rows():
     np.testing.assert_array_equal(got[:, 0], np.arange(8).reshape(2, 4).T.reshape(-1) * 8)
 
 
+# Models
+
+
+def tiny(**axes) -> Config:
+    """A model whose groups fit into the pieces of any mesh here."""
+    moe = MoEConfig(experts=4, top_k=2, d_ff=8, capacity_factor=1.0, min_capacity=1, group_size=2)
+    model = ModelConfig(vocab=40, layers=2, d_model=8, d_ff=16, heads=2, max_length=32, moe=moe)
+    return Config(model=model, mesh=MeshConfig(**axes), data=DataConfig(length=16, batch=4))
+
+
+@functools.cache
+def made():
+    """The model on one device, its numbers, and what it does with some tokens."""
+    model, mesh = Model.of(tiny()), meshes.build_mesh(MeshConfig(), jax.devices()[:1])
+    state = model.create(mesh)
+    numbers = jax.tree.map(lambda p: 3.0 * np.asarray(p), state.params)
+    tokens = np.random.default_rng(0).integers(0, 40, (4, 16)).astype(np.int32)
+    with jax.set_mesh(mesh):
+        out = jax.jit(lambda w: model.module(w)(tokens, train=True, record=True))(numbers)
+    new = Generator(model, mesh, 40, 40, Sampling(temperature=0.0))(Weights(numbers, None), list(tokens[:3, :5]), 4)
+    return numbers, tokens, jax.tree.map(np.asarray, out), new.tokens
+
+
+def test_a_call_knows_no_order():
+    """Logits, the record and its replay are in the order of the call; `balanced` calls are the same in theirs."""
+    numbers, tokens, want, _ = made()
+    cfg = tiny(context=4, expert=2)
+    model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh)
+    with jax.set_mesh(mesh):
+        weights = jax.device_put(numbers, model.weight_shardings(mesh).params)
+        call = jax.jit(lambda w, t, r: model.module(w)(t, train=True, record=True, replay=r))
+        out = call(weights, tokens, jnp.asarray(want.record.expert))
+        turned = jax.jit(lambda w, t: model.module(w)(t, train=True, balanced=True))(weights, balanced(tokens, 4))
+    close(out.logits, want.logits)
+    np.testing.assert_array_equal(out.record.expert, want.record.expert)
+    close(out.record.gate, want.record.gate)
+    close(restored(turned.logits, 4), want.logits)
+
+
+def test_text_is_that_of_one_device():
+    """A cache holds whole rows: the shards of a row take rows of their own."""
+    numbers, tokens, _, want = made()
+    cfg = tiny(context=2, expert=2)
+    cfg = dataclasses.replace(cfg, rules=Rules(experts=("expert", "context")))
+    model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[:4])
+    weights = Weights(jax.device_put(numbers, model.weight_shardings(mesh).params), None)
+    assert Generator(model, mesh, 40, 40, Sampling(temperature=0.0))(weights, list(tokens[:3, :5]), 4).tokens == want
+
+
+def test_refused_calls():
+    cfg = tiny(context=2)
+    with jax.set_mesh(meshes.build_mesh(cfg.mesh, jax.devices()[:2])):
+        module = Transformer(cfg.model, rules=Rules(), rngs=nnx.Rngs(params=0))
+        with pytest.raises(ValueError, match=r"10 tokens do not split into two pieces for each of 2 .* multiple of 4"):
+            module(jnp.zeros((1, 10), int))
+        whole = Transformer(cfg.model, rules=Rules().by_rows(), rngs=nnx.Rngs(params=0))
+        with pytest.raises(ValueError, match=r"a cache holds whole ones: build the model with rules\.by_rows\(\)"):
+            module(jnp.zeros((2, 4), int), cache=whole.empty_cache(2, 8))
+        layer = MoELayer(MoEConfig(d_ff=8, capacity_factor=1.0), 8, rules=Rules(), rngs=nnx.Rngs(params=0))
+        with pytest.raises(ValueError, match=r"groups of 8 tokens do not fit into the 2 pieces of 4 .* a divisor of 4"):
+            layer(jnp.zeros((1, 8, 8)), train=True)
+        with pytest.raises(ValueError, match="rows of 9 tokens do not split into 2 pieces for 2 shards"):
+            layer(jnp.zeros((1, 9, 8)))
+
+
 # Attention
 
 
@@ -127,7 +204,7 @@ def test_split_attention_is_exact(config, kind):
     with jax.set_mesh(mesh):
         (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
     for name, got, want in zip(("out", "q", "k", "v"), (out, *grads), expected(), strict=True):
-        assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max(), name
+        close(got, want, name)
 
 
 @pytest.mark.parametrize("kind", ["gather", "ring"])

@@ -67,13 +67,22 @@ def test_layout_of_logical_names():
 @pytest.mark.parametrize(
     "change, tokens, experts",
     [
-        ({}, ((), ("data", "fsdp", "expert"), (), ()), (("expert",), ("data", "fsdp"), (), ())),
-        ({"batch": ("expert",)}, ((), ("expert",), (), ()), (("expert",), (), (), ())),
-        ({"experts": ()}, ((), ("data", "fsdp", "expert"), (), ()), ((), ("data", "fsdp", "expert"), (), ())),
+        ({}, ((), ("data", "fsdp", "context", "expert"), (), ()), (("expert",), ("data", "fsdp", "context"), (), ())),
+        ({"batch": ("expert",), "length": ()}, ((), ("expert",), (), ()), (("expert",), (), (), ())),
         (
-            {"experts": ("fsdp", "expert"), "act_embed": ("tensor",)},
-            ((), ("data", "fsdp", "expert"), (), ("tensor",)),
-            (("fsdp", "expert"), ("data",), (), ("tensor",)),
+            {"experts": (), "length": ()},
+            ((), ("data", "fsdp", "expert"), (), ()),
+            ((), ("data", "fsdp", "expert"), (), ()),
+        ),
+        (
+            {"experts": ("expert", "fsdp"), "act_embed": ("tensor",)},
+            ((), ("data", "context", "expert", "fsdp"), (), ("tensor",)),
+            (("expert", "fsdp"), ("data", "context"), (), ("tensor",)),
+        ),
+        (
+            {"experts": ("expert", "context"), "act_exchange": ("tensor",)},
+            ((), ("data", "fsdp", "expert", "context"), (), ("tensor",)),
+            (("expert", "context"), ("data", "fsdp"), (), ("tensor",)),
         ),
     ],
 )
@@ -82,6 +91,13 @@ def test_both_layouts_of_a_dispatched_tensor_follow_the_rules(change, tokens, ex
     r = replace(Rules(), **change)
     assert r.token_major == tokens
     assert r.expert_major == experts
+
+
+def test_rows_instead_of_their_parts():
+    """For decoding: the shards of a row take rows of their own, and the experts stay where they are."""
+    r = Rules(experts=("expert", "context")).by_rows()
+    assert (r.batch, r.length, r.experts) == (("data", "fsdp", "expert", "context"), (), ("expert", "context"))
+    assert sorted(r.groups) == sorted(Rules().groups)
 
 
 # Conflicts
@@ -99,9 +115,52 @@ CONFLICTS = {
     "experts outside": (
         {"batch": ("data",)},
         [],
-        ["rules.experts", "['expert'] are not among the token axes ['data']", "use a subset of rules.batch"],
+        ["rules.experts", "['expert'] are not among the token axes ['data', 'context']", "use a subset of rules.batch"],
     ),
 }
+
+
+TRAVEL = {  # rules, mesh, words of the one row of the table
+    "exchange over axes of the tokens": (
+        {"act_exchange": ("data",), "expert_mlp": ("data",), "mlp": ()},
+        {"data": 2},
+        ["holds two dimensions"],
+    ),
+    "exchange outside the hidden width": (
+        {"act_exchange": ("tensor",), "expert_mlp": ()},
+        {"tensor": 2},
+        ["rules.act_exchange", "['tensor'] are not among the axes []", "use a subset of rules.expert_mlp"],
+    ),
+    "exchange of an odd width": (
+        {"act_exchange": ("tensor",)},
+        {"tensor": 4},
+        ["w_up", "tokens of width 6 do not divide over 4 shards", "rules.act_exchange=[]"],
+    ),
+    "an axis that splits nothing": (
+        {"length": ()},
+        {"context": 2},
+        ["mesh.context", "has 2 devices, and no rule splits anything over 'context'", "set it to 1"],
+    ),
+    "rows and heads on one axis": (
+        {"act_heads": ("context",), "kv_heads": ()},
+        {"context": 2},
+        ["activation (batch, length, act_heads)", "mesh axis 'context' holds two dimensions"],
+    ),
+    "a cache of rows and heads on one axis": (
+        {"kv_heads": ("context",)},
+        {"context": 2},
+        ["cache (batch, kv_heads)", "mesh axis 'context' holds two dimensions"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAVEL)
+def test_conflict_of_split_rows_and_exchanges(name):
+    change, sizes, words = TRAVEL[name]
+    leaves = [("w_up", (2, 6, 4), ("experts", "expert_embed", "expert_mlp"))]
+    with pytest.raises(rules.RulesError) as e:
+        rules.validate(replace(Rules(), **change), sizes, leaves)
+    assert any(all(word in line for word in words) for line in str(e.value).splitlines()), str(e.value)
 
 
 @pytest.mark.parametrize("name", CONFLICTS)
@@ -278,7 +337,7 @@ def test_every_parameter_of_a_transformer():
     assert seen == set(PLACES)
     unused = {f.name for f in fields(Rules)} - {a for axes, _, _ in PLACES.values() for a in axes}
     # those of activations, and that of an MLP gate, which is tested with the layer
-    assert unused == {"batch", "length", "act_embed", "act_heads", "act_mlp", "act_vocab", "router_mlp"}
+    assert unused == {"batch", "length", "act_embed", "act_exchange", "act_heads", "act_mlp", "act_vocab", "router_mlp"}
 
 
 def test_fsdp_splits_the_embedding_dimension():
