@@ -19,6 +19,7 @@ class Rules:
     """Logical axis -> mesh axes. The first block names dimensions of parameters, the second those of activations.
 
     A name maps to no mesh axis (replicated), one, or several (sharded over their product, first one slowest).
+    `act_exchange` is the width of tokens on their way to the experts and back.
     """
 
     vocab: Axes = ("tensor",)
