@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import mesh as meshes
 from moe_jax.axes import MESH_AXES, Axes, Rules
+from moe_jax.collectives import Collective, read
 from moe_jax.config import (
     Config,
     DataConfig,
@@ -26,6 +27,7 @@ from moe_jax.train.state import Model
 from moe_jax.train.step import total_loss
 
 B, L, D, VOCAB = 8, 32, 16, 40
+GROUP, SLOTS = 2, 1  # S and C, which is max(1, ceil(2*2*2/8))
 AXES = tuple(a for a in MESH_AXES if a != "stage")
 KINDS = [
     *itertools.product(("einsum", "gather"), ("compiler", "shard_map", "hierarchical")),
@@ -87,8 +89,8 @@ def config(cell: Cell | None) -> Config:
         top_k=2,
         d_ff=16,
         capacity_factor=2.0,
-        min_capacity=1,
-        group_size=2,
+        min_capacity=SLOTS,
+        group_size=GROUP,
         balance_loss=0.1,
         sequence_loss=0.1,
         z_loss=0.1,
@@ -129,8 +131,8 @@ class Step(NamedTuple):
     stats: Any
 
 
-def step(cfg: Config) -> Step:
-    """Loss, gradient and statistics of a train step."""
+def step(cfg: Config) -> tuple[Step, list[Collective]]:
+    """Loss, gradient and statistics of a train step, and the collectives of its program."""
     assert from_dict(to_dict(cfg)) == cfg, "a config that a file could hold"
     model = Model.of(cfg)
     model.validate()
@@ -146,15 +148,47 @@ def step(cfg: Config) -> Step:
 
     with jax.set_mesh(mesh):
         rows = jax.device_put(batch(), NamedSharding(mesh, PartitionSpec(cfg.rules.batch)))
-        run = jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=(None, where))
-        (value, sums), gradient = run(jax.device_put(params, where), rows)
-    return jax.tree.map(np.asarray, Step(value, gradient, sums.stats))
+        params = jax.device_put(params, where)
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=(None, where)).lower(params, rows).compile()
+        (value, sums), gradient = run(params, rows)
+    return jax.tree.map(np.asarray, Step(value, gradient, sums.stats)), read(run.as_text(), mesh)
+
+
+def exchanges(cell: Cell) -> list[tuple[Axes, int]]:
+    """Axes and bytes of the all-to-alls that a layer of a cell needs, in any order.
+
+    Out and home, forward and backward; one forward more where microbatches are recomputed.
+    """
+    cfg = config(cell)
+    sizes, ways = cfg.mesh.sizes, 4 if cell.microbatches == 1 else 6
+    wide = tuple(a for a in AXES if a in cell.experts and a in sizes)
+    stages = [(a,) for a in wide] if cell.exchange == "hierarchical" else [wide] * bool(wide)
+    groups = B * L // GROUP // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches  # of a shard
+    number = 8 * groups * SLOTS  # [E, G, C] of one shard
+    if cell.dispatch == "ragged":
+        n, tokens = cfg.mesh.over(cell.experts), groups * GROUP
+        number = n * min(2 * tokens, tokens * min(2, 8 // n), groups * 8 * SLOTS)  # [n, M], the worst case
+    return sorted(ways * [(s, 4 * number * D // (cfg.mesh.tensor if cell.share else 1)) for s in stages])
+
+
+def stray(cell: Cell, found: list[Collective]) -> list[Collective]:
+    """Collectives of a cell that neither sum something up nor are meant to move anything."""
+    meant = {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")}  # weights and their gradients
+    if cell.attention == "gather":
+        meant |= {("all-gather", "context"), ("reduce-scatter", "context")}
+    else:
+        meant |= {("collective-permute", "context")}
+    if cell.share:
+        meant |= {("all-gather", "tensor"), ("reduce-scatter", "tensor")}
+    return [
+        c for c in found if c.op not in ("all-reduce", "all-to-all") and any((c.op, a) not in meant for a in c.axes)
+    ]
 
 
 @functools.cache
 def expected() -> Step:
     """What one device says; no number of it depends on the dispatcher."""
-    return step(config(None))
+    return step(config(None))[0]
 
 
 def agree(got: Step, want: Step) -> None:

@@ -47,10 +47,19 @@ def test_the_battery_is_whole():
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CELLS])
 def test_a_step_is_that_of_one_device(name):
-    """Loss, every gradient, drops and statistics: with noise, dropout, padding, segments and full experts."""
-    want = placements.expected()
+    """Loss, every gradient, drops and statistics: with noise, dropout, padding, segments and full experts.
+
+    And what travels is what has to: tokens to their experts and home, each time at the least bytes, keys and values.
+    """
+    want, cell = placements.expected(), CELLS[name]
     assert (want.stats.kept < want.stats.routed).all(), "the test needs drops"
-    placements.agree(placements.step(placements.config(CELLS[name])), want)
+    got, found = placements.step(placements.config(cell))
+    placements.agree(got, want)
+    counts = 200  # bytes: ragged rows are counted before they are sent
+    assert sorted(
+        (c.axes, c.bytes) for c in found if c.op == "all-to-all" and c.bytes > counts
+    ) == placements.exchanges(cell)
+    assert not placements.stray(cell, found)
 
 
 # What is sent
