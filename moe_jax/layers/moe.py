@@ -210,7 +210,7 @@ class MoELayer(nnx.Module):
             if fallback:
                 slots = unlimited(routing, moe)
             seen = Seen(routing, slots, mask)
-            if not cut.plain:  # losses of whole sequences need their tokens in rows
+            if not cut.plain and (moe.sequence_loss or moe.balance_over == "sequence"):  # tokens of a row in a row
                 seen = jax.tree.map(cut.whole, seen)
             stats = balance.statistics(seen.routing, seen.slots, moe, seen.mask, rows=B)
         if self.shared is not None:  # needs nothing of the exchange, which may overlap it
@@ -274,6 +274,8 @@ class MoELayer(nnx.Module):
             plan = make_plan(routing, slots)
             buffers = self.exchange(move(tokens, plan), to_experts=True)  # [E,G,C,D]
             buffers = checkpoint_name(buffers, "dispatched")
+            if self.rules is not None and self.rules.act_exchange:  # the shares of the tensor shards are joined here
+                buffers = lay(buffers, self.rules, (*self.rules.expert_major[:3], self.width))
         with jax.named_scope("experts"):
             out = self.experts(buffers, rate=self.moe.expert_dropout, keys=keys)
         with jax.named_scope("combine"):
