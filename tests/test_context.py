@@ -186,19 +186,24 @@ def expected():
         return [np.asarray(x) for x in (out, *grads)]
 
 
-MESHES = [MeshConfig(context=4, tensor=2), MeshConfig(data=2, context=2, tensor=2), MeshConfig(data=2, context=3)]
+MESHES = [
+    (MeshConfig(context=4, tensor=2), Rules()),
+    (MeshConfig(data=2, context=2, tensor=2), Rules()),
+    (MeshConfig(data=2, context=3), Rules()),
+    (MeshConfig(data=2, context=2), Rules(batch=("expert",), length=("data", "context"))),  # over two axes
+]
 
 
 @pytest.mark.parametrize("kind", ["gather", "ring"])
-@pytest.mark.parametrize("config", MESHES, ids=str)
-def test_split_attention_is_exact(config, kind):
+@pytest.mark.parametrize("config, rules", MESHES, ids=str)
+def test_split_attention_is_exact(config, rules, kind):
     """Outputs and gradients, with segments, padding and grouped queries: those of the whole softmax in float64."""
     q, k, v, g, segments = numbers()
-    n, mesh = config.context, meshes.build_mesh(config, jax.devices()[: config.size])
+    n, mesh = config.over(rules.length), meshes.build_mesh(config, jax.devices()[: config.size])
 
     def loss(q, k, v):
         q, k, v = balanced(q, n, 3), balanced(k, n, 2), balanced(v, n, 2)
-        out = restored(split_attention(q, k, v, balanced(segments, n), Rules(), kind), n, 3)
+        out = restored(split_attention(q, k, v, balanced(segments, n), rules, kind), n, 3)
         return (out * g).sum(), out
 
     with jax.set_mesh(mesh):

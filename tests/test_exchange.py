@@ -112,7 +112,7 @@ PINNED = [
 ]
 
 
-@pytest.mark.parametrize("dispatch", ["einsum", "gather"])
+@pytest.mark.parametrize("dispatch", ["einsum", pytest.param("gather", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config,experts", PINNED, ids=str)
 @pytest.mark.parametrize("kind", ["compiler", "shard_map", "hierarchical"])
 def test_exchanges_are_pinned(config, experts, kind, dispatch):
