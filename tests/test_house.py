@@ -12,7 +12,7 @@ OTHERS = sorted([*Path(__file__).parent.glob("*.py"), *(PACKAGE.parent / "tools"
 
 FLOORS = [
     ("words", {"schema", "checks", "config", "files", "axes"}),
-    ("where things live", {"mesh", "topology", "rules", "sequence", "exchange", "collectives"}),
+    ("where things live", {"mesh", "topology", "rules", "sequence", "exchange", "collectives", "hlo"}),
     ("mathematics", {"routing", "capacity", "balance", "dispatch", "rows", "grouped", "cost", "placement"}),
     ("layers", {"layers", "model", "pipeline", "cache"}),
 ]

@@ -22,11 +22,10 @@ from moe_jax.generate import Generator
 from moe_jax.health import Watch
 from moe_jax.metrics import MetricsLog, Progress, load_max_over_mean, read_metrics
 from moe_jax.picture import draw_run
-from moe_jax.rules import sharding
 from moe_jax.train.evaluate import Evaluator, to_devices
 from moe_jax.train.resume import Stop, changes, checkpoint_info, claimed, locked
 from moe_jax.train.state import Model, State
-from moe_jax.train.step import make_train_step
+from moe_jax.train.step import lower_train_step
 
 IN_FLIGHT = 1  # steps dispatched ahead of the one whose metrics are read
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes elsewhere
@@ -108,7 +107,7 @@ class Run:
         seed = jax.random.key(train.seed)
         pending: list[tuple[int, dict[str, jax.Array]]] = []
         with jax.set_mesh(self.mesh), contextlib.closing(self.rows(first)) as rows:
-            train_step = self.compile(state, seed)
+            train_step = self.compile()
             self.clock = time.perf_counter()
             for step in range(first + 1, train.steps + 1):
                 state, metrics = train_step(state, to_devices(next(rows), self.model, self.mesh), seed)
@@ -198,16 +197,10 @@ class Run:
         picked, why = for_training(jax.devices()[0].platform, self.cfg.model, self.cfg.data.length)
         return f"dispatch {picked} ({why})"
 
-    def compile(self, state: State, seed: jax.Array) -> Any:
-        """The train step for these shapes; the old state's memory is reused for the new one."""
-        data = self.cfg.data
-        rows = sharding(self.mesh, (self.cfg.rules.batch, ()))
-        names = dict.fromkeys(("tokens", "targets", "segments", "positions"), np.int32) | {"weights": np.float32}
-        batch = {n: jax.ShapeDtypeStruct((data.batch, data.length), t, sharding=rows) for n, t in names.items()}
+    def compile(self) -> Any:
+        """The train step, compiled."""
         begun = time.perf_counter()
-        out = (self.model.shardings(self.mesh), None)
-        step = jax.jit(make_train_step(self.model), donate_argnums=0, out_shardings=out)
-        compiled = step.lower(state, batch, seed).compile()
+        compiled = lower_train_step(self.model, self.mesh).compile()
         self.timing["compile_seconds"] = time.perf_counter() - begun
         self.screen.note(f"compiled the train step in {self.timing['compile_seconds']:.1f} s")
         return compiled

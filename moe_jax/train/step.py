@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from moe_jax import balance
 from moe_jax.axes import Layout
 from moe_jax.balance import Stats
 from moe_jax.layers.moe import FROM_CONFIG
 from moe_jax.model import pattern
-from moe_jax.rules import constrain
+from moe_jax.rules import constrain, sharding
 from moe_jax.sequence import ordered, shards
 from moe_jax.train.state import Model, State, Weights, nnx_keys, text_keys
 
@@ -143,11 +144,39 @@ def make_train_step(model: Model) -> Callable[[State, Batch, jax.Array], tuple[S
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
+            more = {"grad_norm": jnp.asarray(optax.tree.norm(grads)), "learning_rate": jnp.asarray(rate(state.step))}
         metrics = report(model, total, sums)
-        more = {"grad_norm": jnp.asarray(optax.tree.norm(grads)), "learning_rate": jnp.asarray(rate(state.step))}
         return State(params, moved(model, state.bias, sums.stats), opt_state, state.step + 1), metrics | more
 
     return train_step
+
+
+def batch_targets(model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the batch of a step, with its rows in their shards."""
+    data = model.cfg.data
+    rows = sharding(mesh, (model.cfg.rules.batch, ()))
+    names = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"weights": jnp.float32}
+    return {n: jax.ShapeDtypeStruct((data.batch, data.length), t, sharding=rows) for n, t in names.items()}
+
+
+def lower_train_step(model: Model, mesh: Mesh) -> jax.stages.Lowered:
+    """The train step as `moe-jax train` runs it, from shapes alone; the old state's memory is reused for the new."""
+    seed = jax.eval_shape(lambda: jax.random.key(0))
+    step = jax.jit(make_train_step(model), donate_argnums=0, out_shardings=(model.shardings(mesh), None))
+    with jax.set_mesh(mesh):
+        return step.lower(model.targets(mesh), batch_targets(model, mesh), seed)
+
+
+def lower_forward(model: Model, mesh: Mesh) -> jax.stages.Lowered:
+    """The loss of a train step without its gradient, from shapes alone."""
+    seed = jax.eval_shape(lambda: jax.random.key(0))
+
+    def loss(params: Any, bias: Any, batch: Batch, seed: jax.Array) -> tuple[jax.Array, Sums]:
+        keys = jax.random.split(seed, batch["tokens"].shape[0])
+        return total_loss(model, params, batch, keys, bias)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(loss).lower(*model.weight_targets(mesh), batch_targets(model, mesh), seed)
 
 
 def moved(model: Model, bias: Any, stats: Stats | None) -> Any:
