@@ -1,4 +1,4 @@
-"""The command line: `moe-jax train | eval | generate | upcycle | bench`.
+"""The command line: `moe-jax train | eval | generate | upcycle | inspect | bench`.
 
 Only the standard library is imported before the arguments are read, so that `--help` answers at once.
 Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 130
@@ -113,6 +113,14 @@ def parser() -> argparse.ArgumentParser:
     upcycle.add_argument("--seed", type=int, metavar="N", help="of router and noise (default: train.seed)")
     upcycle.set_defaults(run=run_upcycle)
 
+    look = add("inspect", "the collectives of the compiled train step, beside the least there could be; nothing is run")
+    look.add_argument("config", metavar="CONFIG")
+    look.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=f"{OVERRIDES}mesh.expert=4")
+    help = "compile for a machine that is not here: v5e:4x4, v5p:8x8x4, v5e:16x16*2 (slices), h100:32x8 (hosts x GPUs)"
+    look.add_argument("--topology", metavar="T", help=help)
+    look.add_argument("--forward", action="store_true", help="the forward pass alone")
+    look.set_defaults(run=run_inspect)
+
     text = "speed of one layer or of a train step, as a ratio to its matrix products"
     add_benchmarks(commands.add_parser("bench", help=text, description=text))
     return top
@@ -151,6 +159,11 @@ def quiet_libraries() -> None:
     """Libraries log to standard error what no user can act on."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # With a compiler for accelerators installed and none of them here, JAX would try them all and complain at length.
+    compilers = any(Path(folder, name).exists() for folder in sys.path for name in ("libtpu", "jax_plugins"))
+    places = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "nvidiactl", "dxg", "kfd")
+    if compilers and not any(any(Path("/dev").glob(name)) for name in places):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def keep_programs() -> None:
@@ -279,6 +292,28 @@ def run_upcycle(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
+    """`moe-jax inspect`."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"  # the partitioner's warnings are a part of the report
+    from moe_jax import config, mesh, topology
+
+    cfg = config.load(args.config, args.overrides)
+    if args.topology is None:
+        mesh.prepare_devices(cfg.mesh, args.fake_devices)
+        machine, devices = None, mesh.build_mesh(cfg.mesh)
+    elif args.fake_devices is not None:
+        why = "are fake CPU devices, and --topology names others"
+        raise config.Refused(config.Problem("--fake-devices", why, "take one of the two out"))
+    else:
+        machine = topology.parse(args.topology)
+        devices = topology.topology_mesh(cfg.mesh, machine)
+    from moe_jax.inspect.report import inspect, lines
+
+    report = inspect(cfg, devices, forward=args.forward, topology=machine)
+    result(args, *lines(report))
+    return report
+
+
 def finite(value: Any) -> Any:
     """JSON knows no NaN: such numbers become null."""
     if isinstance(value, dict):
@@ -322,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moe-jax {args.command}: failed\n{told(e)}", file=sys.stderr)
         return 1
     except Exception as e:
-        if type(e).__name__ not in ("CheckpointFailed", "Overflow"):
+        if type(e).__name__ not in ("CheckpointFailed", "Overflow", "TooLarge", "Unreadable"):
             raise
         print(f"moe-jax {args.command}: failed\n{e}", file=sys.stderr)
         return 1

@@ -1,0 +1,92 @@
+"""Compiling a program to read it: fast, with what the compiler warns of and how much memory it needs."""
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+# Nothing runs: leave out what only makes the program faster. None of it touches the partitioner.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cpu": {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+    # A gather stays a gather, where it would be cut into steps that overlap with a product.
+    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "100000"},
+    "gpu": {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+}
+LEVEL = {"tpu": "O0"}  # the same collectives five times sooner, none of them overlapped with other work
+REPLICATES = re.compile(r"\[[Ss][Pp][Mm][Dd]\] Involuntary full rematerialization.*?(?:for HLO operation: |op: )(.*)")
+NEEDS = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|required for.*? \(([\d.]+)([KMGT])\) exceeds available")
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class TooLarge(Exception):
+    """A program that the compiler refuses, because it does not fit the memory of a device."""
+
+
+class Compiled(NamedTuple):
+    """A compiled program."""
+
+    text: str
+    peak_bytes: int  # of memory on each device
+    seconds: float
+    replicated: tuple[str, ...]  # operations that the partitioner could only reshard by gathering all of them
+
+
+@contextlib.contextmanager
+def captured_errors() -> Generator[list[str]]:
+    """Lines that libraries write to standard error meanwhile, in the list after it. They bypass `sys.stderr`."""
+    lines: list[str] = []
+    sys.stderr.flush()
+    with tempfile.TemporaryFile("w+b") as file:
+        keep = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(keep, 2)
+            os.close(keep)
+            file.seek(0)
+            lines += file.read().decode("utf-8", "replace").splitlines()
+
+
+@contextlib.contextmanager
+def for_reading(platform: str) -> Generator[None]:
+    """Settings under which the text of a program is complete and readable."""
+    settings = {"jax_enable_compilation_cache": False}  # a program out of the cache comes without its warnings
+    if platform in LEVEL:
+        settings["jax_optimization_level"] = LEVEL[platform]
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def compile_to_read(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
+    """Compile a lowered program for the platform of its mesh, which may be a topology.
+
+    Raises:
+        TooLarge: it does not fit a device's memory, which only the TPU compiler holds against it.
+    """
+    platform, begun = mesh.devices.flat[0].platform, time.perf_counter()
+    with for_reading(platform), captured_errors() as lines:
+        try:
+            compiled = lowered.compile(compiler_options=OPTIONS[platform])
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            raise TooLarge(str(e).splitlines()[0]) from None
+    seconds = time.perf_counter() - begun
+    replicated = tuple(dict.fromkeys(m[1].strip() for line in lines if (m := REPLICATES.search(line))))
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None, "every compiler tells both of a program that it has just compiled"
+    return Compiled(text, int(memory.peak_memory_in_bytes), seconds, replicated)

@@ -1,0 +1,132 @@
+"""The report of `moe-jax inspect`: one row for collectives that are alike, the exchange beside its least, and flags."""
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from moe_jax.collectives import Collective, read
+from moe_jax.config import Config
+from moe_jax.inspect.compile import compile_to_read
+from moe_jax.inspect.flags import Seen, flags, is_exchange, total
+from moe_jax.inspect.least import Least, least_exchange
+from moe_jax.rules import table
+from moe_jax.topology import Topology
+from moe_jax.train.state import Model
+from moe_jax.train.step import lower_forward, lower_train_step
+
+
+def rows(found: list[Collective]) -> list[dict[str, Any]]:
+    """Collectives of one operation, axes, phase and module as one row; most bytes first."""
+    groups: dict[tuple, list[Collective]] = {}
+    for c in found:
+        groups.setdefault((c.op, c.axes, c.phase, c.modules, c.conditional, weights_of(c)), []).append(c)
+    out = []
+    for (op, axes, phase, modules, conditional, weights), group in groups.items():
+        row = {"op": op, "axes": list(axes), "phase": phase, "module": "+".join(modules)}
+        row |= {"count": sum(c.times for c in group), "bytes": total(group), "of": weights, "conditional": conditional}
+        out.append(row)
+    return sorted(out, key=lambda r: -r["bytes"])
+
+
+def weights_of(c: Collective) -> str:
+    """`weights` for what gathers parameters alone, as fully sharded data parallelism does; empty otherwise."""
+    return "weights" if c.op == "all-gather" and c.arguments else ""
+
+
+def exchange_found(found: list[Collective], cfg: Config, least: Least | None) -> dict[str, Any] | None:
+    """The all-to-alls of a step as compiled, beside the least."""
+    if least is None:
+        return None
+    mine = [c for c in found if is_exchange(c, cfg)]
+    count = {phase: sum(c.times for c in mine if c.phase == phase) for phase in least.count}
+    bound, moved = least.to_json()["total_bytes"], total(mine)
+    return {"count": count, "bytes": moved, "times_least": moved / bound if bound else None}
+
+
+def inspect(cfg: Config, mesh: Mesh, *, forward: bool = False, topology: Topology | None = None) -> dict[str, Any]:
+    """Compile the train step of a config, or its forward pass, and report its collectives.
+
+    Args:
+        mesh: devices, fake devices or those of a topology; nothing runs on them.
+        forward: the loss alone, without gradient and optimizer.
+        topology: what the mesh was built of, for its memory.
+    Returns:
+        JSON: collectives[] with op, axes, count, bytes (sent by a device in a step), phase, module; least, exchange,
+        flags[], peak_bytes (memory of a device), compile_seconds.
+    Raises:
+        Refused: rules and mesh that do not fit.
+        TooLarge: a program that does not fit the memory of the topology.
+        Unreadable: the compiler wrote what this library cannot read.
+    """
+    model = Model.of(cfg)
+    model.validate()
+    platform = mesh.devices.flat[0].platform
+    compiled = compile_to_read((lower_forward if forward else lower_train_step)(model, mesh), mesh)
+    found = read(compiled.text, mesh)
+    least = least_exchange(cfg, platform, forward_only=forward)
+    tokens = cfg.data.batch * cfg.data.length // cfg.train.microbatches // cfg.mesh.over(cfg.rules.batch)
+    leaves = {name: axes for name, _, axes in model.leaves()}
+    flagged = flags(Seen(cfg, platform, least, tokens, leaves, found, compiled.replicated))
+    return {
+        "config": cfg.name,
+        "program": "forward" if forward else "train step",
+        "mesh": cfg.mesh.sizes,
+        "devices": mesh.size,
+        "platform": platform,
+        "topology": None if topology is None else str(topology),
+        "collectives": rows(found),
+        "least": None if least is None else least.to_json(),
+        "exchange": exchange_found(found, cfg, least),
+        "flags": [flag._asdict() for flag in flagged],
+        "peak_bytes": compiled.peak_bytes,
+        "memory_bytes": None if topology is None else topology.memory,
+        "compile_seconds": compiled.seconds,
+    }
+
+
+def size(n: float) -> str:
+    """Bytes in a unit that keeps the number short."""
+    power = min(4, max(0, (int(n).bit_length() - 1) // 10))
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{n / 1024**power:,.{1 if power else 0}f} {unit}"
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    where = report["topology"] or f"{report['devices']} {report['platform']} device(s)"
+    mesh = " x ".join(f"{a}={n}" for a, n in report["mesh"].items()) or "one device"
+    out = [f"{report['config']}, {report['program']} on {where}, mesh {mesh}: what one device sends in a step"]
+    cells = [
+        (
+            r["op"],
+            "+".join(r["axes"]),
+            f"{'at most ' if r['conditional'] else ''}{r['count']:,}",
+            size(r["bytes"]),
+            r["phase"],
+            f"{r['module']}{' (weights)' if r['of'] else ''}",
+        )
+        for r in report["collectives"]
+    ]
+    head = ("op", "mesh axes", "count", "sent", "phase", "module")
+    out += [table(head, cells)] if cells else ["  no collectives: nothing leaves its device"]
+    out += exchange_lines(report)
+    out += [f"flag: {f['kind']}: {f['what']}\n    remedy: {f['remedy']}" for f in report["flags"]] or ["no flags"]
+    memory = f"memory {size(report['peak_bytes'])} a device at the peak"
+    if (available := report["memory_bytes"]) is not None:
+        fits = "fits" if report["peak_bytes"] <= available else "does not fit"
+        memory += f" of {size(available)}: {fits}"
+    return [*out, f"{memory}; compiled in {report['compile_seconds']:.1f} s"]
+
+
+def exchange_lines(report: dict[str, Any]) -> list[str]:
+    """The exchange beside its least."""
+    least, found = report["least"], report["exchange"]
+    if least is None:
+        return []
+    phases = [p for p, n in least["count"].items() if n or found["count"][p]]
+    counts = ", ".join(f"{found['count'][p]} {p} (least {least['count'][p]})" for p in phases)
+    why = f"f*K*T*D*b*(n-1)/n with T={least['tokens']:,} tokens a device, n={least['shards']}"
+    return [
+        f"exchange: all-to-alls {counts}; {found['times_least']:.3f} times the least bytes",
+        f"  least: {least['bytes_each_way']:,} bytes each way, {why}",
+    ]
