@@ -215,7 +215,11 @@ class Program:
         if one.op != "add":
             raise Unreadable(f"its counter is made by {one.op}")
         values = [body.instructions[name] for name in one.operands]
-        return next(number(v) for v in values if v.op == "constant") if any(v.op == "constant" for v in values) else 0
+        raised = [int(INDEX.search(v.rest)[1]) for v in values if v.op == "get-tuple-element"]  # ty: ignore[not-subscriptable]
+        steps = [number(v) for v in values if v.op == "constant"]
+        if raised != [index] or len(steps) != 1 or steps[0] < 1:
+            raise Unreadable(f"its counter is the sum of {' and '.join(v.op for v in values)}")
+        return steps[0]
 
     def element(self, body: Computation, index: int) -> Instruction:
         """What a body returns as an element of the loop's state."""
