@@ -169,7 +169,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and router stay float32")
     scan: bool = key(True, "run equal layers in a loop: compile time near-flat in depth")
     remat: Literal["none", "full", "dots", "exchange"] = key(
-        "none", "recompute in the backward pass: nothing; all; all but products; all but the exchanged tensors"
+        "exchange",
+        "recompute in the backward pass: nothing; all; all but products; all but the exchanged tensors, so that no "
+        "token travels again",
     )
     moe: MoEConfig | None = key(None, "the mixture of experts; unset: a dense model")
 
