@@ -31,7 +31,7 @@ IOTA_FORM = re.compile(r"replica_groups=\[(?P<groups>[\d,]+)\]<=\[(?P<dims>[\d,]
 LIST_FORM = re.compile(r"replica_groups=\{(?P<groups>(?:\{[\d,]*\},?)*)\}")
 PAIRS_FORM = re.compile(r"source_target_pairs=\{(?P<pairs>(?:\{\d+,\d+\},?)*)\}")
 
-PHASES = ("forward", "recompute", "backward", "optimizer")
+PHASES = ("forward", "recompute", "backward", "optimizer", "unknown")
 BETWEEN = "slices"  # what follows traffic between slices, of which the compiler keeps no source
 MODULES = (
     "routing",
@@ -44,6 +44,7 @@ MODULES = (
     "head",
     "ffn",
     "optimizer",
+    BETWEEN,
 )
 
 
@@ -63,7 +64,7 @@ class Collective(NamedTuple):
 
     @property
     def phase(self) -> str:
-        """`forward`, `recompute` (in the backward pass), `backward` or `optimizer`; `+` joins several."""
+        """`forward`, `recompute` (in the backward pass), `backward`, `optimizer`; `+` joins several."""
         found = {phase_of(source) for source, _ in self.parts}
         return "+".join(p for p in PHASES if p in found)
 
@@ -78,6 +79,8 @@ class Collective(NamedTuple):
 
 def phase_of(source: str) -> str:
     """The phase of a step that an operation's scopes tell: JAX names what it transposes and what it recomputes."""
+    if not source.strip("/" + BETWEEN):
+        return "unknown"
     if "rematted_computation" in source:
         return "recompute"
     if "transpose(" in source:
@@ -235,8 +238,9 @@ def sent(kind: str, size: int, n: int) -> int:
     return size if share is None else share * size * (n - 1) // n
 
 
-def in_slice(mesh: Mesh, groups: list[list[int]]) -> list[list[int]]:
-    """Groups of a program of several slices as devices of the mesh: such a program numbers those of one slice."""
+def device_groups(line: str, mesh: Mesh) -> list[list[int]]:
+    """The groups of a collective as devices of the mesh. A program of several slices numbers those of one slice."""
+    groups = replica_groups(line, mesh.size)
     slices = [getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat]
     first = [i for i, s in enumerate(slices) if s == min(slices)]
     if len(first) == mesh.size or max(map(max, groups)) >= len(first):
@@ -244,10 +248,30 @@ def in_slice(mesh: Mesh, groups: list[list[int]]) -> list[list[int]]:
     return [[first[i] for i in group] for group in groups]
 
 
-def between_slices(mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes along which slices lie."""
-    slices = np.array([getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat]).reshape(mesh.devices.shape)
-    return tuple(name for i, name in enumerate(mesh.axis_names) if (slices != np.take(slices, [0], axis=i)).any())
+def slice_groups(line: str, mesh: Mesh) -> list[list[int]]:
+    """Groups of devices that exchange over the network between slices, by the target of a send.
+
+    It is `"{1,2}x{0:7}"`, slices and devices in each, or lists of `slice * 100000 + device`, slices counted from 1.
+    """
+    slices = [getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat]
+    places = {s: [i for i, at in enumerate(slices) if at == s] for s in set(slices)}
+    if m := re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}"', line):
+        return [[places[s - 1][i] for s in ints(m[1])] for i in range(int(m[2]) + 1)]
+    if m := re.search(r"_xla_megascale_target=\{((?:\{[\d,]+\},?)+)\}", line):
+        groups = [ints(g) for g in re.findall(r"\{([\d,]+)\}", m[1])]
+        return [[places[n // 100_000 - 1][n % 100_000] for n in group] for group in groups]
+    raise Unreadable(f"no target in the send {line.strip()[:300]}")
+
+
+def carried(line: str, size: int, n: int) -> int:
+    """Bytes that one device sends to n - 1 other slices, when `size` bytes are handed to the network."""
+    m = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
+    kind = m[1].lower().replace("_", "-") if m else ""
+    if kind == "all-gather":
+        return size * (n - 1)
+    if kind not in ("all-reduce", "reduce-scatter", "all-to-all"):
+        return size
+    return (2 if kind == "all-reduce" else 1) * size * (n - 1) // n
 
 
 def used_in_part(program: Program, run: Run) -> bool:
@@ -266,11 +290,8 @@ def collectives(program: Program, mesh: Mesh) -> Iterator[Collective]:
     for run in program.runs(is_collective):
         one, fusion = run.instruction, reduce_scatter(run)
         kind = "reduce-scatter" if fusion is not None else base(one)
-        if kind == "send":
-            axes, n = between_slices(mesh), 2
-        else:
-            groups = in_slice(mesh, replica_groups(one.rest, mesh.size))
-            axes, n = axes_of(groups, mesh), max(map(len, groups))
+        groups = slice_groups(one.rest, mesh) if kind == "send" else device_groups(one.rest, mesh)
+        axes, n = axes_of(groups, mesh), max(map(len, groups))
         if not axes:  # groups of one device move nothing
             continue
         size = array_bytes(result(one) if fusion is None else fusion.type)
@@ -279,7 +300,7 @@ def collectives(program: Program, mesh: Mesh) -> Iterator[Collective]:
         arguments = tuple(name for name in found if name is not None) if None not in found else ()
         source = one.op_name or (fusion.op_name if fusion is not None else "") or (parts[0][0] if parts else "")
         sliced = kind == "all-reduce" and used_in_part(program, run)
-        moved = sent(kind, size, n)
+        moved = carried(one.rest, size, n) if kind == "send" else sent(kind, size, n)
         yield Collective(kind, axes, size, source, moved, run.times, run.conditional, parts, arguments, sliced)
 
 

@@ -85,6 +85,8 @@ def clashes(rules: Rules) -> list[Problem]:
     """Activations of which two dimensions would lie on one mesh axis, whatever its size."""
     names = ("batch", "length", "act_embed"), ("batch", "length", "act_mlp"), ("batch", "length", "act_vocab")
     layouts = {f"activation ({', '.join(n)})": rules.layout(*n) for n in (*names, ("batch", "length", "act_heads"))}
+    for name in ("vocab", "position"):
+        layouts[f"rows of the embedding ({name}, act_embed)"] = rules.layout(name, "act_embed")
     layouts["cache (batch, kv_heads)"] = rules.by_rows().layout("batch", "kv_heads")
     experts, groups, _, travelling = rules.expert_major
     layouts["tokens at their experts (experts, batch, act_embed)"] = (experts, groups, rules.act_embed)

@@ -1,7 +1,10 @@
 """Reading compiled programs: what moves how many bytes over which axes, how often, and from where."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -99,7 +102,7 @@ SOURCES = {
     ),
     "jit(step)/optimizer/reduce_sum": ("optimizer", "optimizer"),
     "jit(step)/ffn/dot_general": ("forward", "ffn"),
-    "": ("forward", "other"),
+    "": ("unknown", "other"),
 }
 
 
@@ -270,6 +273,41 @@ def test_unknown_trip_counts_are_not_guessed(arguments):
 def test_what_is_no_program_is_refused():
     with pytest.raises(Unreadable, match="no program in this text"):
         read("", meshes.build_mesh(SIZES))
+
+
+class Slices:
+    """A mesh of two slices of four devices each, as far as reading needs it."""
+
+    axis_names = ("data", "fsdp", "expert", "tensor")
+    size = 8
+
+    def __init__(self):
+        shape, devices = (2, 2, 2, 1), [SimpleNamespace(slice_index=i // 4) for i in range(8)]
+        self.devices = np.array(devices, object).reshape(shape)
+
+
+SEND = (
+    "  %p = f32[8]{0} parameter(0)\n  %t = token[] after-all()\n"
+    "  %s = (f32[8]{0}, u32[], token[]) send(%p, %t), channel_id=1, frontend_attributes={TARGET}\n"
+    "  %r = (f32[8]{0}, u32[], token[]) recv(%t), channel_id=2, frontend_attributes={TARGET}\n"
+    "  ROOT %g = f32[8]{0} all-gather(%p), replica_groups={{0,1},{2,3}}, dimensions={0}"
+)
+KIND = '_xla_megascale_transfer_type="ALL_REDUCE"'
+
+
+@pytest.mark.parametrize(
+    "target", ['_xla_megascale_target="{1,2}x{0:3}"', "_xla_megascale_target={{100000,200000},{100003,200003}}"]
+)
+def test_traffic_between_slices(target):
+    """A send carries it, once; groups of a slice's own collectives number its devices."""
+    send, gather = read(text(SEND.replace("TARGET", f"{target},{KIND}")), Slices())
+    assert (send.op, send.axes, send.bytes, send.moved) == ("send", ("data",), 32, 32)
+    assert (gather.op, gather.axes) == ("all-gather", ("expert",))
+
+
+def test_a_send_without_a_target_is_not_guessed():
+    with pytest.raises(Unreadable, match="no target in the send"):
+        read(text(SEND.replace("TARGET", KIND)), Slices())
 
 
 # Where a value comes from

@@ -214,7 +214,12 @@ def test_an_axis_of_size_one_holds_one_dimension_too():
 
 @pytest.mark.parametrize(
     "change",
-    [{"act_embed": ("data",)}, {"expert_mlp": ("fsdp",), "expert_embed": ()}, {"kv_heads": ("expert",)}],
+    [
+        {"act_embed": ("data",)},
+        {"expert_mlp": ("fsdp",), "expert_embed": ()},
+        {"kv_heads": ("expert",)},
+        {"act_embed": ("tensor",)},
+    ],
     ids=str,
 )
 def test_activations_are_checked_too(change):

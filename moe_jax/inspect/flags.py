@@ -124,8 +124,11 @@ def replicated(seen: Seen) -> Iterator[Flag]:
 
 
 def unscattered(seen: Seen) -> Iterator[Flag]:
-    """Sums of which each device keeps only its part. A CPU has no reduce-scatter, so there it says nothing."""
-    if seen.platform == "cpu":
+    """Sums of which each device keeps only its part.
+
+    It says nothing on a CPU, which has no reduce-scatter, nor of several slices, where the compiler takes sums apart.
+    """
+    if seen.platform == "cpu" or any(c.op == "send" for c in seen.collectives):
         return
     whole = [c for c in seen.collectives if c.sliced and c.op == "all-reduce" and c.bytes >= 4 * seen.tokens]
     for group in alike(whole):
@@ -136,9 +139,11 @@ def unscattered(seen: Seen) -> Iterator[Flag]:
         yield Flag("an all-reduce where a reduce-scatter would do", said(group), total(group), remedy)
 
 
-def is_exchange(c: Collective, cfg: Config) -> bool:
-    """Whether a collective carries tokens to experts or back."""
-    return c.op in ("all-to-all", "ragged-all-to-all") and bool(set(c.axes) & set(cfg.rules.experts))
+def is_exchange(c: Collective, cfg: Config, least: Least) -> bool:
+    """Whether a collective carries tokens to experts or back. Tables of counts travel too, a thousandth of that."""
+    if c.op not in ("all-to-all", "ragged-all-to-all") or not set(c.axes) & set(cfg.rules.experts):
+        return False
+    return 100 * c.moved >= least.bytes_each_way
 
 
 def too_much(seen: Seen) -> Iterator[Flag]:
@@ -146,7 +151,7 @@ def too_much(seen: Seen) -> Iterator[Flag]:
     least, moe = seen.least, seen.cfg.model.moe
     if least is None or moe is None:
         return
-    found = [c for c in seen.collectives if is_exchange(c, seen.cfg)]
+    found = [c for c in seen.collectives if is_exchange(c, seen.cfg, least)]
     if not found:
         why = f"no all-to-all over {'+'.join(seen.rules.experts)}"
         remedy = "leave rules.experts and rules.batch at their defaults"
@@ -159,6 +164,10 @@ def too_much(seen: Seen) -> Iterator[Flag]:
     what = f"{moved:,} bytes, {moved / bound:.2f} times the least of {bound:,}"
     if moe.capacity_factor is None and moe.router.kind != "expert_choice":
         remedy = "dropless buffers hold the worst case: set model.moe.capacity_factor"
+    elif any(c.conditional for c in found):
+        remedy = "none needed: overflow=fallback compiles both branches, and a step runs one of them"
+    elif moe.dispatch == "ragged":
+        remedy = "ragged buffers hold the worst case: set model.moe.dispatch=gather, whose slots are limited"
     elif sum(c.times for c in found) > sum(least.count.values()):
         remedy = "more all-to-alls than needed: set model.remat=exchange, or fewer train.microbatches"
     else:

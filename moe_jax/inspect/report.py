@@ -37,7 +37,7 @@ def exchange_found(found: list[Collective], cfg: Config, least: Least | None) ->
     """The all-to-alls of a step as compiled, beside the least."""
     if least is None:
         return None
-    mine = [c for c in found if is_exchange(c, cfg)]
+    mine = [c for c in found if is_exchange(c, cfg, least)]
     count = {phase: sum(c.times for c in mine if c.phase == phase) for phase in least.count}
     bound, moved = least.to_json()["total_bytes"], total(mine)
     return {"count": count, "bytes": moved, "times_least": moved / bound if bound else None}
