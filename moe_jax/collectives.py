@@ -61,6 +61,7 @@ class Collective(NamedTuple):
     parts: tuple[tuple[str, int], ...] = ()  # (source, bytes) of each array in it: compilers merge collectives
     arguments: tuple[str, ...] = ()  # arguments of the program that it moves, if it moves nothing else
     sliced: bool = False  # of its result each device uses its own part alone
+    summed: bool = False  # an all-gather that the compiler wrote as the sum of parts in zeros: twice the bytes
 
     @property
     def phase(self) -> str:
@@ -203,6 +204,8 @@ def parts_of(program: Program, run: Run) -> tuple[tuple[str, int], ...]:
     if len(operands) == 1 and names:
         return tuple((name, array_bytes(kinds[0])) for name in names)
     otherwise = one.op_name or (run.caller.instruction.op_name if run.caller is not None else "")
+    if len(operands) > 1:  # merged under the name of one of them: the others share its phase, perhaps not its module
+        otherwise = re.sub(rf"\b({'|'.join(MODULES)})\b", "", otherwise)
     out = []
     for made in (made for operand in operands for made in program.made_by(run.computation, operand)):
         name = made.op_name if module_of(made.op_name) != "other" else otherwise
@@ -285,11 +288,18 @@ def used_in_part(program: Program, run: Run) -> bool:
     return bool(users) and all(u.op == "dynamic-slice" or "dynamic-slice" in u.name for u in users)
 
 
+def gathers(program: Program, run: Run) -> bool:
+    """Whether an all-reduce adds up parts that each device has put into zeros: a gather, as TPUs write some."""
+    at, caller = run.computation, run.caller
+    return all(program.from_zeros(at, caller, name) for name in run.instruction.operands)
+
+
 def collectives(program: Program, mesh: Mesh) -> Iterator[Collective]:
     """Each collective of a program that moves something."""
     for run in program.runs(is_collective):
         one, fusion = run.instruction, reduce_scatter(run)
         kind = "reduce-scatter" if fusion is not None else base(one)
+        summed = kind == "all-reduce" and gathers(program, run)
         groups = slice_groups(one.rest, mesh) if kind == "send" else device_groups(one.rest, mesh)
         axes, n = axes_of(groups, mesh), max(map(len, groups))
         if not axes:  # groups of one device move nothing
@@ -301,7 +311,9 @@ def collectives(program: Program, mesh: Mesh) -> Iterator[Collective]:
         source = one.op_name or (fusion.op_name if fusion is not None else "") or (parts[0][0] if parts else "")
         sliced = kind == "all-reduce" and used_in_part(program, run)
         moved = carried(one.rest, size, n) if kind == "send" else sent(kind, size, n)
-        yield Collective(kind, axes, size, source, moved, run.times, run.conditional, parts, arguments, sliced)
+        kind = "all-gather" if summed else kind
+        more = (parts, arguments, sliced, summed)
+        yield Collective(kind, axes, size, source, moved, run.times, run.conditional, *more)
 
 
 def read(program: str, mesh: Mesh) -> list[Collective]:

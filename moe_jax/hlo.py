@@ -180,7 +180,7 @@ class Program:
         condition, body = self.computations[called["condition"]], self.computations[called["body"]]
         try:
             index, limit = self.limit(condition)
-            start = self.constant(loop.computation, self.initial(loop, index))
+            start = number(self.settled(loop.computation, self.initial(loop, index)))
             step = self.step(body, index)
         except Unreadable as e:
             raise Unreadable(f"loop {loop.instruction.name} has no trip count that can be read: {e}") from None
@@ -209,12 +209,10 @@ class Program:
 
     def step(self, body: Computation, index: int) -> int:
         """By how much a loop's body raises an element of its state."""
-        one = self.element(body, index)
-        while one.op in MOVES:
-            one = body.instructions[one.operands[0]]
+        one = self.settled(body, self.element(body, index))
         if one.op != "add":
             raise Unreadable(f"its counter is made by {one.op}")
-        values = [body.instructions[name] for name in one.operands]
+        values = [self.settled(body, body.instructions[name]) for name in one.operands]
         raised = [int(INDEX.search(v.rest)[1]) for v in values if v.op == "get-tuple-element"]  # ty: ignore[not-subscriptable]
         steps = [number(v) for v in values if v.op == "constant"]
         if raised != [index] or len(steps) != 1 or steps[0] < 1:
@@ -234,19 +232,33 @@ class Program:
             raise Unreadable(f"its first state is {state.op}")
         return loop.computation.instructions[state.operands[index]]
 
-    def constant(self, at: Computation, one: Instruction) -> int:
-        """The number that an instruction hands on."""
+    def settled(self, at: Computation, one: Instruction) -> Instruction:
+        """What an instruction hands on."""
         while one.op in MOVES:
             one = at.instructions[one.operands[0]]
-        return number(one)
+        return one
 
     # Where a value comes from
 
     def origin(self, at: Computation, caller: Call | None, name: str) -> str | None:
-        """The argument of the program that a value is a part or a copy of, such as `state.params['w']`, or None.
+        """The argument of the program that a value is a part or a copy of, such as `state.params['w']`, or None."""
+        end = self.trace(at, caller, name)
+        one = end.instruction
+        return (one.op_name or one.name) if one.op == "parameter" and end.caller is None else None
+
+    def from_zeros(self, at: Computation, caller: Call | None, name: str) -> bool:
+        """Whether a value is zeros but for a part that was written into them."""
+        end = self.trace(at, caller, name, stored=False)
+        if end.instruction.op != "dynamic-update-slice":
+            return False
+        under = self.trace(end.computation, end.caller, end.instruction.operands[0], stored=False).instruction
+        return under.op in ("broadcast", "constant")
+
+    def trace(self, at: Computation, caller: Call | None, name: str, *, stored: bool = True) -> Call:
+        """What a value is a part or a copy of, and where that stands.
 
         Follows what only moves numbers: copies, slices, reshapes and casts, through fusions and loops that hand the
-        value on unchanged or store it away. Whatever is computed has no origin.
+        value on unchanged or, with `stored`, put it away layer by layer. It ends at what computes, or at an argument.
         """
         one = at.instructions[name]
         index: int | None = None  # of a tuple on the way, where one is
@@ -256,31 +268,28 @@ class Program:
                     index = int(INDEX.search(one.rest)[1])  # ty: ignore[not-subscriptable]
                 one = at.instructions[one.operands[0]]
             elif one.op in ("tuple", "opt-barrier") and index is not None:
-                one, index = at.instructions[one.operands[index if one.op == "tuple" else 0]], None
-            elif one.op == "fusion":
-                caller = Call(at, one, caller)
-                at = self.computations[one.called()[0]]
-                one = at.root
-            elif one.op == "dynamic-update-slice":  # what a loop stores away, layer by layer
+                one = at.instructions[one.operands[index if one.op == "tuple" else 0]]
+                index = index if one.op == "opt-barrier" else None
+            elif one.op == "dynamic-update-slice" and stored:
                 one = at.instructions[one.operands[1]]
             elif one.op == "while" and index is not None and self.unchanged(one, index):
                 one = at.instructions[one.operands[0]]
-            elif one.op == "while" and index is not None:
+            elif one.op == "fusion" or (one.op == "while" and index is not None):
                 caller = Call(at, one, caller)
-                at = self.computations[dict(CALLED.findall(one.rest))["body"]]
+                at = self.computations[dict(CALLED.findall(one.rest))["body" if one.op == "while" else "calls"]]
                 one = at.root
-            elif one.op == "parameter" and caller is None:
-                return one.op_name or one.name
-            elif one.op == "parameter" and caller is not None:
-                call = caller.instruction
-                if call.op == "while" and (index is None or not self.unchanged(call, index)):
-                    return None
-                if call.op not in ("while", "fusion", "call", "async-start"):
-                    return None
-                at, caller, number = caller.computation, caller.caller, int(one.inside)
-                one = at.instructions[call.operands[number]]
+            elif one.op == "parameter" and caller is not None and self.hands_on(caller.instruction, index):
+                operands, number = caller.instruction.operands, int(one.inside)
+                at, caller = caller.computation, caller.caller
+                one = at.instructions[operands[number]]
             else:
-                return None
+                return Call(at, one, caller)
+
+    def hands_on(self, call: Instruction, index: int | None) -> bool:
+        """Whether a parameter of what an instruction runs is, each time, the operand at the parameter's place."""
+        if call.op == "while":
+            return index is not None and self.unchanged(call, index)
+        return call.op in ("fusion", "call", "async-start")
 
     def unchanged(self, loop: Instruction, index: int) -> bool:
         """Whether a loop hands an element of its state on as it is."""

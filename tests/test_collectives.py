@@ -230,7 +230,8 @@ def loop(condition, start="constant(0)", step="constant(1)", config=""):
         "%cond (s: (s32[], f32[8])) -> pred[] {\n  %s = (s32[], f32[8]{0}) parameter(0)\n"
         f"  %i = s32[] get-tuple-element(%s), index=0\n  %n = s32[] constant(7)\n{condition}",
         "%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {\n  %s = (s32[], f32[8]{0}) parameter(0)\n"
-        f"  %i = s32[] get-tuple-element(%s), index=0\n  %k = s32[] {step}\n  %j = s32[] add(%i, %k)\n"
+        f"  %i = s32[] get-tuple-element(%s), index=0\n  %k = s32[] {step}\n"
+        "  %h = s32[] copy(%i)\n  %j = s32[] add(%h, %k)\n"
         "  %x = f32[8]{0} get-tuple-element(%s), index=1\n"
         "  %y = f32[8]{0} all-reduce(%x), replica_groups=[2,4]<=[8], to_apply=%sum\n"
         "  ROOT %o = (s32[], f32[8]{0}) tuple(%j, %y)",
@@ -336,6 +337,35 @@ def test_gathered_arguments_are_named():
     shapes = {"x": jax.ShapeDtypeStruct((64, 16), jnp.float32), "w": jax.ShapeDtypeStruct((24, 16, 16), jnp.float32)}
     found = origins(f, shapes)
     assert sorted(found) == [(), ("p['w']",)]
+
+
+def test_a_gather_written_as_a_sum():
+    """Each device puts its part into zeros and all are added, as TPUs do; it moves what an all-reduce moves."""
+    main = (
+        "  %p = f32[2]{0} parameter(0), metadata={op_name=\"state.params['w']\"}\n"
+        "  %c = f32[] constant(0)\n  %b = f32[8]{0} broadcast(%c), dimensions={}\n  %i = s32[] partition-id()\n"
+        "  %u = f32[8]{0} dynamic-update-slice(%b, %p, %i)\n"
+        "  ROOT %r = f32[8]{0} all-reduce(%u), replica_groups=[2,4]<=[8], to_apply=%sum"
+    )
+    (found,) = reads(text(main))
+    assert (found.op, found.summed, found.arguments) == ("all-gather", True, ("state.params['w']",))
+    assert found.moved == 2 * 32 * 3 // 4
+    (found,) = reads(text(main.replace("constant(0)", "parameter(1)").replace("broadcast(%c)", "sine(%c)")))
+    assert (found.op, found.summed) == ("all-reduce", False)
+
+
+def test_merged_arrays_share_a_phase_and_keep_their_modules():
+    (found,) = reads(
+        text(
+            "  %p = f32[8]{0} parameter(0)\n"
+            '  %a = f32[8]{0} sine(%p), metadata={op_name="jit(s)/transpose(jvp())/ffn/sin"}\n'
+            "  %b = f32[8]{0} cosine(%p)\n"
+            "  %s = (f32[8]{0}, f32[8]{0}) all-reduce(%a, %b), replica_groups=[2,4]<=[8], to_apply=%sum, "
+            'metadata={op_name="jit(s)/transpose(jvp())/attention/dot"}\n'
+            "  ROOT %g = f32[8]{0} get-tuple-element(%s), index=0"
+        )
+    )
+    assert (found.phase, found.modules, found.bytes) == ("backward", ("ffn", "other"), 64)
 
 
 def test_a_program_keeps_its_users():

@@ -1,15 +1,21 @@
 """`inspect`: the exchange of every mesh at its least, no tokens or experts gathered, and what it says when they are."""
 
+import json
 import math
 
 import jax
 import pytest
+from commands import finish, start
 from machines import compilable
 
 from moe_jax import config
 from moe_jax import mesh as meshes
 from moe_jax.axes import MESH_AXES
-from moe_jax.inspect.report import inspect
+from moe_jax.cli import main
+from moe_jax.inspect.report import inspect, lines
+from moe_jax.layers.common import lay
+from moe_jax.layers.embed import Embedding
+from moe_jax.layers.moe import MoELayer
 from moe_jax.topology import parse, topology_mesh
 
 LAYERS, L, D, E, K = 2, 32, 32, 8, 2
@@ -158,3 +164,126 @@ def test_machines_that_are_not_here_exchange_the_least(name, remat):
     found = inspect(cfg, topology_mesh(cfg.mesh, topology), topology=topology)
     check(found, cfg, again=2 if remat == "full" else 0, bytes_each=2)
     assert 0 < found["peak_bytes"] < found["memory_bytes"] == topology.memory
+
+
+# Flags
+
+
+def kinds(found):
+    return {f["kind"] for f in found["flags"]}
+
+
+def test_gathered_tokens_are_flagged(monkeypatch):
+    """With the layouts of the exchange taken out the compiler gathers: the rows and the flag say so."""
+    monkeypatch.setattr(MoELayer, "exchange", lambda self, buffers, to_experts: buffers)
+    found = report(small(mesh=QUICK[0]))
+    assert kinds(found) >= {"tokens are gathered", "experts are not exchanged"}
+    flag = next(f for f in found["flags"] if f["kind"] == "tokens are gathered")
+    assert "all-gather over expert" in flag["what"] and "rules.experts" in flag["remedy"] and flag["bytes"] > 0
+
+
+def test_gathered_expert_weights_are_flagged(monkeypatch):
+    """Experts that are sharded for storage only, as the einsum of a shipped library has them."""
+
+    def at_home(self, buffers, *, to_experts):
+        return lay(buffers, self.rules, self.rules.token_major)
+
+    monkeypatch.setattr(MoELayer, "exchange", at_home)
+    found = report(small(mesh=QUICK[2]))
+    assert "expert weights are gathered" in kinds(found) and "experts are not exchanged" in kinds(found)
+    flag = next(f for f in found["flags"] if f["kind"] == "expert weights are gathered")
+    assert "rules.experts" in flag["remedy"]
+
+
+def test_weights_stored_over_the_replicas_are_no_flag():
+    """ZeRO over `data`: the gathers are those of weights, and legitimate."""
+    cfg = small("rules.embed=['data']", "rules.expert_embed=['data']", mesh=QUICK[0])
+    found = report(cfg)
+    gathers = [r for r in found["collectives"] if r["op"] == "all-gather"]
+    assert gathers and {(r["of"], *r["axes"]) for r in gathers} == {("weights", "data")} and not found["flags"]
+
+
+def test_arrays_that_the_partitioner_replicates_are_flagged(monkeypatch):
+    """A lookup in a table that is split by tokens and by width: it says so on standard error, and the flag repeats it."""
+    monkeypatch.setattr(Embedding, "rows", lambda self, table, name: table[...])
+    found = report(small(mesh=QUICK[1]), forward=True)
+    assert "the partitioner gathers an array as a last resort" in kinds(found)
+
+
+MORE = {
+    "dropless": (["model.moe.capacity_factor=unset"], E / K, "set model.moe.capacity_factor"),
+    "rounded up": (
+        ["model.moe.capacity_factor=1.1", "model.moe.group_size=8"],
+        32 / (1.1 * 16),
+        "model.moe.group_size",
+    ),
+    "ragged": (["model.moe.dispatch=ragged"], 2, "model.moe.dispatch=gather"),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_more_than_the_least_is_flagged(name):
+    """Dropless buffers hold S slots for each of E experts where K*S are used; 8 tokens of 2 choices at a factor of 1.1
+    need 2.2 slots an expert and get the least of 4; ragged ones have room for both choices at one of four shards."""
+    overrides, times, remedy = MORE[name]
+    found = report(small(*overrides, mesh=QUICK[0]), forward=True)
+    assert found["exchange"]["times_least"] == pytest.approx(times, rel=0.01)
+    (flag,) = found["flags"]
+    assert flag["kind"] == "the exchange moves more than it must" and remedy in flag["remedy"]
+
+
+def test_microbatches_are_multiplied_out():
+    """They are recomputed one by one: 2 more all-to-alls a layer and microbatch, each of half the tokens."""
+    found = report(small("train.microbatches=2", mesh=QUICK[0]))
+    count = {"forward": 4 * LAYERS, "recompute": 4 * LAYERS, "backward": 4 * LAYERS}
+    assert found["exchange"]["count"] == found["least"]["count"] == count
+    assert found["exchange"]["times_least"] == pytest.approx(1, rel=0.01)
+    assert found["least"]["bytes_each_way"] == least(4, 16 * L / 2 / 8)
+
+
+# What has nothing to exchange, and the command
+
+PLAIN = {
+    "one device": ([], {}),
+    "dense": (["model.moe=unset"], {"data": 2, "fsdp": 2, "tensor": 2}),
+    "experts on every device": ([], {"data": 8}),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_without_an_exchange(name):
+    overrides, mesh = PLAIN[name]
+    found = report(small(*overrides, mesh=mesh), forward=True)
+    assert found["least"] is None and found["exchange"] is None and found["flags"] == []
+    assert not exchange(found) and bool(found["collectives"]) == bool(mesh)
+    assert found["peak_bytes"] > 0 and "a device at the peak" in "\n".join(lines(found))
+
+
+def test_the_command(tmp_path):
+    argv = ["inspect", "tiny_switch", *SMALL, "data.batch=16", "--forward", "--fake-devices", "8", "--json"]
+    code, out, err = finish(start(*argv, cwd=tmp_path))
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert {"op", "axes", "count", "bytes", "phase", "module"} <= found["collectives"][0].keys()
+    assert found["mesh"] == {"data": 2, "expert": 4} and found["platform"] == "cpu"
+    for column in ("op", "mesh axes", "count", "sent", "phase", "module", "least", "no flags", "compiled in"):
+        assert column in err, "with --json the table is progress"
+    assert list(tmp_path.iterdir()) == []
+
+
+REFUSED = {
+    "unknown chip": (["--topology", "v9:4x4"], "no known chip"),
+    "both": (["--topology", "v5e:4x4", "--fake-devices", "8"], "--topology names others"),
+    "other size": (["--topology", "h100:2x8"], "has 16 devices, and a mesh of data=2 x expert=4 needs 8"),
+    "other number": (["--fake-devices", "4"], "use --fake-devices 8"),
+    "typo": (["model.layer=3"], "did you mean model.layers"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_command_refuses(name, capsys, monkeypatch):
+    argv, words = REFUSED[name]
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")  # the command sets it, and must not leave it to other tests
+    assert main(["inspect", "tiny_switch", *argv]) == 2
+    err = capsys.readouterr().err
+    assert "refused" in err and words in err and "remedy" in err

@@ -20,9 +20,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
 }
 LEVEL = {"tpu": "O0"}  # the same collectives five times sooner, none of them overlapped with other work
-REPLICATES = re.compile(r"\[[Ss][Pp][Mm][Dd]\] Involuntary full rematerialization.*?(?:for HLO operation: |op: )(.*)")
-NEEDS = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|required for.*? \(([\d.]+)([KMGT])\) exceeds available")
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+REPLICATES = re.compile(
+    r"Involuntary full rematerialization(?:.*?from sharding (?P<old>.*?) to (?P<new>.*?)"
+    r"(?: efficiently)? for HLO operation %(?P<operation>\S+ = \S+ [\w-]+))?"
+)
+
+
+def resharded(line: str) -> str | None:
+    """What the partitioner says that it replicates, if the line is such a warning."""
+    m = REPLICATES.search(line)
+    if m is None:
+        return None
+    return line.strip() if m["operation"] is None else f"{m['operation']}, from {m['old']} to {m['new']}"
 
 
 class TooLarge(Exception):
@@ -86,7 +95,7 @@ def compile_to_read(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
                 raise
             raise TooLarge(str(e).splitlines()[0]) from None
     seconds = time.perf_counter() - begun
-    replicated = tuple(dict.fromkeys(m[1].strip() for line in lines if (m := REPLICATES.search(line))))
+    replicated = tuple(dict.fromkeys(text for line in lines if (text := resharded(line)) is not None))
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None, "every compiler tells both of a program that it has just compiled"
     return Compiled(text, int(memory.peak_memory_in_bytes), seconds, replicated)

@@ -29,8 +29,10 @@ def rows(found: list[Collective]) -> list[dict[str, Any]]:
 
 
 def weights_of(c: Collective) -> str:
-    """`weights` for what gathers parameters alone, as fully sharded data parallelism does; empty otherwise."""
-    return "weights" if c.op == "all-gather" and c.arguments else ""
+    """`weights` for what gathers parameters alone, as fully sharded data parallelism does, and how; else empty."""
+    if c.op != "all-gather" or not c.arguments:
+        return ""
+    return "weights, as a sum" if c.summed else "weights"
 
 
 def exchange_found(found: list[Collective], cfg: Config, least: Least | None) -> dict[str, Any] | None:
