@@ -12,6 +12,8 @@ from moe_jax import config
 from moe_jax import mesh as meshes
 from moe_jax.axes import MESH_AXES
 from moe_jax.cli import main
+from moe_jax.collectives import Collective
+from moe_jax.inspect.flags import Seen, flags
 from moe_jax.inspect.report import inspect, lines
 from moe_jax.layers.common import lay
 from moe_jax.layers.embed import Embedding
@@ -174,25 +176,68 @@ def kinds(found):
 
 
 def test_gathered_tokens_are_flagged(monkeypatch):
-    """With the layouts of the exchange taken out the compiler gathers: the rows and the flag say so."""
-    monkeypatch.setattr(MoELayer, "exchange", lambda self, buffers, to_experts: buffers)
-    found = report(small(mesh=QUICK[0]))
-    assert kinds(found) >= {"tokens are gathered", "experts are not exchanged"}
+    """Only the experts' side of the exchange laid out: the compiler gathers on the way, and the flag says so."""
+
+    def one_side(self, buffers, *, to_experts):
+        return lay(buffers, self.rules, self.rules.expert_major)
+
+    monkeypatch.setattr(MoELayer, "exchange", one_side)
+    found = report(small(mesh=QUICK[2]), forward=True)
     flag = next(f for f in found["flags"] if f["kind"] == "tokens are gathered")
     assert "all-gather over expert" in flag["what"] and "rules.experts" in flag["remedy"] and flag["bytes"] > 0
 
 
-def test_gathered_expert_weights_are_flagged(monkeypatch):
-    """Experts that are sharded for storage only, as the einsum of a shipped library has them."""
+WEIGHT = "state.params['stacks']['0']['blocks']['0']['ffn']['experts']['w_up']"
+AXES = {"stacks.0.blocks.0.ffn.experts.w_up": ("layers", "experts", "expert_embed", "expert_mlp")}
+SOURCE = "jit(f)/jvp()/while/body/ffn/experts/dot_general"
+# A collective of 1 MiB, and the flag that it raises with its remedy: on 64 tokens, experts over expert=4 x fsdp=2.
+SINGLE = {
+    "FSDP gathers": ({"op": "all-gather", "axes": ("fsdp",), "arguments": (WEIGHT,)}, None),
+    "its moments": (
+        {"op": "all-gather", "axes": ("fsdp",), "arguments": (f"state.opt_state[0].mu{WEIGHT[12:]}",)},
+        None,
+    ),
+    "experts": (
+        {"op": "all-gather", "axes": ("expert",), "arguments": (WEIGHT,)},
+        ("expert weights are gathered", "make rules.experts a subset of rules.batch"),
+    ),
+    "both": (
+        {"op": "all-gather", "axes": ("fsdp", "expert"), "arguments": (WEIGHT,)},
+        ("expert weights are gathered", "make rules.experts a subset of rules.batch"),
+    ),
+    "tensor": (
+        {"op": "all-gather", "axes": ("tensor",), "arguments": (WEIGHT,)},
+        ("weights are gathered", "change rules.expert_mlp"),
+    ),
+    "tokens": ({"op": "all-gather", "axes": ("fsdp",)}, ("tokens are gathered", "rules.experts and rules.batch")),
+    "tokens of attention": (
+        {"op": "all-gather", "axes": ("fsdp",), "parts": ((SOURCE.replace("ffn/experts", "attention"), 1),)},
+        ("tokens are gathered", "rules.act_*"),
+    ),
+    "numbers of groups": ({"op": "all-gather", "axes": ("fsdp",), "bytes": 128}, None),
+    "no tokens": ({"op": "all-gather", "axes": ("tensor",)}, None),
+    "moments in muon": ({"op": "all-gather", "axes": ("fsdp",), "parts": (("jit(f)/optimizer/dot", 1),)}, None),
+    "sum in whole": (
+        {"op": "all-reduce", "axes": ("fsdp",), "sliced": True},
+        ("an all-reduce where a reduce-scatter would do", "rules.embed, rules.expert_embed"),
+    ),
+    "sum": ({"op": "all-reduce", "axes": ("fsdp",)}, None),
+}
 
-    def at_home(self, buffers, *, to_experts):
-        return lay(buffers, self.rules, self.rules.token_major)
 
-    monkeypatch.setattr(MoELayer, "exchange", at_home)
-    found = report(small(mesh=QUICK[2]))
-    assert "expert weights are gathered" in kinds(found) and "experts are not exchanged" in kinds(found)
-    flag = next(f for f in found["flags"] if f["kind"] == "expert weights are gathered")
-    assert "rules.experts" in flag["remedy"]
+@pytest.mark.parametrize("name", SINGLE)
+def test_what_is_flagged(name):
+    fields, want = SINGLE[name]
+    made = {"bytes": 2**20, "source": SOURCE, "moved": 2**19, "times": 2, "parts": ((SOURCE, 2**20),)} | fields
+    cfg = small(mesh={"fsdp": 2, "expert": 4})
+    found = flags(Seen(cfg, "tpu", None, 64, AXES, [Collective(**made)], []))
+    assert [f.kind for f in found] == ([] if want is None else [want[0]])
+    if want is not None:
+        assert want[1] in found[0].remedy and found[0].bytes == 2 * 2**19
+        assert f"2 x {made['op']} over {'+'.join(made['axes'])}" in found[0].what
+    assert [f.kind for f in flags(Seen(cfg, "cpu", None, 64, AXES, [Collective(**made)], []))] == [
+        f.kind for f in found if "reduce-scatter" not in f.kind
+    ], "a CPU has no reduce-scatter"
 
 
 def test_weights_stored_over_the_replicas_are_no_flag():
@@ -204,7 +249,7 @@ def test_weights_stored_over_the_replicas_are_no_flag():
 
 
 def test_arrays_that_the_partitioner_replicates_are_flagged(monkeypatch):
-    """A lookup in a table that is split by tokens and by width: it says so on standard error, and the flag repeats it."""
+    """A lookup in a table that is split by tokens and by width: it says so on standard error."""
     monkeypatch.setattr(Embedding, "rows", lambda self, table, name: table[...])
     found = report(small(mesh=QUICK[1]), forward=True)
     assert "the partitioner gathers an array as a last resort" in kinds(found)
@@ -276,7 +321,7 @@ REFUSED = {
     "both": (["--topology", "v5e:4x4", "--fake-devices", "8"], "--topology names others"),
     "other size": (["--topology", "h100:2x8"], "has 16 devices, and a mesh of data=2 x expert=4 needs 8"),
     "other number": (["--fake-devices", "4"], "use --fake-devices 8"),
-    "typo": (["model.layer=3"], "did you mean model.layers"),
+    "typo": (["model.layer=3"], "did you mean 'layers'"),
 }
 
 
