@@ -282,6 +282,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ClaimConfig:
+    """What a description says of the model and its cluster; `moe-jax plan` holds it against its own figures."""
+
+    __pydantic_config__ = STRICT
+    params: Positive | None = key(None, "parameters in total")
+    active: Positive | None = key(None, "parameters that one token touches")
+    topology: str | None = key(None, "the cluster, as in --topology, for example a100:4x8")
+    stages: Count | None = key(None, "pipeline stages")
+    experts_per_device: Count | None = key(None, "experts of a layer on one device")
+    state_bytes: Positive | None = key(None, "bytes a device holds of weights, gradients and optimizer state")
+    activation_bytes: Positive | None = key(None, "bytes a device holds of activations")
+    mfu: Fractional | None = key(None, "model FLOPs utilisation of the run")
+    price: Positive | None = key(None, "US dollars a device-hour")
+    cost: Positive | None = key(None, "US dollars of the run")
+    repaired: str | None = key(None, "configs that keep what can be kept, separated by spaces")
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole experiment; what a file in configs/ holds."""
 
@@ -292,6 +310,7 @@ class Config:
     rules: Rules = key(Rules, "logical axis -> mesh axes")
     data: DataConfig = key(DataConfig, "text, tokens and batches")
     train: TrainConfig = key(TrainConfig, "the run")
+    claims: ClaimConfig | None = key(None, "what a description claims; unset: nothing")
 
 
 setattr(Rules, "__pydantic_config__", STRICT)  # noqa: B010  # axes.py knows no pydantic

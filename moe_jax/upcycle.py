@@ -30,7 +30,8 @@ from flax import nnx
 from moe_jax.config import ModelConfig, MoEConfig, Problem, Refused
 from moe_jax.layers.common import fan_in
 from moe_jax.layers.moe import SelectionBias
-from moe_jax.model import Transformer, pattern
+from moe_jax.model import Transformer
+from moe_jax.pattern import pattern
 from moe_jax.train.state import Weights, plain
 
 Method = Literal["copy", "split"]

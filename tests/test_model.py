@@ -17,7 +17,8 @@ from moe_jax.axes import Rules
 from moe_jax.config import ConfigError, MeshConfig, ModelConfig, MoEConfig, RouterConfig
 from moe_jax.layers.block import Block, Context
 from moe_jax.layers.moe import Experts, MoELayer
-from moe_jax.model import Transformer, pattern
+from moe_jax.model import Transformer
+from moe_jax.pattern import pattern
 from moe_jax.routing import route
 
 MOE = MoEConfig(experts=4, top_k=2, d_ff=12, every=2, capacity_factor=1.0, min_capacity=1)

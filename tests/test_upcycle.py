@@ -15,7 +15,7 @@ from commands import NOISE, calls, check_refusal, inside, listing, write_text
 from moe_jax import cli, config, mesh
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, Refused, RouterConfig
-from moe_jax.model import pattern
+from moe_jax.pattern import pattern
 from moe_jax.train.state import Model, State
 from moe_jax.upcycle import cut, upcycle
 

@@ -13,7 +13,7 @@ from moe_jax import balance
 from moe_jax.axes import Layout
 from moe_jax.balance import Stats
 from moe_jax.layers.moe import FROM_CONFIG
-from moe_jax.model import pattern
+from moe_jax.pattern import pattern
 from moe_jax.rules import constrain, sharding
 from moe_jax.sequence import ordered, shards
 from moe_jax.train.state import Model, State, Weights, nnx_keys, text_keys

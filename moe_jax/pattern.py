@@ -1,0 +1,24 @@
+"""How the layers of a model are put into loops. No arrays, no JAX."""
+
+
+def pattern(kinds: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
+    """Layer kinds as at most three runs of a repeated period, each one loop: (dense, moe) x 6 is one run.
+
+    Equal leading layers, a repeated period, equal trailing layers: the split with the fewest different layers to
+    compile, then the fewest runs.
+    """
+    options = []
+    other = [i for i, kind in enumerate(kinds) if kind != kinds[0]]
+    step = other[1] - other[0] if len(other) > 1 else len(kinds)  # the period, if there is one
+    leading = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), len(kinds))
+    for head in range(leading + 1):
+        rest = kinds[head:]
+        for size in sorted({n for n in (1, step, len(rest)) if 0 < n <= len(rest)}):
+            period, repeats = rest[:size], 1
+            while rest[repeats * size : (repeats + 1) * size] == period:
+                repeats += 1
+            tail = rest[repeats * size :]
+            if len(set(tail)) <= 1:
+                runs = [(kinds[:1], head), (period, repeats), (tail[:1], len(tail))]
+                options.append([run for run in runs if run[1]])
+    return min(options, key=lambda runs: (sum(len(period) for period, _ in runs), len(runs)))

@@ -1,0 +1,118 @@
+"""Warnings: what will be slow, wasteful or impossible, with the key to change."""
+
+from collections.abc import Callable, Iterator
+
+from moe_jax.cost import EINSUM_LIMIT
+from moe_jax.plan import roofline
+from moe_jax.plan.estimate import Estimate
+from moe_jax.plan.leaves import expert_width
+from moe_jax.schema import Problem
+
+WASTE = 2.0  # slots, or rows of a buffer, a choice in use
+BUBBLE = 0.1  # idle share of a pipeline
+MEGA = 1e6
+
+
+def memory(e: Estimate) -> Iterator[Problem]:
+    """Too much for the device."""
+    if e.cluster is None or e.memory.peak <= e.cluster.chip.hbm:
+        return
+    m, train, mesh, chip = e.cfg.model, e.cfg.train, e.cfg.mesh, e.cluster.chip
+    over = (e.memory.peak - chip.hbm) / 1e9
+    why = f"{e.memory.peak / 1e9:,.1f} GB a device exceed the {chip.hbm / 1e9:,.1f} GB of {chip.name} by {over:,.1f} GB"
+    held = e.memory.kinds["parameters"] + e.memory.kinds["optimizer"] + e.memory.kinds["gradients"]
+    if held > chip.hbm:
+        need = -(-held * mesh.size // chip.hbm)
+        text = f"state and gradients alone take {held / 1e9:,.1f} GB: raise mesh.fsdp or mesh.expert"
+        yield Problem("mesh.fsdp", why, f"{text} (all split, at least {need:,.0f} devices), or use adafactor")
+    elif m.remat == "none":
+        yield Problem("model.remat", why, "set model.remat=exchange or full")
+    elif e.step.rows > 1:
+        yield Problem("train.microbatches", why, f"set it to {2 * train.microbatches} or more")
+    else:
+        yield Problem("mesh.fsdp", why, "raise mesh.fsdp or mesh.tensor, on more devices")
+
+
+def dispatch(e: Estimate) -> Iterator[Problem]:
+    """One-hot products that cost more than they should, empty slots, worst-case buffers."""
+    moe, step = e.cfg.model.moe, e.step
+    if moe is None:
+        return
+    overhead, kind = roofline.exchange_overhead(step), step.dispatch.dispatch
+    if overhead > EINSUM_LIMIT:
+        why = f"one-hot dispatch costs {overhead:.2f} of the expert products: {step.dispatch.reason}"
+        size = max(1, int(EINSUM_LIMIT * step.group / overhead))
+        yield Problem("model.moe.dispatch", why, f"set dispatch=gather, or model.moe.group_size={size} or less")
+    used = step.groups * step.group * moe.top_k
+    if kind == "ragged" and step.sent_rows > WASTE * used:
+        why = f"sorted rows are exchanged in buffers for the worst case, {step.sent_rows / used:.1f} times those in use"
+        yield Problem("model.moe.capacity_factor", why, "set it, for example to 1.25, with dispatch=gather")
+    elif kind != "ragged" and step.sent_rows > WASTE * used * max(1.0, (moe.capacity_factor or 1.0) / WASTE):
+        why = (
+            f"{moe.experts} experts x {step.slots} slots hold {step.sent_rows / used:.1f} times the choices of a group"
+        )
+        name = "group_size" if moe.capacity_factor is not None else "capacity_factor"
+        remedy = "raise it, or lower model.moe.min_capacity" if name == "group_size" else "set it, or dispatch=ragged"
+        yield Problem(f"model.moe.{name}", f"{why} of {step.group} tokens", remedy)
+    if moe.capacity_factor is not None and moe.capacity_factor < 1:
+        why = f"is {moe.capacity_factor}: {1 - moe.capacity_factor:.0%} of the choices are dropped at perfect balance"
+        yield Problem("model.moe.capacity_factor", why, "set it to 1 or more")
+
+
+def filling(e: Estimate) -> Iterator[Problem]:
+    """Experts with so few tokens that reading their weights takes longer than multiplying them."""
+    if e.cfg.model.moe is None or e.cluster is None:
+        return
+    rows, need = roofline.expert_rows(e.step), roofline.rows_to_fill(e.step, e.cluster)
+    if rows < need:
+        why = f"an expert gets {rows:,.0f} rows at a time, and {e.cluster.chip.name} needs {need:,.0f} to be busy"
+        yield Problem("data.batch", why, "raise it, lower train.microbatches, or split experts over more token shards")
+    shards, groups = e.step.expert_shards, e.cfg.model.moe.router.groups
+    if groups > 1 and shards > 1 and groups % shards and shards % groups:
+        why = f"{groups} groups of experts do not lie on {shards} shards evenly: group-limited routing saves no traffic"
+        yield Problem("model.moe.router.groups", why, f"use a multiple or a divisor of {shards}")
+    F, split = expert_width(e.cfg.model), e.step.over("expert_mlp")
+    if split > 1 and F // split < 128:
+        why = f"experts of width {F} are cut into slices of {F // split} columns"
+        yield Problem("rules.expert_mlp", why, "set it to [], so that the tensor axis splits attention only")
+
+
+def network(e: Estimate) -> Iterator[Problem]:
+    """Traffic that belongs on the fast network and crosses the slow one."""
+    if e.times is None or e.cluster is None:
+        return
+    where = "hosts" if e.cluster.chip.kind == "gpu" else "slices"
+    keys = {"exchange": "expert", "attention sums": "tensor", "feed-forward sums": "tensor", "expert sums": "tensor"}
+    for timed in e.times.moves:
+        axis = keys.get(timed.move.what)
+        share = timed.seconds / e.times.step
+        if axis is None or not timed.far or share < 0.05:
+            continue
+        size = f"{timed.move.count} x {timed.move.sent / MEGA:,.1f} MB"
+        why = f"the {timed.move.what} cross {where}, {size} a step and device: {share:.0%} of the step"
+        remedy = f"lower mesh.{axis} to {e.cluster.fast} or less, which one of the {where} holds"
+        yield Problem(f"mesh.{axis}", why, remedy)
+
+
+def schedule(e: Estimate) -> Iterator[Problem]:
+    """Idle stages, idle devices, slow types."""
+    mesh, cfg = e.cfg.mesh, e.cfg
+    if e.times is not None and e.times.bubble > BUBBLE:
+        why = f"the pipeline is idle for {e.times.bubble:.0%} of a step"
+        yield Problem("train.microbatches", why, f"raise it above {9 * (getattr(mesh, 'stage', 1) - 1)}")
+    if cfg.model.dtype == "float32" and e.cluster is not None and e.cluster.chip.f32 < e.cluster.chip.bf16:
+        times = e.cluster.chip.bf16 / e.cluster.chip.f32
+        why = f"is float32, and {e.cluster.chip.name} multiplies bfloat16 {times:.0f} times as fast"
+        yield Problem("model.dtype", why, "set it to bfloat16")
+    if e.times is not None and e.times.hidden > max(e.times.compute, e.times.memory):
+        busy = max(e.times.compute, e.times.memory)
+        why = f"weights and gradients move for {e.times.hidden:.3g} s a step, behind {busy:.3g} s of work"
+        yield Problem("data.batch", why, "raise it, or lower train.microbatches or mesh.fsdp")
+
+
+CHECKS: tuple[Callable[[Estimate], Iterator[Problem]], ...] = (memory, dispatch, filling, network, schedule)
+
+
+def warnings(e: Estimate) -> list[Problem]:
+    """Every warning about a config on its cluster."""
+    return [problem for check in CHECKS for problem in check(e)]

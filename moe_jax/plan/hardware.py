@@ -1,0 +1,216 @@
+"""Accelerators and how they are wired: a table with its sources, the names of clusters, and the time of a collective.
+
+All bandwidths are bytes a second in one direction; published figures that add up both directions are halved.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from moe_jax.axes import MESH_AXES
+from moe_jax.files import nearest
+from moe_jax.schema import Problem, Refused
+
+GIB, GB, TERA = 2**30, 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One JAX device."""
+
+    name: str
+    kind: str  # gpu or tpu
+    bf16: float  # FLOP/s of dense bfloat16 products
+    f32: float  # of float32 products at JAX's default precision: TF32 on GPU, bfloat16 passes on TPU
+    hbm: float  # bytes
+    hbm_speed: float  # bytes/s
+    link: float  # bytes/s one way: of a GPU into its host's switch, of a TPU through one of its links
+    slow: float  # bytes/s one way a device: between hosts (GPU), between slices (TPU)
+    price: float | None  # US dollars a device-hour; None: no public list price is known here
+    torus: int = 0  # TPU: dimensions of its torus
+    ring: int = 0  # TPU: a dimension closes to a ring at multiples of this
+    cores: int = 1  # JAX devices of one chip of a topology's name
+
+
+# GPU: NVIDIA's data sheets, dense rates without sparsity. Links: NVLink 3, 4 and 5 of 600, 900 and 1800 GB/s both ways.
+#   Between hosts one network card a GPU: 200 Gb/s (DGX A100), 400 Gb/s (DGX H100, H200, B200). B200: 180 GB (DGX B200).
+# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: peak, HBM, "bidirectional ICI bandwidth per chip" divided by
+#   links and directions, "DCN bandwidth per chip". A chip of TPU7x is two devices, each with half of it.
+# Prices: $2 a GPU-hour is the rental price that training reports assume (DeepSeek-V3, section 1, for an H800); for TPU
+#   cloud.google.com/tpu/pricing, on demand, US regions. `--price` overrides them.
+CHIPS = {
+    c.name: c
+    for c in (
+        Chip("a100", "gpu", 312e12, 156e12, 80 * GB, 2.039 * TERA, 300 * GB, 25 * GB, 2.0),
+        Chip("h100", "gpu", 989.4e12, 494.7e12, 80 * GB, 3.35 * TERA, 450 * GB, 50 * GB, 2.0),
+        Chip("h200", "gpu", 989.4e12, 494.7e12, 141 * GB, 4.8 * TERA, 450 * GB, 50 * GB, None),
+        Chip("b200", "gpu", 2250e12, 1125e12, 180 * GB, 8.0 * TERA, 900 * GB, 50 * GB, None),
+        Chip("v4", "tpu", 275e12, 275e12, 32 * GIB, 1.228 * TERA, 50 * GB, 6.25 * GB, 3.22, torus=3, ring=4),
+        Chip("v5e", "tpu", 197e12, 197e12, 16 * GIB, 0.819 * TERA, 50 * GB, 3.125 * GB, 1.20, torus=2, ring=16),
+        Chip("v5p", "tpu", 459e12, 459e12, 95 * GIB, 2.765 * TERA, 100 * GB, 6.25 * GB, 4.20, torus=3, ring=4),
+        Chip("v6e", "tpu", 918e12, 918e12, 32 * GIB, 1.638 * TERA, 100 * GB, 12.5 * GB, 2.70, torus=2, ring=16),
+        Chip("tpu7x", "tpu", 1153.5e12, 1153.5e12, 96 * GIB, 3.69 * TERA, 50 * GB, 6.25 * GB, None, 3, 4, cores=2),
+    )
+}
+PER_HOST = 8  # GPUs of one NVLink domain, where only a number of devices is given
+# Seconds before the first byte of one step of a collective. ICI: about 1 us a hop (jax-ml.github.io/scaling-book, part
+# 3). NVLink and InfiniBand: the base latencies of NCCL's tuning model, src/graph/tuning.cc.
+LATENCY = {"tpu": (1e-6, 10e-6), "gpu": (3e-6, 10e-6)}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """So many devices of a kind, wired as hosts of GPUs, or as slices of a torus."""
+
+    chip: Chip
+    dims: tuple[int, ...]  # GPU: (hosts, GPUs of a host); TPU: sides of the torus, in chips
+    slices: int = 1
+
+    @property
+    def devices(self) -> int:
+        return prod(self.dims) * self.slices * self.chip.cores
+
+    @property
+    def fast(self) -> int:
+        """Devices that share the fast network: those of a host, or of a slice."""
+        return self.dims[-1] if self.chip.kind == "gpu" else self.devices // self.slices
+
+    def __str__(self) -> str:
+        slices = f"*{self.slices}" if self.slices > 1 else ""
+        return f"{self.chip.name}:{'x'.join(map(str, self.dims))}{slices}"
+
+
+def parse(text: str, devices: int) -> Cluster:
+    """The cluster of a name such as `v5p:8x8x4`, `h100:32x8`, `v5e:16x16*2` (slices), or of a chip and a number.
+
+    Args:
+        devices: how many, where only the chip is named.
+    Raises:
+        Refused: an unknown chip, a shape that it cannot have.
+    """
+    name, _, shape = text.strip().lower().partition(":")
+    chip = CHIPS.get({"v7": "tpu7x", "v7x": "tpu7x"}.get(name, name))
+    if chip is None:
+        hint = f"{nearest(name, list(CHIPS))}the table has {', '.join(CHIPS)}"
+        raise Refused(Problem("--topology", f"{name!r} is no known accelerator", hint))
+    if not shape:
+        return Cluster(chip, shaped(chip, devices))
+    sides, _, slices = shape.partition("*")
+    rank = 2 if chip.kind == "gpu" else chip.torus
+    form = "HOSTSxGPUS, such as 4x8" if chip.kind == "gpu" else "x".join(["4"] * rank)
+    try:
+        dims, copies = tuple(int(n) for n in sides.split("x")), int(slices or 1)
+    except ValueError:
+        raise Refused(Problem("--topology", f"{text!r} has no shape {shape!r}", f"write {name}:{form}")) from None
+    if len(dims) != rank or min(*dims, copies) < 1:
+        raise Refused(Problem("--topology", f"{name} has {rank} dimensions, {shape!r} is none", f"write {name}:{form}"))
+    return Cluster(chip, dims, copies)
+
+
+def shaped(chip: Chip, devices: int) -> tuple[int, ...]:
+    """The most even shape of so many devices: hosts of eight GPUs, or sides of a torus as equal as can be."""
+    if chip.kind == "gpu":
+        host = max(n for n in range(1, PER_HOST + 1) if devices % n == 0)
+        return devices // host, host
+    if devices % chip.cores:
+        raise Refused(
+            Problem("--devices", f"{devices} is odd, and a {chip.name} is two devices", "give an even number")
+        )
+    left, sides = devices // chip.cores, []
+    for rank in range(chip.torus, 0, -1):
+        side = max(n for n in range(1, left + 1) if left % n == 0 and n**rank <= left)
+        sides.append(side)
+        left //= side
+    return tuple(sides)
+
+
+Route = tuple[tuple[int, ...], int, int]
+"""How a group of devices lies: sides along the torus (TPU) or members in a host (GPU), hosts or slices, members."""
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """A mesh laid over a cluster, slowest mesh axis first, neighbours of the fastest axis beside one another."""
+
+    cluster: Cluster
+    sizes: Mapping[str, int]  # mesh axis -> devices
+
+    def sides(self) -> dict[str, tuple[int, ...]]:
+        """TPU: the sides of the torus that each mesh axis takes, from the fastest axis on. What it cannot take from
+        the torus lies between slices."""
+        chip, left = self.cluster.chip, [*self.cluster.dims[::-1], self.cluster.chip.cores]
+        left = left if chip.cores > 1 else left[:-1]
+        out = {}
+        for axis in reversed(MESH_AXES):
+            need, took = self.sizes.get(axis, 1), []
+            for i, side in enumerate(left):
+                part = max(n for n in range(1, side + 1) if side % n == 0 and need % n == 0)
+                if part > 1:
+                    took.append(part)
+                    left[i] //= part
+                    need //= part
+            out[axis] = tuple(took)
+        return out
+
+    def route(self, axes: tuple[str, ...]) -> Route:
+        """How the group of devices along some mesh axes lies."""
+        axes = tuple(a for a in axes if self.sizes.get(a, 1) > 1)
+        n = prod(self.sizes[a] for a in axes)
+        if self.cluster.chip.kind == "tpu":
+            sides = self.sides()
+            took = tuple(s for a in axes for s in sides[a])
+            return took, n // max(prod(took), 1), n
+        stride, near = 1, 1  # members of the group among the devices of one host
+        for axis in reversed(MESH_AXES):
+            size = self.sizes.get(axis, 1)
+            fits = (d for d in range(1, size + 1) if size % d == 0 and stride * d <= self.cluster.fast)
+            near *= max(fits, default=1) if axis in axes else 1
+            stride *= size
+        return (near,), n // near, n
+
+    def seconds(self, op: str, axes: tuple[str, ...], size: float) -> float:
+        """Time of one collective, from alpha (latency) and beta (bandwidth).
+
+        Args:
+            op: all-to-all: `size` bytes lie on each device before and after; all-gather: its result has `size` bytes;
+                reduce-scatter: its input; all-reduce: both, in two passes.
+        """
+        local, far, n = self.route(axes)
+        if n == 1:
+            return 0.0
+        if op == "all-reduce":
+            return 2 * self.seconds("all-gather", axes, size)
+        steps = self.torus if self.cluster.chip.kind == "tpu" else self.switched
+        return steps(op, local, far, size)
+
+    def switched(self, op: str, local: tuple[int, ...], far: int, size: float) -> float:
+        """GPU: a switch in the host, a network card a GPU between hosts; latency linear in the members.
+
+        All-to-all: each device sends 1/n of its bytes to each other. Rings: a host takes what it lacks through the
+        cards of its members, and hands it on inside, both at once.
+        """
+        (near,), n = local, local[0] * far
+        fast, slow = LATENCY["gpu"]
+        chip = self.cluster.chip
+        alpha = (near - 1) * fast + (far - 1) * slow
+        if op == "all-to-all":
+            return max(size * (near - 1) / n / chip.link, size * (n - near) / n / chip.slow) + alpha
+        return max(size * (n - 1) / n / chip.link, size * (far - 1) / far / near / chip.slow) + alpha
+
+    def torus(self, op: str, local: tuple[int, ...], far: int, size: float) -> float:
+        """TPU: rings of links in each dimension; between slices the data centre's network.
+
+        All-to-all: an item goes a quarter of each ring on average, so the longest side decides (GShard, section 4:
+        O(sqrt D) on a square torus, where a switch would take O(D)). Rings: all dimensions carry a part at once, in
+        both directions. A side that does not close to a ring has half of that.
+        """
+        fast, slow = LATENCY["tpu"]
+        chip, n = self.cluster.chip, prod(local) * far
+        links = [(2 if side % chip.ring == 0 else 1) * chip.link for side in local]
+        if op == "all-to-all":
+            beta = max((size * side / 4 / rate for side, rate in zip(local, links, strict=True)), default=0.0)
+            beta += size * (far - 1) / far / chip.slow
+        else:
+            beta = size * (n - 1) / n / sum(links) if local else 0.0
+            beta += size * (far - 1) / far / prod(local) / chip.slow
+        return beta + (sum(local) - len(local)) * fast + (far - 1) * slow

@@ -1,0 +1,150 @@
+"""Every parameter of a model, from its config: name, shape, logical axes and component, as the model makes them.
+
+`tests/test_plan_leaves.py` holds this list against the leaves of the real model, name by name.
+"""
+
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+from moe_jax.axes import Rules
+from moe_jax.pattern import pattern
+from moe_jax.schema import MeshConfig, ModelConfig, MoEConfig
+
+COMPONENTS = {  # component -> what it is called in tables
+    "embed": "embedding",
+    "pos": "learned positions",
+    "lm_head": "head",
+    "attn": "attention",
+    "dense_ffn": "dense feed-forward",
+    "experts": "experts",
+    "shared_experts": "shared experts",
+    "router": "routers",
+    "norms": "norms",
+}
+BATCH_AXES = ("layers", "experts")  # dimensions over which a parameter is many matrices
+
+
+class Leaf(NamedTuple):
+    """One array of parameters."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # the logical axis of each dimension
+    component: str
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    def layout(self, rules: Rules) -> tuple[str, ...]:
+        """The mesh axes that split it."""
+        return tuple(axis for name in self.axes for axis in getattr(rules, name))
+
+    def shard(self, rules: Rules, mesh: MeshConfig) -> int:
+        """Elements that one device holds."""
+        return self.size // mesh.over(self.layout(rules))
+
+
+def matrices(ffn: str) -> int:
+    """Matrices of a feed-forward network."""
+    return 3 if ffn == "swiglu" else 2
+
+
+def expert_width(m: ModelConfig) -> int:
+    """Hidden width F of an expert."""
+    assert m.moe is not None
+    return m.moe.d_ff or m.d_ff
+
+
+Part = tuple[str, tuple[int, ...], tuple[str, ...], str]  # what a Leaf holds
+
+
+def feed_forward(kind: str, width: int, hidden: int, name: str, component: str) -> Iterator[Part]:
+    """A dense feed-forward layer."""
+    for matrix in ("w_gate", "w_up") if kind == "swiglu" else ("w_up",):
+        yield f"{name}.{matrix}", (width, hidden), ("embed", "mlp"), component
+    yield f"{name}.w_down", (hidden, width), ("mlp", "embed"), component
+
+
+def mixture(m: ModelConfig, moe: MoEConfig) -> Iterator[Part]:
+    """Router, experts and shared experts of an MoE layer."""
+    D, E, F = m.d_model, moe.experts, expert_width(m)
+    if moe.router.kind != "hash":
+        width, axis = D, "router_embed"
+        if moe.router.gate == "mlp":
+            width, axis = moe.router.gate_width or D, "router_mlp"
+            yield "ffn.gate_in", (D, width), ("router_embed", axis), "router"
+        yield "ffn.router", (width, E), (axis, "router_experts"), "router"
+        if moe.router.kind == "noisy_topk":
+            yield "ffn.noise", (D, E), ("router_embed", "router_experts"), "router"
+    for matrix in ("w_gate", "w_up") if m.ffn == "swiglu" else ("w_up",):
+        yield f"ffn.experts.{matrix}", (E, D, F), ("experts", "expert_embed", "expert_mlp"), "experts"
+    yield "ffn.experts.w_down", (E, F, D), ("experts", "expert_mlp", "expert_embed"), "experts"
+    if moe.shared_experts:
+        yield from feed_forward(m.ffn, D, moe.shared_experts * F, "ffn.shared", "shared_experts")
+
+
+def norm(m: ModelConfig, name: str) -> Iterator[Part]:
+    for part in ("scale", "bias") if m.norm == "layer" else ("scale",):
+        yield f"{name}.{part}", (m.d_model,), ("norm",), "norms"
+
+
+def block(m: ModelConfig, kind: str) -> Iterator[Part]:
+    """One layer."""
+    D, H, J, N = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim
+    yield "attention.w_query", (D, H, N), ("embed", "heads", "head"), "attn"
+    yield "attention.w_key", (D, J, N), ("embed", "kv_heads", "head"), "attn"
+    yield "attention.w_value", (D, J, N), ("embed", "kv_heads", "head"), "attn"
+    yield "attention.w_out", (H, N, D), ("heads", "head", "embed"), "attn"
+    yield from norm(m, "attention_norm")
+    yield from norm(m, "ffn_norm")
+    if kind == "moe":
+        assert m.moe is not None
+        yield from mixture(m, m.moe)
+    else:
+        yield from feed_forward(m.ffn, D, m.d_ff, "ffn", "dense_ffn")
+
+
+def leaves(m: ModelConfig) -> list[Leaf]:
+    """Every parameter of a model; equal layers are stacked along a leading dimension."""
+    D, V = m.d_model, m.vocab
+    out = [Leaf("embedding.table", (V, D), ("vocab", "embed"), "embed")]
+    if m.positions == "learned":
+        out.append(Leaf("embedding.positions", (m.max_length, D), ("position", "embed"), "pos"))
+    if not m.tied_head:
+        out.append(Leaf("embedding.head", (D, V), ("embed", "vocab"), "lm_head"))
+    if m.final_norm:
+        out += [Leaf(*part) for part in norm(m, "final_norm")]
+    for i, (kinds, repeats) in enumerate(pattern(m.layer_kinds)):
+        for j, kind in enumerate(kinds):
+            for name, shape, axes, component in block(m, kind):
+                full = f"stacks.{i}.blocks.{j}.{name}"
+                out.append(Leaf(full, (repeats, *shape), ("layers", *axes), component))
+    return out
+
+
+class Count(NamedTuple):
+    """Parameters of a model."""
+
+    total: int
+    active: int  # that one token touches: K of the E experts of each MoE layer
+    components: dict[str, int]
+    active_components: dict[str, int]
+    bias: int  # selection biases, which no gradient moves: not among the parameters
+
+
+def count(m: ModelConfig) -> Count:
+    """Parameters in total and active, by component."""
+    total: dict[str, int] = {}
+    active: dict[str, int] = {}
+    for leaf in leaves(m):
+        share = leaf.size
+        if m.moe is not None and leaf.component == "experts":
+            share = leaf.size * m.moe.top_k // m.moe.experts
+        total[leaf.component] = total.get(leaf.component, 0) + leaf.size
+        active[leaf.component] = active.get(leaf.component, 0) + share
+    biased = m.moe is not None and m.moe.bias_rate is not None
+    bias = m.layer_kinds.count("moe") * m.moe.experts if m.moe is not None and biased else 0
+    named = {c: total[c] for c in COMPONENTS if c in total}
+    return Count(sum(total.values()), sum(active.values()), named, {c: active[c] for c in named}, bias)

@@ -1,0 +1,151 @@
+"""The plan for people: the important line first, then tables with their units."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from moe_jax.plan.leaves import COMPONENTS
+
+GB, MB = 1e9, 1e6
+WIDTH = 100  # columns
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows under their head: the first column to the left, the others to the right."""
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        return "  " + "  ".join(cells).rstrip()
+
+    return [line(head), "  " + "  ".join("-" * w for w in widths), *map(line, rows)]
+
+
+def seconds(t: float) -> str:
+    """A duration with three digits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if t >= size:
+            return f"{t / size:,.3g} {unit}"
+    return f"{t / 1e-6:,.3g} us"
+
+
+def mesh_words(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{a}={n}" for a, n in sizes.items()) or "one device"
+
+
+def verdict(r: dict[str, Any]) -> list[str]:
+    """Fits or not, by how much, how fast at the best, and what takes the time."""
+    peak = r["memory_per_device"]["peak"]
+    where = f"{r['config']}, mesh {mesh_words(r['mesh'])}"
+    if r["topology"] is None:
+        lines = [where, f"peak {peak / GB:,.2f} GB a device, {r['peak_moment']}; --topology adds times and a verdict"]
+    else:
+        hbm = r["hbm_bytes"]
+        left = f"{abs(hbm - peak) / GB:,.1f} GB {'to spare' if r['fits'] else 'too much'}"
+        fit = f"{'fits' if r['fits'] else 'DOES NOT FIT'}: peak {peak / GB:,.1f} of {hbm / GB:,.1f} GB, {left}"
+        speed = f"step {seconds(r['step_seconds'])} at the least, MFU {r['mfu_ceiling']:.0%} at the most"
+        lines = [f"{where} on {r['topology']}", fit, f"{speed}; {r['dominant']} takes the most of it"]
+    return lines + [f"{len(r['contradictions'])} contradictions in its description"] * bool(r["contradictions"])
+
+
+def parameters(r: dict[str, Any]) -> list[str]:
+    """Parameters by component."""
+    p = r["params"]
+    active = p["active_components"]
+    rows = [(COMPONENTS[c], f"{n:,}", f"{active[c]:,}") for c, n in p["components"].items()]
+    return table(("parameters", "total", "active"), [*rows, ("all", f"{p['total']:,}", f"{p['active']:,}")])
+
+
+def memory(r: dict[str, Any]) -> list[str]:
+    """Memory by kind."""
+    rows = [(k, f"{n / GB:,.2f}") for k, n in r["memory_per_device"].items() if n]
+    lines = table((f"memory a device at the peak ({r['peak_moment']})", "GB"), rows)
+    return [*lines, f"  keys and values of generation, same batch and length: {r['kv_cache_bytes'] / GB:,.2f} GB"]
+
+
+def exchange(r: dict[str, Any]) -> list[str]:
+    """Dispatch, tokens of an expert, the all-to-all."""
+    if "dispatch" not in r:
+        return []
+    d, a = r["dispatch"], r["all_to_all"]
+    lines = [f"  dispatch {d['kind']}: {d['reason']}"]
+    lines += [f"  groups of {d['group']:,} tokens, {d['slots']:,} slots an expert; an expert multiplies"]
+    lines[-1] += f" {r['tokens_per_expert']:,.0f} rows at a time, {r['experts_per_device']:g} experts a device"
+    if a["count"]:
+        lines += [
+            f"  all-to-all: {a['count']:,} a step over {a['devices']} devices, {a['bytes_each'] / MB:,.2f} MB leave a"
+            f" device each time, {a['bytes_least'] / MB:,.2f} MB in use"
+        ]
+    return ["exchange", *lines]
+
+
+def traffic(r: dict[str, Any]) -> list[str]:
+    """Collectives of a step, with times on a named cluster."""
+    timed = {(t["what"], i): t["seconds"] for i, t in enumerate(r.get("seconds", {}).get("collectives", []))}
+    rows = []
+    for i, t in enumerate(r["traffic"]):
+        row = [f"{t['what']}: {t['op']}", " ".join(t["axes"]), f"{t['count']:,}", f"{t['sent'] / MB:,.2f}"]
+        rows.append([*row, seconds(timed[t["what"], i])] if timed else row)
+    head = ["collectives of a step", "axes", "count", "MB sent each"]
+    return table(head + ["time a step"] * bool(timed), rows) if rows else []
+
+
+def clock(r: dict[str, Any]) -> list[str]:
+    """Times and money."""
+    if "seconds" not in r:
+        return []
+    s, run, d = r["seconds"], r["run"], r["decode"]
+    rows = [("compute at the peak rate", seconds(s["compute"])), ("weights through HBM", seconds(s["hbm"]))]
+    rows += [("collectives that are waited for", seconds(s["exposed"]))]
+    rows += [("collectives beside computation", seconds(s["hidden"]))]
+    rows += [("pipeline bubble", f"{r['bubble']:.1%}")] * bool(r["bubble"])
+    money = "no price is known: --price" if run["dollars"] is None else f"${run['dollars']:,.0f} at ${run['price']:g}"
+    lines = table(("a step, at the least", "time"), rows)
+    lines += [
+        f"  {run['tokens']:,} tokens: {run['steps']:,.0f} steps, {run['days']:,.2f} days, "
+        f"{run['device_hours']:,.0f} device-hours, {money}"
+    ]
+    touched = f"{d['experts']:,.1f} experts a layer, " if d["experts"] else ""
+    lines += [
+        f"  decoding a token of each sequence: {touched}{(d['weights'] + d['cache']) / GB:,.2f} GB read a device,"
+        f" {seconds(d['seconds'])}, {d['tokens_per_second']:,.0f} tokens/s"
+    ]
+    return lines
+
+
+def problems(title: str, found: list[dict[str, str]]) -> list[str]:
+    """Each with its key, reason and remedy, in lines that fit the page."""
+    lines = []
+    for p in found:
+        lines += textwrap.wrap(f"{p['key']}: {p['reason']}", WIDTH, initial_indent="  ", subsequent_indent="      ")
+        lines += textwrap.wrap(f"remedy: {p['remedy']}", WIDTH, initial_indent="    ", subsequent_indent="      ")
+    return [title, *lines] if found else []
+
+
+def meshes(found: dict[str, Any]) -> list[str]:
+    """The ranking of a search."""
+    rows = [
+        (mesh_words(c["mesh"]), seconds(c["step_seconds"]), f"{c['peak_bytes'] / GB:,.1f}") for c in found["meshes"]
+    ]
+    lines = table((f"{found['fitting']} meshes fit; the fastest", "step", "GB"), rows) if rows else ["no mesh fits"]
+    refused = found["refused"]
+    return [*lines, *(f"  {mesh_words(c['mesh'])}: {c['reason']}" for c in refused[:5])] + [
+        f"  and {len(refused) - 5} more do not fit (--json lists them)"
+    ] * (len(refused) > 5)
+
+
+def lines(r: dict[str, Any]) -> list[str]:
+    """The whole plan."""
+    parts = [
+        verdict(r),
+        problems("contradictions", r["contradictions"]),
+        problems("warnings", r["warnings"]),
+        meshes(r["search"]) if "search" in r else [],
+        parameters(r),
+        [f"  FLOPs a token: {r['flops_per_token']:,} training, {r['flops']['inference']:,} inference"],
+        memory(r),
+        exchange(r),
+        traffic(r),
+        clock(r),
+    ]
+    return [line for part in parts if part for line in [*part, ""]][:-1]

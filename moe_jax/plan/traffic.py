@@ -1,0 +1,127 @@
+"""What a step moves between devices: each kind of collective with its mesh axes, count and bytes."""
+
+from typing import NamedTuple
+
+from moe_jax.axes import Axes
+from moe_jax.plan.leaves import Leaf
+from moe_jax.plan.work import Step
+
+PASSES = {"all-to-all": 1, "all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
+
+
+class Move(NamedTuple):
+    """One kind of collective of a step."""
+
+    what: str
+    op: str
+    axes: Axes  # mesh axes of more than one device
+    devices: int  # of its group
+    count: int  # a step
+    bytes: int  # of the array on a device: both sides of an all-to-all or all-reduce, an all-gather's result,
+    # a reduce-scatter's input
+    hidden: bool  # whether the compiler can run it beside computation: nothing waits for it at once
+
+    @property
+    def sent(self) -> float:
+        """Bytes that leave a device each time."""
+        return PASSES[self.op] * self.bytes * (self.devices - 1) / self.devices
+
+
+def live(step: Step, axes: Axes) -> Axes:
+    """The axes that hold more than one device."""
+    return tuple(a for a in dict.fromkeys(axes) if step.cfg.mesh.over((a,)) > 1)
+
+
+def move(step: Step, what: str, op: str, axes: Axes, count: float, size: float, hidden: bool = False) -> Move:
+    axes = live(step, axes)
+    return Move(what, op, axes, step.cfg.mesh.over(axes), round(count), round(size), hidden)
+
+
+def traffic(step: Step) -> list[Move]:
+    """All collectives of a train step that move something, the exchange first."""
+    found = [*exchange(step), *partial_sums(step), *weights(step), *gradients(step)]
+    return [m for m in found if m.devices > 1 and m.count and m.bytes]
+
+
+def exchange_bytes(step: Step) -> float:
+    """Bytes of the buffers that a device holds on either side of one exchange, f*K*T*D*b with capacity buffers."""
+    return step.sent_rows * step.cfg.model.d_model * step.width / step.over("act_embed")
+
+
+def exchange(step: Step) -> list[Move]:
+    """Tokens to their experts and back: two all-to-alls forward, two backward, and two for each repeated forward pass
+    unless the exchanged tensors are saved by name."""
+    if step.cfg.model.moe is None:
+        return []
+    again = step.cfg.model.remat in ("full", "dots")
+    rounds = 2 + again + (step.microbatches > 1)
+    count = 2 * rounds * step.moe_layers * step.microbatches
+    return [move(step, "exchange", "all-to-all", step.cfg.rules.experts, count, exchange_bytes(step))]
+
+
+def partial_sums(step: Step) -> list[Move]:
+    """Sums over devices that hold slices of a product: heads, hidden widths and the vocabulary."""
+    m, rules = step.cfg.model, step.cfg.rules
+    row = m.d_model * step.width / step.over("act_embed")
+    forward = step.passes("attn")  # one after each sub-layer, and one before it in the backward pass
+    sums = {"attention sums": (rules.act_heads, m.layers, step.tokens * row)}
+    dense = m.layer_kinds.count("dense") + (step.moe_layers if m.moe is not None and m.moe.shared_experts else 0)
+    sums["feed-forward sums"] = (rules.act_mlp, dense, step.tokens * row)
+    if m.moe is not None:
+        local = step.dispatch.dispatch == "ragged"  # added up at the tokens
+        rows = step.tokens if local else step.sent_rows
+        sums["expert sums"] = (rules.expert_mlp, step.moe_layers, rows * row)
+    out = [
+        move(step, what, "all-reduce", axes, layers * (forward + 1) * step.microbatches, size)
+        for what, (axes, layers, size) in sums.items()
+    ]
+    looked_up = move(step, "embedding rows", "all-reduce", rules.vocab, step.microbatches, step.tokens * m.d_model * 4)
+    return [*out, looked_up]
+
+
+def gathered(step: Step, leaf: Leaf) -> Axes:
+    """Mesh axes that split the model width of a parameter: its products need that whole."""
+    return tuple(a for n in leaf.axes if n in ("embed", "expert_embed") for a in getattr(step.cfg.rules, n))
+
+
+def weights(step: Step) -> list[Move]:
+    """Parameters that are split where their products need them whole are gathered for each pass over them."""
+    out: dict[Axes, list[float]] = {}
+    rules, mesh = step.cfg.rules, step.cfg.mesh
+    for leaf in step.leaves:
+        axes = live(step, gathered(step, leaf))
+        if not axes or leaf.component in ("norms", "router"):
+            continue
+        layers = leaf.shape[0] if leaf.axes[0] == "layers" else 1
+        passes = step.passes("attn") + 1 if layers > 1 or leaf.component not in ("embed", "pos") else 1
+        size = leaf.shard(rules, mesh) * mesh.over(axes) * step.width / layers
+        entry = out.setdefault(axes, [0.0, 0.0])
+        entry[0] += passes * step.microbatches * layers
+        entry[1] += passes * step.microbatches * layers * size
+    return [move(step, "weights", "all-gather", axes, n, total / n, True) for axes, (n, total) in out.items()]
+
+
+def gradients(step: Step) -> list[Move]:
+    """Gradients are added up over the token shards that hold the same parameter: scattered where it is split."""
+    scatter: dict[Axes, list[float]] = {}
+    reduce: dict[Axes, list[float]] = {}
+    rules, mesh = step.cfg.rules, step.cfg.mesh
+    for leaf in step.leaves:
+        inner = live(step, tuple(a for a in gathered(step, leaf) if a in rules.batch))
+        outer = live(step, tuple(a for a in rules.batch if a not in leaf.layout(rules)))
+        layers = leaf.shape[0] if leaf.axes[0] == "layers" else 1
+        size = leaf.shard(rules, mesh) * 4
+        if inner:
+            entry = scatter.setdefault(inner, [0.0, 0.0])
+            entry[0] += layers * step.microbatches
+            entry[1] += size * mesh.over(inner) * step.microbatches
+        if outer:
+            entry = reduce.setdefault(outer, [0.0, 0.0])
+            entry[0] += layers
+            entry[1] += size
+    found = [("reduce-scatter", scatter), ("all-reduce", reduce)]
+    return [
+        move(step, "gradients", op, axes, n, total / n, True)
+        for op, table in found
+        for axes, (n, total) in table.items()
+    ]

@@ -1,0 +1,178 @@
+"""The work of one step: tokens, groups and slots of a device, and FLOPs."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from moe_jax import cost
+from moe_jax.plan.leaves import Count, Leaf, count, expert_width, leaves, matrices
+from moe_jax.schema import Config
+
+BYTES = {"float32": 4, "bfloat16": 2}
+QUERY_BLOCK, QUERY_BLOCKS = 64, 8  # as in layers/attention.py
+
+
+class Flops(NamedTuple):
+    """FLOPs of one token, 2 a multiplication; causal attention counts half of the square."""
+
+    train: int  # 6 a parameter that multiplies, and attention three times forward
+    infer: int  # a token of a sequence of `length`, on average
+    decode: int  # the last token of it, which sees all the others
+    weights: int  # of `train`, by parameters
+    attention: int  # of `train`, by scores and values
+
+
+def flops_per_token(cfg: Config, parameters: Count) -> Flops:
+    """Model FLOPs: of the matrices one token is multiplied with, and of attention (Chowdhery et al. 2022, appendix B,
+    with the causal half). Look-ups and norms multiply nothing; a tied table counts as the head."""
+    m, active = cfg.model, parameters.active_components
+    idle = ("pos", "norms") if m.tied_head else ("pos", "norms", "embed")
+    weights = 2 * sum(n for c, n in active.items() if c not in idle)
+    square = 4 * cfg.data.length * m.heads * m.resolved_head_dim * m.layers  # scores and values, every pair
+    return Flops(3 * weights + 3 * square // 2, weights + square // 2, weights + square, 3 * weights, 3 * square // 2)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of a config on its mesh, as one device sees it."""
+
+    cfg: Config
+    platform: str  # cpu, gpu or tpu: `auto` dispatch depends on it
+
+    @cached_property
+    def leaves(self) -> list[Leaf]:
+        return leaves(self.cfg.model)
+
+    @cached_property
+    def count(self) -> Count:
+        return count(self.cfg.model)
+
+    @cached_property
+    def flops(self) -> Flops:
+        return flops_per_token(self.cfg, self.count)
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return BYTES[self.cfg.model.dtype]
+
+    @property
+    def microbatches(self) -> int:
+        return self.cfg.train.microbatches
+
+    @cached_property
+    def shards(self) -> int:
+        """Token shards."""
+        return self.cfg.mesh.over(self.cfg.rules.batch)
+
+    @cached_property
+    def rows(self) -> int:
+        """Sequences a device holds in a microbatch."""
+        return max(1, self.cfg.data.batch // self.microbatches // self.shards)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens a device holds in a microbatch."""
+        return self.rows * self.cfg.data.length
+
+    @cached_property
+    def replicas(self) -> int:
+        """Devices that do the same work, where the mesh has axes that split nothing of it."""
+        return self.cfg.mesh.size // self.shards
+
+    def over(self, *names: str) -> int:
+        """Shards of a dimension of activations, by logical names."""
+        return self.cfg.mesh.over(tuple(axis for name in names for axis in getattr(self.cfg.rules, name)))
+
+    # The mixture of experts
+
+    @cached_property
+    def expert_shards(self) -> int:
+        return self.cfg.mesh.over(self.cfg.rules.experts)
+
+    @cached_property
+    def moe_layers(self) -> int:
+        return self.cfg.model.layer_kinds.count("moe")
+
+    @cached_property
+    def group(self) -> int:
+        """Tokens S of a routing group in training."""
+        m, moe = self.cfg.model, self.cfg.model.moe
+        assert moe is not None
+        return cost.group_size(moe, moe.capacity_factor, self.cfg.data.length, expert_width(m), matrices(m.ffn))
+
+    @cached_property
+    def slots(self) -> int:
+        """Slots C of an expert in a group."""
+        moe = self.cfg.model.moe
+        assert moe is not None
+        return cost.capacity(moe, self.group, moe.capacity_factor)
+
+    @cached_property
+    def dispatch(self) -> cost.Choice:
+        """The dispatcher, and why."""
+        m, moe = self.cfg.model, self.cfg.model.moe
+        assert moe is not None
+        sizes = {"group": self.group, "slots": self.slots, "d_ff": expert_width(m), "matrices": matrices(m.ffn)}
+        return cost.settle(self.platform, moe, **sizes)
+
+    @cached_property
+    def groups(self) -> int:
+        """Groups a device holds in a microbatch."""
+        return max(1, self.tokens // self.group)
+
+    @cached_property
+    def sent_rows(self) -> int:
+        """Rows of the buffers that a device sends and receives in one exchange: E*G*C, or for sorted rows the worst
+        case of each pair of shards."""
+        moe = self.cfg.model.moe
+        assert moe is not None
+        if self.dispatch.dispatch != "ragged":
+            return moe.experts * self.groups * self.slots
+        rows = self.groups * min(self.group * moe.top_k, moe.experts * self.slots)
+        n = self.expert_shards
+        return n * min(rows, self.tokens * min(moe.top_k, moe.experts // n)) if n > 1 else rows
+
+    @cached_property
+    def expert_rows(self) -> float:
+        """Rows that the experts of a device multiply: buffers with their empty slots, or the rows in use."""
+        moe = self.cfg.model.moe
+        assert moe is not None
+        return self.sent_rows if self.dispatch.dispatch != "ragged" else self.tokens * moe.top_k
+
+    def passes(self, part: str) -> float:
+        """Forward passes of a part in a step and microbatch: remat and microbatches repeat them."""
+        remat = self.cfg.model.remat
+        again = 1.0 if remat in ("full", "exchange") else 0.0
+        if part in ("scores", "experts", "dispatch") and remat == "dots":  # batched products are not saved
+            again = 1.0
+        if part in ("experts", "dispatch") and remat == "exchange":  # what the last product made is saved
+            again = (matrices(self.cfg.model.ffn) - 1) / matrices(self.cfg.model.ffn) if part == "experts" else 0.0
+        if part == "head":
+            again = 0.0
+        return 1 + again + (self.microbatches > 1)
+
+    def executed(self) -> dict[str, float]:
+        """FLOPs that a device executes in a step, by part; empty slots, recomputation and dispatch among them."""
+        m, moe = self.cfg.model, self.cfg.model.moe
+        heads, D, L = m.heads * m.resolved_head_dim, m.d_model, self.cfg.data.length
+        size = max(QUERY_BLOCK, -(-L // QUERY_BLOCKS))
+        seen = sum((min(b + size, L) - b) * min(b + size, L) for b in range(0, L, size)) / L / L  # of the square
+        once = {c: 2 * n * self.tokens / self.over(axis) for c, n, axis in self.parts()}  # FLOPs of a forward pass
+        once["scores"] = seen * 4 * L * heads / self.over("act_heads") * m.layers * self.tokens
+        once["head"] = 2 * m.vocab * D / self.over("act_vocab") * self.tokens
+        if moe is not None:
+            each = 2 * matrices(m.ffn) * D * expert_width(m) / self.over("expert_mlp")
+            once["experts"] = self.moe_layers * each * self.expert_rows
+        out = {c: n * (self.passes(c) + 2) for c, n in once.items()}
+        if (
+            moe is not None and self.dispatch.dispatch == "einsum"
+        ):  # the mask has no gradient: one product back, not two
+            both = 2 * 2 * self.group * moe.experts * self.slots * self.groups * D
+            out["dispatch"] = self.moe_layers * both * (self.passes("dispatch") + 1)
+        return {c: n * self.microbatches for c, n in out.items() if n}
+
+    def parts(self) -> list[tuple[str, int, str]]:
+        """Matrices that every token passes: component, parameters, the logical axis that splits their work."""
+        axes = {"attn": "act_heads", "dense_ffn": "act_mlp", "shared_experts": "act_mlp", "router": "router_experts"}
+        return [(c, self.count.components[c], a) for c, a in axes.items() if c in self.count.components]
