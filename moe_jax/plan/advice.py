@@ -15,14 +15,16 @@ MEGA = 1e6
 
 def memory(e: Estimate) -> Iterator[Problem]:
     """Too much for the device."""
-    if e.cluster is None or e.memory.peak <= e.cluster.chip.hbm:
+    if e.cluster is None or e.memory.peak <= e.cluster.memory:
         return
-    m, train, mesh, chip = e.cfg.model, e.cfg.train, e.cfg.mesh, e.cluster.chip
-    over = (e.memory.peak - chip.hbm) / 1e9
-    why = f"{e.memory.peak / 1e9:,.1f} GB a device exceed the {chip.hbm / 1e9:,.1f} GB of {chip.name} by {over:,.1f} GB"
+    m, train, mesh, room = e.cfg.model, e.cfg.train, e.cfg.mesh, e.cluster.memory
+    over = (e.memory.peak - room) / 1e9
+    why = (
+        f"{e.memory.peak / 1e9:,.1f} GB a device exceed the {room / 1e9:,.1f} GB of {e.cluster.name} by {over:,.1f} GB"
+    )
     held = e.memory.kinds["parameters"] + e.memory.kinds["optimizer"] + e.memory.kinds["gradients"]
-    if held > chip.hbm:
-        need = -(-held * mesh.size // chip.hbm)
+    if held > room:
+        need = -(-held * mesh.size // room)
         text = f"state and gradients alone take {held / 1e9:,.1f} GB: raise mesh.fsdp or mesh.expert"
         yield Problem("mesh.fsdp", why, f"{text} (all split, at least {need:,.0f} devices), or use adafactor")
     elif m.remat == "none":
@@ -65,7 +67,7 @@ def filling(e: Estimate) -> Iterator[Problem]:
         return
     rows, need = roofline.expert_rows(e.step), roofline.rows_to_fill(e.step, e.cluster)
     if rows < need:
-        why = f"an expert gets {rows:,.0f} rows at a time, and {e.cluster.chip.name} needs {need:,.0f} to be busy"
+        why = f"an expert gets {rows:,.0f} rows at a time, and {e.cluster.name} needs {need:,.0f} to be busy"
         yield Problem("data.batch", why, "raise it, lower train.microbatches, or split experts over more token shards")
     shards, groups = e.step.expert_shards, e.cfg.model.moe.router.groups
     if groups > 1 and shards > 1 and groups % shards and shards % groups:
@@ -81,7 +83,7 @@ def network(e: Estimate) -> Iterator[Problem]:
     """Traffic that belongs on the fast network and crosses the slow one."""
     if e.times is None or e.cluster is None:
         return
-    where = "hosts" if e.cluster.chip.kind == "gpu" else "slices"
+    where = "hosts" if e.cluster.platform == "gpu" else "slices"
     keys = {"exchange": "expert", "attention sums": "tensor", "feed-forward sums": "tensor", "expert sums": "tensor"}
     for timed in e.times.moves:
         axis = keys.get(timed.move.what)
@@ -90,7 +92,7 @@ def network(e: Estimate) -> Iterator[Problem]:
             continue
         size = f"{timed.move.count} x {timed.move.sent / MEGA:,.1f} MB"
         why = f"the {timed.move.what} cross {where}, {size} a step and device: {share:.0%} of the step"
-        remedy = f"lower mesh.{axis} to {e.cluster.fast} or less, which one of the {where} holds"
+        remedy = f"lower mesh.{axis} to {e.cluster.topology.fast} or less, which one of the {where} holds"
         yield Problem(f"mesh.{axis}", why, remedy)
 
 
@@ -102,7 +104,7 @@ def schedule(e: Estimate) -> Iterator[Problem]:
         yield Problem("train.microbatches", why, f"raise it above {9 * (getattr(mesh, 'stage', 1) - 1)}")
     if cfg.model.dtype == "float32" and e.cluster is not None and e.cluster.chip.f32 < e.cluster.chip.bf16:
         times = e.cluster.chip.bf16 / e.cluster.chip.f32
-        why = f"is float32, and {e.cluster.chip.name} multiplies bfloat16 {times:.0f} times as fast"
+        why = f"is float32, and {e.cluster.name} multiplies bfloat16 {times:.0f} times as fast"
         yield Problem("model.dtype", why, "set it to bfloat16")
     if e.times is not None and e.times.hidden > max(e.times.compute, e.times.memory):
         busy = max(e.times.compute, e.times.memory)

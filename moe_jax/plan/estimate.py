@@ -20,7 +20,7 @@ class Estimate:
 
     @cached_property
     def step(self) -> Step:
-        return Step(self.cfg, "cpu" if self.cluster is None else self.cluster.chip.kind)
+        return Step(self.cfg, "cpu" if self.cluster is None else self.cluster.platform)
 
     @cached_property
     def memory(self) -> Memory:
@@ -37,4 +37,4 @@ class Estimate:
     @property
     def fits(self) -> bool | None:
         """Whether the peak is within the device's memory; None without a cluster."""
-        return None if self.cluster is None else self.memory.peak <= self.cluster.chip.hbm
+        return None if self.cluster is None else self.memory.peak <= self.cluster.memory

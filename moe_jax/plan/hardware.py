@@ -1,4 +1,4 @@
-"""Accelerators and how they are wired: a table with its sources, the names of clusters, and the time of a collective.
+"""Accelerators and how they are wired: a table with its sources, and the time of a collective.
 
 All bandwidths are bytes a second in one direction; published figures that add up both directions are halved.
 """
@@ -7,77 +7,83 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from moe_jax import topology
 from moe_jax.axes import MESH_AXES
 from moe_jax.files import nearest
 from moe_jax.schema import Problem, Refused
+from moe_jax.topology import Topology
 
-GIB, GB, TERA = 2**30, 1e9, 1e12
+GB, TERA = 1e9, 1e12
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One JAX device."""
+    """Speeds and price of one JAX device."""
 
-    name: str
-    kind: str  # gpu or tpu
     bf16: float  # FLOP/s of dense bfloat16 products
     f32: float  # of float32 products at JAX's default precision: TF32 on GPU, bfloat16 passes on TPU
-    hbm: float  # bytes
+    hbm: float  # bytes, as sold; a program may use `Topology.memory`
     hbm_speed: float  # bytes/s
     link: float  # bytes/s one way: of a GPU into its host's switch, of a TPU through one of its links
     slow: float  # bytes/s one way a device: between hosts (GPU), between slices (TPU)
     price: float | None  # US dollars a device-hour; None: no public list price is known here
-    torus: int = 0  # TPU: dimensions of its torus
-    ring: int = 0  # TPU: a dimension closes to a ring at multiples of this
-    cores: int = 1  # JAX devices of one chip of a topology's name
+    ring: int = 0  # TPU: a dimension of the torus closes to a ring at multiples of this
 
 
 # GPU: NVIDIA's data sheets, dense rates without sparsity. Links: NVLink 3, 4 and 5 of 600, 900 and 1800 GB/s both ways.
 #   Between hosts one network card a GPU: 200 Gb/s (DGX A100), 400 Gb/s (DGX H100, H200, B200). B200: 180 GB (DGX B200).
 # TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: peak, HBM, "bidirectional ICI bandwidth per chip" divided by
 #   links and directions, "DCN bandwidth per chip". A chip of TPU7x is two devices, each with half of it.
-# Prices: $2 a GPU-hour is the rental price that training reports assume (DeepSeek-V3, section 1, for an H800); for TPU
+# Prices: $2 a GPU-hour is the rental price that training reports assume (DeepSeek-V3, table 1, for an H800); for TPU
 #   cloud.google.com/tpu/pricing, on demand, US regions. `--price` overrides them.
 CHIPS = {
-    c.name: c
-    for c in (
-        Chip("a100", "gpu", 312e12, 156e12, 80 * GB, 2.039 * TERA, 300 * GB, 25 * GB, 2.0),
-        Chip("h100", "gpu", 989.4e12, 494.7e12, 80 * GB, 3.35 * TERA, 450 * GB, 50 * GB, 2.0),
-        Chip("h200", "gpu", 989.4e12, 494.7e12, 141 * GB, 4.8 * TERA, 450 * GB, 50 * GB, None),
-        Chip("b200", "gpu", 2250e12, 1125e12, 180 * GB, 8.0 * TERA, 900 * GB, 50 * GB, None),
-        Chip("v4", "tpu", 275e12, 275e12, 32 * GIB, 1.228 * TERA, 50 * GB, 6.25 * GB, 3.22, torus=3, ring=4),
-        Chip("v5e", "tpu", 197e12, 197e12, 16 * GIB, 0.819 * TERA, 50 * GB, 3.125 * GB, 1.20, torus=2, ring=16),
-        Chip("v5p", "tpu", 459e12, 459e12, 95 * GIB, 2.765 * TERA, 100 * GB, 6.25 * GB, 4.20, torus=3, ring=4),
-        Chip("v6e", "tpu", 918e12, 918e12, 32 * GIB, 1.638 * TERA, 100 * GB, 12.5 * GB, 2.70, torus=2, ring=16),
-        Chip("tpu7x", "tpu", 1153.5e12, 1153.5e12, 96 * GIB, 3.69 * TERA, 50 * GB, 6.25 * GB, None, 3, 4, cores=2),
-    )
+    "a100": Chip(312e12, 156e12, 80 * GB, 2.039 * TERA, 300 * GB, 25 * GB, 2.0),
+    "h100": Chip(989.4e12, 494.7e12, 80 * GB, 3.35 * TERA, 450 * GB, 50 * GB, 2.0),
+    "h200": Chip(989.4e12, 494.7e12, 141 * GB, 4.8 * TERA, 450 * GB, 50 * GB, None),
+    "b200": Chip(2250e12, 1125e12, 180 * GB, 8.0 * TERA, 900 * GB, 50 * GB, None),
+    "v4": Chip(275e12, 275e12, 32 * GB, 1.228 * TERA, 50 * GB, 6.25 * GB, 3.22, ring=4),
+    "v5e": Chip(197e12, 197e12, 16 * GB, 0.819 * TERA, 50 * GB, 3.125 * GB, 1.20, ring=16),
+    "v5p": Chip(459e12, 459e12, 95 * GB, 2.765 * TERA, 100 * GB, 6.25 * GB, 4.20, ring=4),
+    "v6e": Chip(918e12, 918e12, 32 * GB, 1.638 * TERA, 100 * GB, 12.5 * GB, 2.70, ring=16),
+    "tpu7x": Chip(1153.5e12, 1153.5e12, 96 * GB, 3.69 * TERA, 50 * GB, 6.25 * GB, None, ring=4),
 }
 PER_HOST = 8  # GPUs of one NVLink domain, where only a number of devices is given
 # Seconds before the first byte of one step of a collective. ICI: about 1 us a hop (jax-ml.github.io/scaling-book, part
-# 3). NVLink and InfiniBand: the base latencies of NCCL's tuning model, src/graph/tuning.cc.
+# 3). NVLink and InfiniBand: orders of magnitude, 3 and 10 us; the table of NCCL's src/graph/tuning.cc is finer.
 LATENCY = {"tpu": (1e-6, 10e-6), "gpu": (3e-6, 10e-6)}
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """So many devices of a kind, wired as hosts of GPUs, or as slices of a torus."""
+    """A machine by name with the speeds of its devices."""
 
-    chip: Chip
-    dims: tuple[int, ...]  # GPU: (hosts, GPUs of a host); TPU: sides of the torus, in chips
-    slices: int = 1
+    topology: Topology
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.topology.chip]
+
+    @property
+    def name(self) -> str:
+        """Of one device."""
+        return self.topology.chip
+
+    @property
+    def platform(self) -> str:
+        """`tpu` or `gpu`."""
+        return self.topology.platform
 
     @property
     def devices(self) -> int:
-        return prod(self.dims) * self.slices * self.chip.cores
+        return self.topology.size
 
     @property
-    def fast(self) -> int:
-        """Devices that share the fast network: those of a host, or of a slice."""
-        return self.dims[-1] if self.chip.kind == "gpu" else self.devices // self.slices
+    def memory(self) -> int:
+        """Bytes that a program may use on one device."""
+        return self.topology.memory
 
     def __str__(self) -> str:
-        slices = f"*{self.slices}" if self.slices > 1 else ""
-        return f"{self.chip.name}:{'x'.join(map(str, self.dims))}{slices}"
+        return str(self.topology)
 
 
 def parse(text: str, devices: int) -> Cluster:
@@ -88,40 +94,33 @@ def parse(text: str, devices: int) -> Cluster:
     Raises:
         Refused: an unknown chip, a shape that it cannot have.
     """
-    name, _, shape = text.strip().lower().partition(":")
-    chip = CHIPS.get({"v7": "tpu7x", "v7x": "tpu7x"}.get(name, name))
-    if chip is None:
-        hint = f"{nearest(name, list(CHIPS))}the table has {', '.join(CHIPS)}"
-        raise Refused(Problem("--topology", f"{name!r} is no known accelerator", hint))
-    if not shape:
-        return Cluster(chip, shaped(chip, devices))
-    sides, _, slices = shape.partition("*")
-    rank = 2 if chip.kind == "gpu" else chip.torus
-    form = "HOSTSxGPUS, such as 4x8" if chip.kind == "gpu" else "x".join(["4"] * rank)
-    try:
-        dims, copies = tuple(int(n) for n in sides.split("x")), int(slices or 1)
-    except ValueError:
-        raise Refused(Problem("--topology", f"{text!r} has no shape {shape!r}", f"write {name}:{form}")) from None
-    if len(dims) != rank or min(*dims, copies) < 1:
-        raise Refused(Problem("--topology", f"{name} has {rank} dimensions, {shape!r} is none", f"write {name}:{form}"))
-    return Cluster(chip, dims, copies)
+    name = text.strip().lower()
+    if ":" in name:
+        return Cluster(topology.parse(name))
+    if name not in CHIPS:
+        hint = f"{nearest(name, list(CHIPS))}use one of {', '.join(CHIPS)}"
+        raise Refused(Problem(f"--topology {text}", f"names no known chip: {name!r}", hint))
+    return Cluster(topology.parse(f"{name}:{'x'.join(map(str, shaped(name, devices)))}"))
 
 
-def shaped(chip: Chip, devices: int) -> tuple[int, ...]:
-    """The most even shape of so many devices: hosts of eight GPUs, or sides of a torus as equal as can be."""
-    if chip.kind == "gpu":
+def shaped(name: str, devices: int) -> tuple[int, ...]:
+    """The most even shape of so many devices: hosts of eight GPUs, or sides of a torus as equal as can be, the first
+    two even, as hosts of 2x2 chips ask for."""
+    if name in topology.GPUS:
         host = max(n for n in range(1, PER_HOST + 1) if devices % n == 0)
         return devices // host, host
-    if devices % chip.cores:
-        raise Refused(
-            Problem("--devices", f"{devices} is odd, and a {chip.name} is two devices", "give an even number")
-        )
-    left, sides = devices // chip.cores, []
-    for rank in range(chip.torus, 0, -1):
-        side = max(n for n in range(1, left + 1) if left % n == 0 and n**rank <= left)
-        sides.append(side)
-        left //= side
-    return tuple(sides)
+    kind = topology.TPUS[name]
+    chips = devices // kind.cores
+    first = [n for n in range(1, chips + 1) if chips % n == 0 and (n % 2 == 0 or chips == 1)]
+    if kind.dimensions == 2:
+        shapes = [(a, chips // a) for a in first]
+    else:
+        shapes = [(a, b, chips // a // b) for a in first for b in first if chips % (a * b) == 0]
+    shapes = [s for s in shapes if s[1] % 2 == 0 or chips == 1]
+    if devices % kind.cores or not shapes:
+        why = f"{devices} devices make no slice of {name}, whose hosts hold 2x2 chips"
+        raise Refused(Problem("--devices", why, f"give a multiple of {4 * kind.cores}"))
+    return min(shapes, key=lambda s: (max(s) / min(s), s))
 
 
 Route = tuple[tuple[int, ...], int, int]
@@ -138,9 +137,8 @@ class Wiring:
     def sides(self) -> dict[str, tuple[int, ...]]:
         """TPU: the sides of the torus that each mesh axis takes, from the fastest axis on. What it cannot take from
         the torus lies between slices."""
-        chip, left = self.cluster.chip, [*self.cluster.dims[::-1], self.cluster.chip.cores]
-        left = left if chip.cores > 1 else left[:-1]
-        out = {}
+        machine = self.cluster.topology
+        left, out = [self.cluster.devices // machine.slices // prod(machine.shape), *machine.shape[::-1]], {}
         for axis in reversed(MESH_AXES):
             need, took = self.sizes.get(axis, 1), []
             for i, side in enumerate(left):
@@ -156,14 +154,14 @@ class Wiring:
         """How the group of devices along some mesh axes lies."""
         axes = tuple(a for a in axes if self.sizes.get(a, 1) > 1)
         n = prod(self.sizes[a] for a in axes)
-        if self.cluster.chip.kind == "tpu":
+        if self.cluster.platform == "tpu":
             sides = self.sides()
             took = tuple(s for a in axes for s in sides[a])
             return took, n // max(prod(took), 1), n
         stride, near = 1, 1  # members of the group among the devices of one host
         for axis in reversed(MESH_AXES):
             size = self.sizes.get(axis, 1)
-            fits = (d for d in range(1, size + 1) if size % d == 0 and stride * d <= self.cluster.fast)
+            fits = (d for d in range(1, size + 1) if size % d == 0 and stride * d <= self.cluster.topology.fast)
             near *= max(fits, default=1) if axis in axes else 1
             stride *= size
         return (near,), n // near, n
@@ -180,7 +178,7 @@ class Wiring:
             return 0.0
         if op == "all-reduce":
             return 2 * self.seconds("all-gather", axes, size)
-        steps = self.torus if self.cluster.chip.kind == "tpu" else self.switched
+        steps = self.torus if self.cluster.platform == "tpu" else self.switched
         return steps(op, local, far, size)
 
     def switched(self, op: str, local: tuple[int, ...], far: int, size: float) -> float:

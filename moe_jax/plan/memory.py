@@ -3,8 +3,8 @@
 from math import prod
 from typing import NamedTuple
 
-from moe_jax.plan.leaves import BATCH_AXES, Leaf
-from moe_jax.plan.work import Step
+from moe_jax.plan.leaves import BATCH_AXES, Leaf, expert_width, matrices
+from moe_jax.plan.work import QUERY_BLOCK, QUERY_BLOCKS, Step
 
 FACTORED = 128  # optax.adafactor: least second-largest dimension of a parameter whose second moment is factored
 NOT_MATRICES = ("norm", "position", "vocab", "router_embed")  # as in train/optimizer.py: Muon leaves these to AdamW
@@ -47,6 +47,115 @@ def cache(step: Step, length: int | None = None) -> int:
     return 2 * m.layers * rows * (length or step.cfg.data.length) * width * step.width
 
 
+# Activations
+
+
+def tiled(rows: int, columns: int, platform: str) -> int:
+    """Elements that a matrix takes: a TPU keeps tiles of 8 x 128 and lays the better dimension along the 128."""
+    if platform != "tpu":
+        return rows * columns
+    return min(-(-rows // 8) * 8 * (-(-columns // 128) * 128), -(-rows // 128) * 128 * (-(-columns // 8) * 8))
+
+
+def query_blocks(L: int) -> list[tuple[int, int]]:
+    """Rows of each block of queries and the keys that it sees, as in layers/attention.py."""
+    size = max(QUERY_BLOCK, -(-L // QUERY_BLOCKS))
+    return [(min(size, L - begin), min(begin + size, L)) for begin in range(0, L, size)]
+
+
+def probabilities(step: Step) -> int:
+    """Elements of a layer's attention probabilities."""
+    heads = step.cfg.model.heads // step.over("act_heads")
+    each = sum(tiled(rows, end, step.platform) for rows, end in query_blocks(step.cfg.data.length))
+    return step.rows * heads * each
+
+
+class Widths(NamedTuple):
+    """Elements of a layer's activations on one device."""
+
+    tokens: int  # [T, D]
+    query: int  # [T, H*N]
+    key: int  # [T, J*N]: keys, and as many values
+    scores: int  # probabilities
+    hidden: int  # [T, F] of the dense feed-forward layer or of the shared experts
+    rows: int  # [R, D] of the exchange
+    expert_hidden: int  # [R, F] of the experts
+    mask: int  # [G, S, E, C] of one-hot dispatch
+
+
+def widths(step: Step, kind: str) -> Widths:
+    """The sizes of a dense or MoE layer's activations."""
+    m, T, moe = step.cfg.model, step.tokens, step.cfg.model.moe
+    tokens, heads = T * m.d_model // step.over("act_embed"), step.over("act_heads")
+    query = T * m.heads * m.resolved_head_dim // heads
+    key = max(T * m.resolved_head_dim, T * m.resolved_kv_heads * m.resolved_head_dim // heads)
+    dense = T * m.d_ff // step.over("act_mlp")
+    if kind == "dense" or moe is None:
+        return Widths(tokens, query, key, probabilities(step), dense, 0, 0, 0)
+    R, F = step.sent_rows, expert_width(m)
+    shared = T * moe.shared_experts * F // step.over("act_mlp")
+    one_hot = step.groups * moe.experts * tiled(step.group, step.slots, step.platform)
+    mask = one_hot if step.dispatch.dispatch == "einsum" else 0
+    rows = R * m.d_model // step.over("act_embed")
+    return Widths(tokens, query, key, probabilities(step), shared, rows, R * F // step.over("expert_mlp"), mask)
+
+
+def nonlinear(ffn: str) -> tuple[int, int]:
+    """Hidden arrays that the backward pass of a feed-forward network needs: in the compute type, and as bytes.
+
+    SwiGLU and GELU keep what each of their factors was made from; ReLU its output and where it was positive.
+    """
+    return (1, 1) if ffn == "relu" else (6, 0)
+
+
+def residuals(step: Step, kind: str) -> int:
+    """Bytes that the backward pass of one layer needs, all that `remat=none` saves."""
+    w, b, wide = widths(step, kind), step.width, 4
+    full, flags = nonlinear(step.cfg.model.ffn)
+    norms = (5 if kind == "moe" else 4) * w.tokens * wide  # two a norm, and the router's input, float32
+    products = (w.tokens + w.query) * b  # what the projections multiply
+    L = step.cfg.data.length
+    slices = sum(end for _, end in query_blocks(L)) / L  # each block keeps the keys and values that it sees
+    attention = (w.query + round(2 * slices * w.key)) * b + w.scores * (wide + b)
+    hidden = (w.hidden + w.expert_hidden) * (full * b + flags) + (w.tokens * b if w.hidden else 0)
+    exchange = w.rows * (b + wide)  # dispatched rows, and float32 outputs, of which the gates' gradient is made
+    mask = w.mask * (wide + b)
+    return norms + products + attention + hidden + exchange + mask
+
+
+def cast_weights(step: Step) -> int:
+    """Bytes of the layers' matrices in the compute type, which are made once a layer and saved with the rest."""
+    kept = [x for x in step.leaves if x.axes[0] == "layers" and x.component not in ("norms", "router")]
+    if step.width == 4:  # only attention's, which are reshaped
+        kept = [x for x in kept if x.component == "attn"]
+    return sum(x.shard(step.cfg.rules, step.cfg.mesh) * step.width for x in kept)
+
+
+def saved(step: Step, kind: str) -> dict[str, int]:
+    """Bytes that the forward pass of one layer leaves for the backward pass."""
+    w, b = widths(step, kind), step.width
+    match step.cfg.model.remat:
+        case "none":
+            return {"activations": residuals(step, kind)}
+        case "dots":
+            gates = matrices(step.cfg.model.ffn) - 1
+            return {"activations": (2 * w.tokens + w.query + 2 * w.key + gates * w.hidden) * b}
+        case "exchange":
+            return {"activations": w.tokens * b, "dispatch": 2 * w.rows * b}
+        case _:
+            return {"activations": w.tokens * b}
+
+
+def working(step: Step, kind: str) -> int:
+    """Bytes that the backward pass of one layer holds beside what was saved."""
+    w, b = widths(step, kind), step.width
+    if step.cfg.model.remat == "none":
+        return 2 * (w.hidden + w.expert_hidden) * b + w.rows * b + 8 * w.tokens * b + 2 * w.query * 4
+    shared = w.scores * 4 + (3 * w.query + 3 * w.key) * b + 7 * w.tokens * b + 3 * (w.hidden + w.expert_hidden) * b
+    # The attention's probabilities in the compute type, or what the exchange brings back: one after the other.
+    return shared + 2 * w.rows * b + max(w.scores, 2 * w.rows) * b
+
+
 class Memory(NamedTuple):
     """Bytes of one device at the peak of a train step."""
 
@@ -59,24 +168,25 @@ class Memory(NamedTuple):
         return sum(self.kinds.values())
 
 
-def saved(step: Step) -> dict[str, int]:
-    """Bytes that the forward pass leaves for the backward pass, all layers."""
-    m, T, b = step.cfg.model, step.tokens, step.width
-    row = m.d_model * b // step.over("act_embed")
-    out = {"activations": m.layers * T * row}
-    if m.moe is not None and m.remat in ("exchange", "none"):
-        out["dispatch"] = 2 * step.moe_layers * step.sent_rows * row
-    return out
-
-
 def memory(step: Step) -> Memory:
-    """What is live at the peak."""
+    """What is live at the peak: at the loss, or in the backward pass of a layer.
+
+    The compiler forms the gradient of the head after the layers, so that the logits' gradient lives that long.
+    """
     m = step.cfg.model
     logits = step.tokens * m.vocab * 4 // step.over("act_vocab")
-    held = state(step)
-    head = {**held, **saved(step), "logits": 2 * logits}
-    layer = {**held, **saved(step), "gradients": gradients(step)}
-    moments = {"loss": head, "backward": layer}
+    held = state(step) | {"batch": 5 * 4 * step.tokens * step.microbatches}
+    layers: dict[str, int] = {}
+    for kind in m.layer_kinds:
+        for name, size in saved(step, kind).items():
+            layers[name] = layers.get(name, 0) + size
+    if m.remat == "none":
+        layers["activations"] += cast_weights(step)
+    stacks = sum(4 * x.shard(step.cfg.rules, step.cfg.mesh) for x in step.leaves if x.axes[0] == "layers")
+    work = max(working(step, kind) for kind in set(m.layer_kinds))
+    loss = held | layers | {"logits": 2 * logits}
+    backward = held | layers | {"gradients": stacks, "logits": logits, "temporaries": work}
+    moments = {"loss": loss, "backward": backward}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    kinds = {"parameters": 0, "optimizer": 0, "gradients": 0, "activations": 0, "dispatch": 0, "logits": 0}
-    return Memory(kinds | moments[moment], moment, cache(step))
+    order = ("parameters", "optimizer", "gradients", "activations", "dispatch", "logits", "temporaries", "batch")
+    return Memory({k: moments[moment].get(k, 0) for k in order}, moment, cache(step))

@@ -82,7 +82,7 @@ def clocked(e: Estimate, tokens: int | None, price: float | None) -> dict[str, A
     price = chip.price if price is None else price
     least = roofline.money(e.step, e.cluster, t.step, tokens, price)
     return {
-        "hbm_bytes": chip.hbm,
+        "hbm_bytes": e.cluster.memory,
         "step_seconds": t.step,
         "mfu_ceiling": roofline.utilisation(e.step, e.cluster, t.step),
         "dominant": t.dominant,

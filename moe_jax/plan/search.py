@@ -64,7 +64,7 @@ def judge(cfg: Config, cluster: Cluster) -> Candidate:
         return Candidate(cfg.mesh, None, f"{problems[0].key}: {problems[0].reason}")
     estimate = Estimate(cfg, cluster)
     if not estimate.fits:
-        over = f"{estimate.memory.peak / 1e9:,.1f} GB of {cluster.chip.hbm / 1e9:,.1f} GB"
+        over = f"{estimate.memory.peak / 1e9:,.1f} GB of {cluster.memory / 1e9:,.1f} GB"
         return Candidate(cfg.mesh, estimate, f"memory: {over}")
     return Candidate(cfg.mesh, estimate, "")
 

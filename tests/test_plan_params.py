@@ -1,0 +1,96 @@
+"""The plan's parameters, FLOPs and optimizer state against the real model, and against published counts."""
+
+import json
+from math import prod
+from pathlib import Path
+
+import jax
+import pytest
+
+from moe_jax import config
+from moe_jax.axes import MESH_AXES
+from moe_jax.plan.leaves import count, leaves
+from moe_jax.plan.memory import optimizer_elements
+from moe_jax.plan.work import Step
+from moe_jax.train.state import Model
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "models.json").read_text())
+SMALL = [
+    "model.layers=5",
+    "model.d_model=24",
+    "model.heads=3",
+    "model.d_ff=40",
+    "model.vocab=61",
+    "model.max_length=32",
+]
+SMALL += ["train.sample=unset", "data.length=16", "model.head_dim=8", "model.kv_heads=1"]
+SETTINGS = [
+    ["tiny_dense", "model.tied_head=false", "model.norm=layer"],
+    ["tiny_dense", "model.positions=learned", "model.ffn=gelu", "model.final_norm=false", "mesh.data=1"],
+    ["tiny_dense", "model.positions=sinusoidal", "model.ffn=relu", "model.norm_order=post"],
+    ["tiny_switch", "model.moe.every=2", "model.moe.experts=12"],
+    ["tiny_switch", "model.moe.every=3", "model.moe.first_dense=1", "model.moe.router.gate=mlp"],
+    ["tiny_switch", "model.moe.router.gate=mlp", "model.moe.router.gate_width=7", "model.moe.d_ff=12"],
+    ["tiny_switch", "model.moe.router.kind=hash", "model.moe.z_loss=0", "model.moe.balance_loss=0"],
+    ["tiny_mixtral", "model.moe.router.kind=noisy_topk", "model.ffn=gelu"],
+    ["tiny_mixtral", "model.moe.shared_experts=3", "model.moe.first_dense=2", "model.moe.d_ff=unset"],
+    ["tiny_deepseek", "model.moe.every=2", "model.ffn=relu"],
+    ["tiny_gshard", "model.scan=false", "model.moe.every=1"],
+]
+
+
+def held_to_the_model(cfg):
+    """Name by name, shape by shape, axis by axis."""
+    model = Model.of(cfg)
+    real = {name: (shape, axes) for name, shape, axes in model.leaves()}
+    planned = leaves(cfg.model)
+    assert {x.name: (x.shape, x.axes) for x in planned} == real and len(planned) == len(real)
+    counted = count(cfg.model)
+    assert counted[:2] == model.count()
+    assert sum(counted.components.values()) == counted.total
+    assert sum(counted.active_components.values()) == counted.active
+    assert counted.bias == sum(x.size for x in jax.tree.leaves(model.bias_shapes))
+
+
+@pytest.mark.parametrize("name", config.config_names())
+def test_every_config_counts_like_its_model(name):
+    held_to_the_model(config.load(name))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: " ".join(s))
+def test_every_setting_counts_like_its_model(settings):
+    name, *overrides = settings
+    held_to_the_model(config.load(name, [*SMALL, *overrides]))
+
+
+@pytest.mark.parametrize("name", GOLDEN["models"])
+def test_published_counts_to_the_unit(name):
+    want = GOLDEN["models"][name]
+    cfg = config.load(want["config"], want["overrides"])
+    counted = count(cfg.model)
+    assert counted.total == want["total"] and counted.active == want["active"]
+    assert counted.components == want["components"]
+    assert cfg.data.length == want["seq_len"]
+    assert Step(cfg, "tpu").flops.train == want["train_flops_per_token"]
+
+
+def test_mixtral_8x22b():
+    """140,620,634,112 parameters on its model card; active by the two of eight experts."""
+    counted = count(config.load("mixtral_8x22b").model)
+    experts = 56 * 3 * 6144 * 16384
+    assert counted.total == 140_620_634_112
+    assert counted.active == counted.total - 6 * experts
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("name", ["tiny_gshard", "moe_175b_wide"])
+def test_optimizer_state_is_that_of_the_real_one(name, kind):
+    """Elements of each device, from the shapes and shardings that training uses."""
+    sizes = ["mesh.data=1", "mesh.fsdp=2", "mesh.expert=2", "mesh.tensor=2", "rules.vocab=[]"]
+    cfg = config.load(name, [f"train.optimizer.kind={kind}", *sizes])
+    step = Step(cfg, "cpu")
+    mesh = jax.make_mesh(cfg.mesh.shape, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
+    state = jax.tree_util.tree_leaves_with_path(Model.of(cfg).targets(mesh).opt_state)
+    arrays = [x for path, x in state if x.ndim and "ns_coeffs" not in jax.tree_util.keystr(path)]
+    real = sum(prod(x.sharding.shard_shape(x.shape)) for x in arrays)
+    assert sum(optimizer_elements(kind, leaf, step) for leaf in step.leaves) == real

@@ -1,0 +1,262 @@
+"""What a step moves and how long it takes, against formulas, published examples and limits."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from moe_jax import config
+from moe_jax.plan import advice, roofline
+from moe_jax.plan.estimate import Estimate
+from moe_jax.plan.hardware import CHIPS, Wiring, parse, shaped
+from moe_jax.plan.report import report
+from moe_jax.plan.roofline import bubble, decode, times, utilisation
+from moe_jax.plan.search import factorisations, search
+from moe_jax.plan.traffic import exchange_bytes, traffic
+from moe_jax.plan.work import Step
+from moe_jax.schema import Refused
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "models.json").read_text())
+
+
+def step_of(name, *overrides, platform="tpu"):
+    return Step(config.load(name, overrides), platform)
+
+
+def estimate(name, topology, *overrides):
+    cfg = config.load(name, overrides)
+    return Estimate(cfg, parse(topology, cfg.mesh.size))
+
+
+def only(step, what):
+    return [m for m in traffic(step) if m.what == what]
+
+
+@pytest.mark.parametrize("data,expert,factor", [(1, 8, 1.25), (2, 4, 1.0), (4, 2, 2.0)])
+def test_the_exchange_moves_the_least_that_buffers_allow(data, expert, factor):
+    """f*K*T*D*b*(n-1)/n each way (GShard, section 3.3), K choices of T tokens on a device."""
+    sizes = [f"mesh.data={data}", f"mesh.expert={expert}", f"model.moe.capacity_factor={factor}"]
+    step = step_of("tiny_gshard", *sizes)
+    T, K, D, b = 32 * 128 // (data * expert), 2, 128, 4
+    (move,) = only(step, "exchange")
+    assert move.sent == pytest.approx(factor * K * T * D * b * (expert - 1) / expert)
+    assert move.count == 4 * 2, "two all-to-alls forward and two backward, in each of two MoE layers"
+
+
+def test_published_exchange():
+    """Mixtral's eight experts on eight devices, 4,096 tokens each: without a capacity factor all rows are in use."""
+    sizes = ["model.moe.capacity_factor=1.0", "mesh.fsdp=1", "mesh.expert=8", "data.batch=8"]
+    (move,) = only(step_of("mixtral_8x7b", *sizes), "exchange")
+    assert move.sent == GOLDEN["all_to_all"]["mixtral_ep8_4096tok_bf16"]
+
+
+@pytest.mark.parametrize(
+    "remat,microbatches,rounds", [("none", 1, 2), ("exchange", 1, 2), ("full", 1, 3), ("dots", 1, 3), ("none", 2, 3)]
+)
+def test_remat_and_microbatches_repeat_the_exchange(remat, microbatches, rounds):
+    step = step_of("tiny_gshard", f"model.remat={remat}", f"train.microbatches={microbatches}")
+    (move,) = only(step, "exchange")
+    assert move.count == 2 * rounds * microbatches * 2
+    whole = step_of("tiny_gshard")
+    assert exchange_bytes(step) * microbatches == exchange_bytes(whole), "parts of a batch exchange parts of it"
+
+
+def test_an_axis_of_one_device_moves_nothing():
+    assert traffic(step_of("tiny_switch", "mesh.data=1", "mesh.expert=1")) == []
+    assert {m.op for m in traffic(step_of("tiny_dense"))} == {"all-reduce"}
+
+
+def test_data_gradients_are_all_parameters_once():
+    step = step_of("tiny_dense")
+    total = sum(m.bytes * m.count for m in only(step, "gradients"))
+    assert total == pytest.approx(4 * step.count.total, rel=1e-3)
+
+
+def test_fsdp_gathers_what_it_splits():
+    """Each pass over the weights gathers all but a shard of them; gradients are scattered back."""
+    step = step_of("tiny_dense", "mesh.data=1", "mesh.fsdp=8")
+    gathered = sum(m.bytes * m.count for m in only(step, "weights"))
+    split = step.count.total - step.count.components["norms"]
+    table = step.count.components["embed"]
+    assert gathered == pytest.approx(4 * (2 * split + table - 2 * table) + 4 * table, rel=0.2)
+    assert {m.op for m in only(step, "gradients")} == {"reduce-scatter", "all-reduce"}
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_a_switch_is_linear_in_latency_and_bounded_in_bandwidth(n):
+    wires = Wiring(parse("h100:1x8", 8), {"expert": n})
+    size = 1e9
+    beta = size * (n - 1) / n / CHIPS["h100"].link
+    assert wires.seconds("all-to-all", ("expert",), size) == pytest.approx(beta, rel=0.01)
+    assert wires.seconds("all-to-all", ("expert",), 0.0) == pytest.approx((n - 1) * 3e-6)
+    assert wires.seconds("all-reduce", ("expert",), size) == 2 * wires.seconds("all-gather", ("expert",), size)
+
+
+def test_the_slow_network_decides():
+    """Across hosts an all-to-all takes (n - m)/n of its bytes over the network card of each device."""
+    near, far = Wiring(parse("h100:4x8", 32), {"data": 4, "expert": 8}), Wiring(parse("h100:4x8", 32), {"expert": 32})
+    assert near.route(("expert",)) == ((8,), 1, 8) and far.route(("expert",)) == ((8,), 4, 32)
+    assert near.route(("data",)) == ((1,), 4, 4)
+    size = 1e9
+    assert far.seconds("all-to-all", ("expert",), size) == pytest.approx(size * 24 / 32 / 50e9, rel=0.01)
+    assert near.seconds("all-to-all", ("expert",), size) < far.seconds("all-to-all", ("expert",), size) / 5
+
+
+def test_a_torus_exchanges_in_the_root_of_its_size():
+    """GShard, section 4: with the bytes of a device held, a square torus takes O(sqrt D), one ring O(D)."""
+    size = 1e9
+
+    def square(side):
+        return Wiring(parse(f"v5e:{side}x{side}", 0), {"expert": side * side}).seconds("all-to-all", ("expert",), size)
+
+    assert square(16) == pytest.approx(square(4), rel=0.01), "16 closes to a ring, 4 does not: twice the links"
+    v5p = [Wiring(parse(f"v5p:{s}x{s}x{s}", 0), {"expert": s**3}) for s in (4, 8, 16)]
+    each = [w.seconds("all-to-all", ("expert",), size) for w in v5p]
+    assert each[1] / each[0] == pytest.approx(2, rel=0.01) and each[2] / each[1] == pytest.approx(2, rel=0.01)
+    line = Wiring(parse("v5p:8x8x8", 0), {"data": 64, "expert": 8})
+    assert line.seconds("all-to-all", ("expert",), size) == pytest.approx(size * 8 / (8 * CHIPS["v5p"].link), rel=0.01)
+
+
+def test_mesh_axes_share_out_the_torus():
+    wires = Wiring(parse("v5p:8x8x4", 0), {"data": 8, "fsdp": 4, "expert": 8})
+    sides = wires.sides()
+    assert math.prod(sides["expert"]) == 8 and math.prod(sides["fsdp"]) == 4 and math.prod(sides["data"]) == 8
+    slices = Wiring(parse("v5e:4x4*2", 0), {"data": 2, "expert": 16})
+    assert slices.route(("data",)) == ((), 2, 2) and slices.route(("expert",))[1] == 1
+
+
+@pytest.mark.parametrize("name,devices,shape", [("v5p", 64, (4, 4, 4)), ("v5e", 32, (4, 8)), ("h100", 64, (8, 8))])
+def test_a_number_of_devices_takes_an_even_shape(name, devices, shape):
+    assert shaped(name, devices) == shape
+    assert parse(name, devices).devices == devices
+
+
+def test_a_chip_of_tpu7x_is_two_devices():
+    assert parse("tpu7x:2x2x1", 0).devices == 8
+    with pytest.raises(Refused, match="hosts hold 2x2 chips"):
+        parse("tpu7x", 7)
+
+
+@pytest.mark.parametrize(
+    "stages,microbatches,rounds,want", [(1, 4, 1, 0), (4, 4, 1, 3 / 7), (4, 12, 1, 0.2), (4, 4, 2, 3 / 11)]
+)
+def test_bubble(stages, microbatches, rounds, want):
+    """(p - 1)/(m + p - 1) (GPipe, section 2.3), with v rounds (p - 1)/(v*m + p - 1)."""
+    assert bubble(stages, microbatches, rounds) == pytest.approx(want)
+
+
+def test_decoding_touches_the_experts_that_the_batch_draws():
+    """E*(1 - (1 - K/E)^n): one token touches K, many all."""
+    few = estimate("mixtral_8x7b", "h100:1x1", "mesh.fsdp=1", "mesh.expert=1", "data.batch=1")
+    many = estimate("mixtral_8x7b", "h100:1x1", "mesh.fsdp=1", "mesh.expert=1", "data.batch=256")
+    assert decode(few.step, few.cluster).experts == pytest.approx(2)
+    assert decode(many.step, many.cluster).experts == pytest.approx(8)
+    c = few.step.count
+    read = decode(few.step, few.cluster).weights
+    assert read == 2 * (c.active - c.components["embed"]), "bfloat16, and one row of the table is nothing"
+
+
+def test_a_roofline_of_compute_alone():
+    """One device, no recomputation, capacity factor 1: model FLOPs at the peak rate but for attention's squares."""
+    e = estimate(
+        "mixtral_8x7b",
+        "h100:1x1",
+        "mesh.fsdp=1",
+        "mesh.expert=1",
+        "model.remat=none",
+        "data.batch=8",
+        "model.moe.capacity_factor=1.0",
+    )
+    t = times(e.step, e.cluster)
+    flops = e.step.flops.train * 8 * 4096
+    assert t.compute == pytest.approx(flops / 989.4e12, rel=0.02) and t.exposed == t.hidden == 0
+    assert 0.9 < utilisation(e.step, e.cluster, t.step) <= 1
+    again = estimate(
+        "mixtral_8x7b",
+        "h100:1x1",
+        "mesh.fsdp=1",
+        "mesh.expert=1",
+        "model.remat=full",
+        "data.batch=8",
+        "model.moe.capacity_factor=1.0",
+    )
+    assert times(again.step, again.cluster).compute == pytest.approx(t.compute * 4 / 3, rel=0.01)
+
+
+def test_one_hot_products_cost_what_the_formula_says():
+    plain = step_of("tiny_gshard", "model.moe.dispatch=gather").executed()
+    onehot = step_of("tiny_gshard", "model.moe.dispatch=einsum").executed()
+    S, F = 128, 128
+    forward = plain["experts"] / 3 * 2 * S / (3 * F)
+    assert onehot["dispatch"] == pytest.approx(2 * forward), "one product back: the mask has no gradient"
+    assert {k: v for k, v in onehot.items() if k != "dispatch"} == plain
+
+
+WARNED = [
+    ("model.moe.dispatch", "tiny_switch", "v5e:2x4", ["model.moe.dispatch=einsum", "data.length=512"]),
+    ("mesh.fsdp", "moe_175b_as_described", "a100:4x8", []),
+    ("model.remat", "mixtral_8x7b", "h100:8x8", ["model.remat=none", "data.batch=1024"]),
+    ("data.batch", "mixtral_8x7b", "v5p:4x4x4", ["data.length=64", "data.batch=64"]),
+    (
+        "mesh.expert",
+        "mixtral_8x7b",
+        "h100:8x8",
+        [
+            "mesh.fsdp=8",
+            "mesh.tensor=2",
+            "mesh.expert=4",
+            "model.moe.experts=32",
+            "mesh.expert=32",
+            "mesh.fsdp=2",
+            "mesh.tensor=1",
+        ],
+    ),
+    ("model.moe.capacity_factor", "tiny_switch", "v5e:2x4", ["model.moe.capacity_factor=0.5"]),
+    ("model.moe.capacity_factor", "tiny_mixtral", "v5e:2x4", ["model.moe.experts=64", "model.moe.dispatch=ragged"]),
+    ("model.dtype", "mixtral_8x7b", "h100:8x8", ["model.dtype=float32"]),
+    ("rules.expert_mlp", "tiny_switch", "v5e:2x4", ["mesh.expert=2", "mesh.tensor=4", "mesh.data=1"]),
+]
+
+
+@pytest.mark.parametrize("key,name,topology,overrides", WARNED, ids=[f"{k}-{n}" for k, n, _, _ in WARNED])
+def test_warnings_name_the_key_to_change(key, name, topology, overrides):
+    found = advice.warnings(estimate(name, topology, *overrides))
+    assert key in {p.key for p in found}, found
+    assert all(p.reason and p.remedy for p in found)
+
+
+def test_following_a_remedy_ends_its_warning():
+    before = estimate("tiny_switch", "v5e:2x4", "data.length=512", "model.moe.dispatch=einsum")
+    after = estimate("tiny_switch", "v5e:2x4", "data.length=512", "model.moe.dispatch=gather")
+    assert "model.moe.dispatch" in {p.key for p in advice.warnings(before)}
+    assert "model.moe.dispatch" not in {p.key for p in advice.warnings(after)}
+
+
+def test_every_mesh_is_tried_once():
+    found = [tuple(f.values()) for f in factorisations(8)]
+    assert len(found) == len(set(found)) == 20 and all(math.prod(f) == 8 for f in found)
+
+
+def test_the_search_ranks_by_step_time_and_says_why_others_are_out():
+    cfg = config.load("mixtral_8x7b")
+    found = search(cfg, parse("v5p", 64))
+    assert len(found) == len(list(factorisations(64)))
+    good = [c for c in found if not c.reason]
+    assert good and good == sorted(good, key=lambda c: c.seconds) and all(c.mesh.size == 64 for c in found)
+    reasons = {tuple(c.mesh.sizes.items()): c.reason for c in found if c.reason}
+    assert "memory" in reasons[("data", 64),]
+    assert "8 experts do not divide over 64" in reasons[("expert", 64),]
+    planned = dataclasses.replace(cfg, mesh=good[0].mesh)
+    assert report(Estimate(planned, parse("v5p", 64)))["step_seconds"] == good[0].seconds
+
+
+def test_money_is_time_by_devices_by_price():
+    e = estimate("mixtral_8x7b", "h100:8x8")
+    out = report(e, tokens=10**12, price=3.0)
+    run = out["run"]
+    assert run["steps"] == pytest.approx(10**12 / (128 * 4096))
+    assert run["device_hours"] == pytest.approx(run["steps"] * out["step_seconds"] * 64 / 3600)
+    assert run["dollars"] == pytest.approx(3 * run["device_hours"])
+    assert roofline.money(e.step, e.cluster, 1.0, 10**12, None).dollars is None
