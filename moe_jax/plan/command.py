@@ -2,10 +2,11 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
-from moe_jax.terminal import result
+from moe_jax.terminal import result, say
 
 
 def add_plan(plan: argparse.ArgumentParser) -> None:
@@ -78,12 +79,24 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     out = report.report(Estimate(cfg, cluster), tokens=tokens, price=args.price)
     if found is not None:
         out["search"] = report.listed(found)
-    out["repaired"] = repaired(cfg, cluster)
+    out["repaired"] = repaired(cfg)
+    if args.compile:
+        out["compiled"] = ask_compiler(cfg, cluster, args)
     result(args, *show.lines(out))
     return out
 
 
-def repaired(cfg: Any, cluster: Any) -> list[dict[str, Any]]:
+def ask_compiler(cfg: Any, cluster: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The compiler's memory and collectives."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"  # the partitioner's warnings are a part of them
+    from moe_jax.plan.compiled import compiled
+
+    where = f"{cfg.mesh.size} fake CPU devices" if cluster is None else str(cluster)
+    say(args, f"compiling the train step for {where}")
+    return compiled(cfg, cluster)
+
+
+def repaired(cfg: Any) -> list[dict[str, Any]]:
     """Configs that a contradictory description names in its place, in figures."""
     from moe_jax import config
     from moe_jax.plan.leaves import count

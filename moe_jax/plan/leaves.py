@@ -23,6 +23,7 @@ COMPONENTS = {  # component -> what it is called in tables
     "norms": "norms",
 }
 BATCH_AXES = ("layers", "experts")  # dimensions over which a parameter is many matrices
+NOT_MATRICES = ("norm", "position", "vocab", "router_embed")  # Muon leaves these to AdamW
 
 
 class Leaf(NamedTuple):
@@ -36,6 +37,17 @@ class Leaf(NamedTuple):
     @property
     def size(self) -> int:
         return prod(self.shape)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether Muon takes it, as in train/optimizer.py."""
+        inner = [a for a in self.axes if a not in BATCH_AXES]
+        return len(inner) >= 2 and not any(a in NOT_MATRICES for a in inner)
+
+    @property
+    def width(self) -> int:
+        """Size of the dimension that is the model's width, of a matrix."""
+        return next(n for n, a in zip(self.shape, self.axes, strict=True) if a in ("embed", "expert_embed"))
 
     def layout(self, rules: Rules) -> tuple[str, ...]:
         """The mesh axes that split it."""

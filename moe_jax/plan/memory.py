@@ -7,7 +7,6 @@ from moe_jax.plan.leaves import BATCH_AXES, Leaf, expert_width, matrices
 from moe_jax.plan.work import QUERY_BLOCK, QUERY_BLOCKS, Step
 
 FACTORED = 128  # optax.adafactor: least second-largest dimension of a parameter whose second moment is factored
-NOT_MATRICES = ("norm", "position", "vocab", "router_embed")  # as in train/optimizer.py: Muon leaves these to AdamW
 
 
 def optimizer_elements(kind: str, leaf: Leaf, step: Step) -> int:
@@ -20,8 +19,7 @@ def optimizer_elements(kind: str, leaf: Leaf, step: Step) -> int:
         shards = [mesh.over(getattr(rules, a)) for a in leaf.axes]
         local = [n // s for n, s in zip(leaf.shape, shards, strict=True)]
         return prod(local) // local[order[-1]] + prod(local) // local[order[-2]] + 1
-    matrix = sum(a not in BATCH_AXES for a in leaf.axes) >= 2 and not any(a in NOT_MATRICES for a in leaf.axes)
-    moments = 1 if kind == "muon" and matrix else 2
+    moments = 1 if kind == "muon" and leaf.is_matrix else 2
     return moments * leaf.shard(rules, mesh)
 
 
@@ -151,9 +149,11 @@ def working(step: Step, kind: str) -> int:
     w, b = widths(step, kind), step.width
     if step.cfg.model.remat == "none":
         return 2 * (w.hidden + w.expert_hidden) * b + w.rows * b + 8 * w.tokens * b + 2 * w.query * 4
-    shared = w.scores * 4 + (3 * w.query + 3 * w.key) * b + 7 * w.tokens * b + 3 * (w.hidden + w.expert_hidden) * b
+    shared = w.scores * 4 + (3 * w.query + 3 * w.key) * b + 7 * w.tokens * b + 3 * w.hidden * b
+    if w.rows and step.dispatch.dispatch == "ragged":  # both operands of each grouped product with zeros past the end
+        return shared + (6 if nonlinear(step.cfg.model.ffn)[0] > 1 else 3) * w.expert_hidden * b + 3 * w.rows * b
     # The attention's probabilities in the compute type, or what the exchange brings back: one after the other.
-    return shared + 2 * w.rows * b + max(w.scores, 2 * w.rows) * b
+    return shared + 3 * w.expert_hidden * b + 2 * w.rows * b + max(w.scores, 2 * w.rows) * b
 
 
 class Memory(NamedTuple):
@@ -168,12 +168,42 @@ class Memory(NamedTuple):
         return sum(self.kinds.values())
 
 
-def memory(step: Step) -> Memory:
-    """What is live at the peak: at the loss, or in the backward pass of a layer.
+def table_gradients(step: Step) -> int:
+    """Bytes of the gradients of embedding and head, whole over the axes that their rows are gathered from.
 
-    The compiler forms the gradient of the head after the layers, so that the logits' gradient lives that long.
+    A tied table has two until they are added: of the look-up and of the head.
     """
     m = step.cfg.model
+    tables = m.vocab // step.over("vocab") * m.d_model * 2
+    return 4 * (tables + (m.max_length * m.d_model if m.positions == "learned" else 0))
+
+
+def newton_schulz(step: Step) -> int:
+    """Bytes of Muon's step of its largest parameter: optax merges layers and experts, which gathers split experts, and
+    holds the matrices twice beside their products with themselves; the gradients of its like wait."""
+    rules, mesh = step.cfg.rules, step.cfg.mesh
+
+    def whole(leaf: Leaf) -> int:
+        return leaf.shard(rules, mesh) * mesh.over(rules.experts if "experts" in leaf.axes else ())
+
+    muons = [x for x in step.leaves if x.is_matrix]
+    if not muons:
+        return 0
+    largest = max(muons, key=whole)
+    batch = prod(n for n, a in zip(largest.shape, largest.axes, strict=True) if a in BATCH_AXES)
+    inner = largest.size // batch
+    side = min(largest.width, inner // largest.width)
+    like = sum(x.shard(rules, mesh) for x in muons if x.size == largest.size) - largest.shard(rules, mesh)
+    return 4 * (2 * whole(largest) + batch * side * side + like)
+
+
+def memory(step: Step) -> Memory:
+    """What is live at the peak, the worst of several moments.
+
+    The compiler forms the gradient of the head after the layers, so that the logits' gradient lives that long.
+    Microbatches add their gradients up beside the sum so far.
+    """
+    m, rules, mesh = step.cfg.model, step.cfg.rules, step.cfg.mesh
     logits = step.tokens * m.vocab * 4 // step.over("act_vocab")
     held = state(step) | {"batch": 5 * 4 * step.tokens * step.microbatches}
     layers: dict[str, int] = {}
@@ -182,11 +212,18 @@ def memory(step: Step) -> Memory:
             layers[name] = layers.get(name, 0) + size
     if m.remat == "none":
         layers["activations"] += cast_weights(step)
-    stacks = sum(4 * x.shard(step.cfg.rules, step.cfg.mesh) for x in step.leaves if x.axes[0] == "layers")
+    stacks = sum(4 * x.shard(rules, mesh) for x in step.leaves if x.axes[0] == "layers")
+    so_far = gradients(step) if step.microbatches > 1 else 0
     work = max(working(step, kind) for kind in set(m.layer_kinds))
-    loss = held | layers | {"logits": 2 * logits}
-    backward = held | layers | {"gradients": stacks, "logits": logits, "temporaries": work}
-    moments = {"loss": loss, "backward": backward}
+    summed = {"gradients": stacks + so_far, "logits": logits}
+    moments = {
+        "the loss": layers | {"gradients": so_far, "logits": 2 * logits},
+        "backward pass": layers | summed | {"temporaries": work},
+        "embedding's gradient": summed | {"temporaries": table_gradients(step)},
+        "optimizer": {"gradients": gradients(step)},
+    }
+    if step.cfg.train.optimizer.kind == "muon":
+        moments["optimizer"] = {"temporaries": newton_schulz(step)}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     order = ("parameters", "optimizer", "gradients", "activations", "dispatch", "logits", "temporaries", "batch")
-    return Memory({k: moments[moment].get(k, 0) for k in order}, moment, cache(step))
+    return Memory({k: (held | moments[moment]).get(k, 0) for k in order}, moment, cache(step))

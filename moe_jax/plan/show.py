@@ -8,6 +8,7 @@ from moe_jax.plan.leaves import COMPONENTS
 
 GB, MB = 1e9, 1e6
 WIDTH = 100  # columns
+MOST = 15  # rows of a table of collectives
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -134,11 +135,40 @@ def meshes(found: dict[str, Any]) -> list[str]:
     ] * (len(refused) > 5)
 
 
+def repaired(r: dict[str, Any]) -> list[str]:
+    """What a contradictory description can be replaced by."""
+    found = [(c["config"], f"{c['params_total']:,}", f"{c['params_active']:,}") for c in r.get("repaired", [])]
+    return table(("repaired configs", "parameters", "active"), found) if found else []
+
+
+def compiled(r: dict[str, Any]) -> list[str]:
+    """The compiler's word beside the plan's."""
+    c = r.get("compiled")
+    if c is None:
+        return []
+    planned = r["memory_per_device"]["peak"]
+    if c["refused"] is not None:
+        return ["compiled", *textwrap.wrap(c["refused"], WIDTH, initial_indent="  ", subsequent_indent="    ")]
+    ratio = planned / c["peak_bytes"]
+    lines = [f"compiled: peak {c['peak_bytes'] / GB:,.2f} GB a device, the plan says {planned / GB:,.2f} ({ratio:.2f})"]
+    rows = [
+        (x["op"], " ".join(x["axes"]), f"{x['count']:,}", f"{x['bytes'] / MB:,.2f}", x["phase"], x["module"])
+        for x in c["collectives"][:MOST]
+    ]
+    lines += table(("collectives as compiled", "axes", "count", "MB sent", "phase", "module"), rows) if rows else []
+    rest = len(c["collectives"]) - MOST
+    lines += [f"  and {rest} kinds more (--json lists them)"] * (rest > 0)
+    return lines + problems(
+        "flags", [{"key": f["kind"], "reason": f["what"], "remedy": f["remedy"]} for f in c["flags"]]
+    )
+
+
 def lines(r: dict[str, Any]) -> list[str]:
     """The whole plan."""
     parts = [
         verdict(r),
         problems("contradictions", r["contradictions"]),
+        repaired(r),
         problems("warnings", r["warnings"]),
         meshes(r["search"]) if "search" in r else [],
         parameters(r),
@@ -147,5 +177,6 @@ def lines(r: dict[str, Any]) -> list[str]:
         exchange(r),
         traffic(r),
         clock(r),
+        compiled(r),
     ]
     return [line for part in parts if part for line in [*part, ""]][:-1]
