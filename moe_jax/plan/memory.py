@@ -178,6 +178,13 @@ def table_gradients(step: Step) -> int:
     return 4 * (tables + (m.max_length * m.d_model if m.positions == "learned" else 0))
 
 
+def gathered_head(step: Step) -> int:
+    """Bytes of the head in the compute type, where it is gathered for its product."""
+    m = step.cfg.model
+    split = step.over("embed") > 1
+    return m.vocab // step.over("vocab") * m.d_model * step.width if split else 0
+
+
 def newton_schulz(step: Step) -> int:
     """Bytes of Muon's step of its largest parameter: optax merges layers and experts, which gathers split experts, and
     holds the matrices twice beside their products with themselves; the gradients of its like wait."""
@@ -217,7 +224,7 @@ def memory(step: Step) -> Memory:
     work = max(working(step, kind) for kind in set(m.layer_kinds))
     summed = {"gradients": stacks + so_far, "logits": logits}
     moments = {
-        "the loss": layers | {"gradients": so_far, "logits": 2 * logits},
+        "the loss": layers | {"gradients": so_far, "logits": 2 * logits, "temporaries": gathered_head(step)},
         "backward pass": layers | summed | {"temporaries": work},
         "embedding's gradient": summed | {"temporaries": table_gradients(step)},
         "optimizer": {"gradients": gradients(step)},

@@ -5,7 +5,7 @@ from typing import Any
 from moe_jax.plan import advice, claims, roofline
 from moe_jax.plan.estimate import Estimate
 from moe_jax.plan.leaves import matrices
-from moe_jax.plan.search import Candidate
+from moe_jax.plan.search import Candidate, smallest
 from moe_jax.plan.traffic import exchange_bytes
 from moe_jax.schema import Problem
 
@@ -51,7 +51,14 @@ def report(e: Estimate, *, tokens: int | None = None, price: float | None = None
         "warnings": said(advice.warnings(e)),
         "contradictions": said(claims.contradictions(e.step, e.cluster)),
     }
-    return out | (clocked(e, tokens, price) if e.cluster is not None else {})
+    if e.cluster is None:
+        return out
+    larger = None if e.fits else smallest(e.cfg, e.cluster)
+    if larger is not None:
+        machine, best = larger
+        where: dict[str, Any] = {"topology": str(machine), "devices": machine.devices, "mesh": best.mesh.sizes}
+        out["smallest_cluster"] = where | {"peak_bytes": best.peak, "step_seconds": best.seconds}
+    return out | clocked(e, tokens, price)
 
 
 def mixture(e: Estimate) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from typing import NamedTuple
 from moe_jax.axes import MESH_AXES
 from moe_jax.checks import check
 from moe_jax.plan.estimate import Estimate
-from moe_jax.plan.hardware import Cluster
-from moe_jax.plan.leaves import leaves
-from moe_jax.schema import Config, MeshConfig, Problem
+from moe_jax.plan.hardware import Cluster, parse
+from moe_jax.plan.leaves import Leaf, leaves
+from moe_jax.schema import Config, MeshConfig, Problem, Refused
+
+MOST = 1024  # devices that a search for the smallest cluster goes to
 
 
 class Candidate(NamedTuple):
@@ -41,9 +43,11 @@ def factorisations(n: int, axes: tuple[str, ...] = MESH_AXES) -> Iterator[dict[s
 
 
 def misfits(cfg: Config) -> list[Problem]:
-    """Parameters with a dimension that its mesh axes do not divide, one for each rule."""
-    out = {}
-    for leaf in leaves(cfg.model):
+    """Parameters and activations with a dimension that its mesh axes do not divide, one for each rule."""
+    out: dict[tuple[str, int], Problem] = {}
+    activations = [Leaf("logits", (cfg.model.vocab,), ("act_vocab",), "")]
+    activations += [Leaf("heads", (n,), ("act_heads",), "") for n in (cfg.model.heads, cfg.model.resolved_kv_heads)]
+    for leaf in [*leaves(cfg.model), *activations]:
         for size, name in zip(leaf.shape, leaf.axes, strict=True):
             over = getattr(cfg.rules, name)
             shards = cfg.mesh.over(over)
@@ -67,6 +71,27 @@ def judge(cfg: Config, cluster: Cluster) -> Candidate:
         over = f"{estimate.memory.peak / 1e9:,.1f} GB of {cluster.memory / 1e9:,.1f} GB"
         return Candidate(cfg.mesh, estimate, f"memory: {over}")
     return Candidate(cfg.mesh, estimate, "")
+
+
+def smallest(cfg: Config, cluster: Cluster) -> tuple[Cluster, Candidate] | None:
+    """The first of two, four, eight, ... times the devices on which some mesh fits, and the fastest such mesh.
+
+    It begins where the state alone would fit, and gives up after three sizes or at `MOST` devices.
+    """
+    held = Estimate(cfg, cluster).memory.kinds
+    least = (held["parameters"] + held["optimizer"]) * cfg.mesh.size / cluster.memory
+    sizes = [cluster.devices * 2**k for k in range(1, 20) if cluster.devices * 2**k >= least]
+    for devices in sizes[:3]:
+        if devices > MOST:
+            return None
+        try:
+            larger = parse(cluster.name, devices)
+        except Refused:  # no such slice
+            return None
+        best = search(cfg, larger)[0]
+        if not best.reason:
+            return larger, best
+    return None
 
 
 def search(cfg: Config, cluster: Cluster) -> list[Candidate]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from moe_jax.plan.leaves import COMPONENTS
 
-GB, MB = 1e9, 1e6
 WIDTH = 100  # columns
 MOST = 15  # rows of a table of collectives
 
@@ -20,6 +19,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         return "  " + "  ".join(cells).rstrip()
 
     return [line(head), "  " + "  ".join("-" * w for w in widths), *map(line, rows)]
+
+
+def size(n: float) -> str:
+    """Bytes in a unit that keeps the number short, thousands to each."""
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if n >= one:
+            return f"{n / one:,.2f} {unit}"
+    return f"{n / 1e3:,.2f} kB"
 
 
 def seconds(t: float) -> str:
@@ -39,13 +46,18 @@ def verdict(r: dict[str, Any]) -> list[str]:
     peak = r["memory_per_device"]["peak"]
     where = f"{r['config']}, mesh {mesh_words(r['mesh'])}"
     if r["topology"] is None:
-        lines = [where, f"peak {peak / GB:,.2f} GB a device, {r['peak_moment']}; --topology adds times and a verdict"]
+        lines = [where, f"peak {size(peak)} a device; --topology adds times and a verdict"]
     else:
         hbm = r["hbm_bytes"]
-        left = f"{abs(hbm - peak) / GB:,.1f} GB {'to spare' if r['fits'] else 'too much'}"
-        fit = f"{'fits' if r['fits'] else 'DOES NOT FIT'}: peak {peak / GB:,.1f} of {hbm / GB:,.1f} GB, {left}"
+        left = f"{size(abs(hbm - peak))} {'to spare' if r['fits'] else 'too much'}"
+        fit = f"{'fits' if r['fits'] else 'DOES NOT FIT'}: peak {size(peak)} of {size(hbm)}, {left}"
         speed = f"step {seconds(r['step_seconds'])} at the least, MFU {r['mfu_ceiling']:.0%} at the most"
-        lines = [f"{where} on {r['topology']}", fit, f"{speed}; {r['dominant']} takes the most of it"]
+        lines = [f"{where} on {r['topology']}", fit, f"{speed}; {r['dominant']} dominates"]
+    if small := r.get("smallest_cluster"):
+        lines += [
+            f"smallest by doubling that fits: {small['topology']}, mesh {mesh_words(small['mesh'])}, "
+            f"peak {size(small['peak_bytes'])}"
+        ]
     return lines + [f"{len(r['contradictions'])} contradictions in its description"] * bool(r["contradictions"])
 
 
@@ -59,9 +71,9 @@ def parameters(r: dict[str, Any]) -> list[str]:
 
 def memory(r: dict[str, Any]) -> list[str]:
     """Memory by kind."""
-    rows = [(k, f"{n / GB:,.2f}") for k, n in r["memory_per_device"].items() if n]
-    lines = table((f"memory a device at the peak ({r['peak_moment']})", "GB"), rows)
-    return [*lines, f"  keys and values of generation, same batch and length: {r['kv_cache_bytes'] / GB:,.2f} GB"]
+    rows = [(k, size(n)) for k, n in r["memory_per_device"].items() if n]
+    lines = table((f"memory a device at the peak, {r['peak_moment']}", "size"), rows)
+    return [*lines, f"  keys and values of generation, same batch and length: {size(r['kv_cache_bytes'])}"]
 
 
 def exchange(r: dict[str, Any]) -> list[str]:
@@ -70,12 +82,14 @@ def exchange(r: dict[str, Any]) -> list[str]:
         return []
     d, a = r["dispatch"], r["all_to_all"]
     lines = [f"  dispatch {d['kind']}: {d['reason']}"]
-    lines += [f"  groups of {d['group']:,} tokens, {d['slots']:,} slots an expert; an expert multiplies"]
-    lines[-1] += f" {r['tokens_per_expert']:,.0f} rows at a time, {r['experts_per_device']:g} experts a device"
+    lines += [
+        f"  groups of {d['group']:,} tokens, {d['slots']:,} slots an expert",
+        f"  {r['experts_per_device']:g} experts a device; each multiplies {r['tokens_per_expert']:,.0f} rows at a time",
+    ]
     if a["count"]:
         lines += [
-            f"  all-to-all: {a['count']:,} a step over {a['devices']} devices, {a['bytes_each'] / MB:,.2f} MB leave a"
-            f" device each time, {a['bytes_least'] / MB:,.2f} MB in use"
+            f"  all-to-all: {a['count']:,} a step over {a['devices']} devices; each time "
+            f"{size(a['bytes_each'])} leave a device, {size(a['bytes_least'])} of it in use"
         ]
     return ["exchange", *lines]
 
@@ -85,9 +99,9 @@ def traffic(r: dict[str, Any]) -> list[str]:
     timed = {(t["what"], i): t["seconds"] for i, t in enumerate(r.get("seconds", {}).get("collectives", []))}
     rows = []
     for i, t in enumerate(r["traffic"]):
-        row = [f"{t['what']}: {t['op']}", " ".join(t["axes"]), f"{t['count']:,}", f"{t['sent'] / MB:,.2f}"]
+        row = [f"{t['what']}: {t['op']}", " ".join(t["axes"]), f"{t['count']:,}", size(t["sent"])]
         rows.append([*row, seconds(timed[t["what"], i])] if timed else row)
-    head = ["collectives of a step", "axes", "count", "MB sent each"]
+    head = ["collectives of a step", "axes", "count", "sent each"]
     return table(head + ["time a step"] * bool(timed), rows) if rows else []
 
 
@@ -108,7 +122,7 @@ def clock(r: dict[str, Any]) -> list[str]:
     ]
     touched = f"{d['experts']:,.1f} experts a layer, " if d["experts"] else ""
     lines += [
-        f"  decoding a token of each sequence: {touched}{(d['weights'] + d['cache']) / GB:,.2f} GB read a device,"
+        f"  decoding a token of each sequence: {touched}{size(d['weights'] + d['cache'])} read a device,"
         f" {seconds(d['seconds'])}, {d['tokens_per_second']:,.0f} tokens/s"
     ]
     return lines
@@ -125,10 +139,8 @@ def problems(title: str, found: list[dict[str, str]]) -> list[str]:
 
 def meshes(found: dict[str, Any]) -> list[str]:
     """The ranking of a search."""
-    rows = [
-        (mesh_words(c["mesh"]), seconds(c["step_seconds"]), f"{c['peak_bytes'] / GB:,.1f}") for c in found["meshes"]
-    ]
-    lines = table((f"{found['fitting']} meshes fit; the fastest", "step", "GB"), rows) if rows else ["no mesh fits"]
+    rows = [(mesh_words(c["mesh"]), seconds(c["step_seconds"]), size(c["peak_bytes"])) for c in found["meshes"]]
+    lines = table((f"{found['fitting']} meshes fit; the fastest", "step", "memory"), rows) if rows else ["no mesh fits"]
     refused = found["refused"]
     return [*lines, *(f"  {mesh_words(c['mesh'])}: {c['reason']}" for c in refused[:5])] + [
         f"  and {len(refused) - 5} more do not fit (--json lists them)"
@@ -150,12 +162,12 @@ def compiled(r: dict[str, Any]) -> list[str]:
     if c["refused"] is not None:
         return ["compiled", *textwrap.wrap(c["refused"], WIDTH, initial_indent="  ", subsequent_indent="    ")]
     ratio = planned / c["peak_bytes"]
-    lines = [f"compiled: peak {c['peak_bytes'] / GB:,.2f} GB a device, the plan says {planned / GB:,.2f} ({ratio:.2f})"]
+    lines = [f"compiled: peak {size(c['peak_bytes'])} a device, the plan says {size(planned)} ({ratio:.2f})"]
     rows = [
-        (x["op"], " ".join(x["axes"]), f"{x['count']:,}", f"{x['bytes'] / MB:,.2f}", x["phase"], x["module"])
+        (x["op"], " ".join(x["axes"]), f"{x['count']:,}", size(x["bytes"]), x["phase"], x["module"])
         for x in c["collectives"][:MOST]
     ]
-    lines += table(("collectives as compiled", "axes", "count", "MB sent", "phase", "module"), rows) if rows else []
+    lines += table(("collectives as compiled", "axes", "count", "sent", "phase", "module"), rows) if rows else []
     rest = len(c["collectives"]) - MOST
     lines += [f"  and {rest} kinds more (--json lists them)"] * (rest > 0)
     return lines + problems(
