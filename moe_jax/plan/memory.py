@@ -185,6 +185,18 @@ def gathered_head(step: Step) -> int:
     return m.vocab // step.over("vocab") * m.d_model * step.width if split else 0
 
 
+def gathered_layer(step: Step) -> int:
+    """Bytes of the matrices of the largest layer in the compute type, where their width is split and gathered."""
+    rules, mesh = step.cfg.rules, step.cfg.mesh
+    layers: dict[str, int] = {}
+    for leaf in step.leaves:
+        split = mesh.over(tuple(a for n in leaf.axes if n in ("embed", "expert_embed") for a in getattr(rules, n)))
+        if leaf.axes[0] == "layers" and split > 1:
+            block = ".".join(leaf.name.split(".")[:4])  # stacks.i.blocks.j
+            layers[block] = layers.get(block, 0) + leaf.shard(rules, mesh) * split // leaf.shape[0] * step.width
+    return max(layers.values(), default=0)
+
+
 def newton_schulz(step: Step) -> int:
     """Bytes of Muon's step of its largest parameter: optax merges layers and experts, which gathers split experts, and
     holds the matrices twice beside their products with themselves; the gradients of its like wait."""
@@ -221,7 +233,7 @@ def memory(step: Step) -> Memory:
         layers["activations"] += cast_weights(step)
     stacks = sum(4 * x.shard(rules, mesh) for x in step.leaves if x.axes[0] == "layers")
     so_far = gradients(step) if step.microbatches > 1 else 0
-    work = max(working(step, kind) for kind in set(m.layer_kinds))
+    work = max(working(step, kind) for kind in set(m.layer_kinds)) + gathered_layer(step)
     summed = {"gradients": stacks + so_far, "logits": logits}
     moments = {
         "the loss": layers | {"gradients": so_far, "logits": 2 * logits, "temporaries": gathered_head(step)},

@@ -1,0 +1,137 @@
+"""`moe-jax plan`: what it prints and refuses, the description that contradicts itself, and no JAX on the way."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from commands import ENV, ROOT, calls, check_refusal
+
+from moe_jax import cli
+
+call = pytest.fixture(calls)
+KEYS = {"params", "flops_per_token", "memory_per_device", "all_to_all_bytes", "warnings", "contradictions", "traffic"}
+TIMED = {"step_seconds", "mfu_ceiling", "dominant", "bubble", "run", "decode", "hbm_bytes", "fits"}
+
+
+@pytest.fixture(autouse=True)
+def as_it_is(monkeypatch):
+    monkeypatch.setattr(cli, "keep_memory", lambda: None)
+
+
+def test_the_json_object(call):
+    code, report, err = call("plan", "tiny_switch", "--json", "--quiet")
+    assert code == 0 and err == "" and report.keys() >= KEYS and not report.keys() & {"step_seconds", "run"}
+    assert {"total", "active", "components"} <= report["params"].keys()
+    assert sum(report["params"]["components"].values()) == report["params"]["total"] == 2_075_776
+    kinds = report["memory_per_device"]
+    assert kinds["peak"] == sum(n for name, n in kinds.items() if name != "peak")
+    assert isinstance(report["flops_per_token"], int) and isinstance(report["all_to_all_bytes"], int)
+    code, report, _ = call("plan", "tiny_switch", "--topology", "v5e:2x4", "--json")
+    assert code == 0 and report.keys() >= KEYS | TIMED and report["fits"] is True
+    assert 0 < report["mfu_ceiling"] < 1 and report["step_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "argv", [["mixtral_8x7b", "--topology", "h100:8x8"], ["moe_175b_as_described"], ["tiny_dense"]]
+)
+def test_people_read_the_important_line_first(call, argv):
+    code, out, err = call("plan", *argv)
+    assert code == 0 and err == ""
+    lines = out.splitlines()
+    assert lines[0].startswith(f"{argv[0]}, mesh ")
+    assert "peak" in lines[1] and ("fit" in lines[1].lower() or "--topology" in lines[1])
+    assert max(map(len, lines)) <= 110
+
+
+def test_the_description_contradicts_itself(call):
+    """Five contradictions, each with the figures of both sides, and two configs in its place."""
+    _, report, _ = call("plan", "moe_175b_as_described", "--json")
+    found = {p["key"]: p["reason"] for p in report["contradictions"]}
+    assert list(found) == ["parameters", "weights", "placement", "optimizer", "cost"]
+    for key, figures in {
+        "parameters": ("9,935,005,913,088", "9.94T", "194.0B", "175.0B", "22.0B"),
+        "weights": ("19.87 TB", "2.56 TB"),
+        "placement": ("32 expert shards", "4 stages leave 8", "16 experts"),
+        "optimizer": ("87.5 GB", "40 GB", "7.3 bytes"),
+        "cost": ("$4.6M", "2.3M hours", "8.2 years", "555B tokens"),
+    }.items():
+        assert all(f in found[key] for f in figures), found[key]
+    assert all(p["remedy"] for p in report["contradictions"]) and report["fits"] is False
+    totals = {c["config"]: (c["params_total"], c["params_active"]) for c in report["repaired"]}
+    assert totals == {
+        "moe_175b_wide": (174_640_828_416, 22_437_924_864),
+        "moe_175b_deep": (175_078_966_784, 22_347_580_928),
+    }
+
+
+@pytest.mark.parametrize("name", ["moe_175b_wide", "moe_175b_deep"])
+def test_what_is_repaired_claims_nothing_and_needs_a_larger_cluster(call, name):
+    _, report, _ = call("plan", name, "--topology", "a100:4x8", "--json")
+    assert report["contradictions"] == [] and report["fits"] is False
+    small = report["smallest_cluster"]
+    assert small["devices"] == 64 and small["peak_bytes"] < report["hbm_bytes"]
+    _, again, _ = call("plan", name, "--topology", small["topology"], "--json")
+    assert again["fits"] is True and again["mesh"] == small["mesh"]
+
+
+def test_search(call):
+    code, report, _ = call("plan", "mixtral_8x7b", "--devices", "64", "--topology", "v5p", "--json")
+    times = [c["step_seconds"] for c in report["search"]["meshes"]]
+    assert code == 0 and times == sorted(times) and report["step_seconds"] == times[0]
+    assert report["topology"] == "v5p:4x4x4" and report["devices"] == 64
+    assert all(c["reason"] for c in report["search"]["refused"])
+    code, out, _ = call("plan", "mixtral_8x7b", "--devices", "64", "--topology", "v5p")
+    assert "meshes fit; the fastest" in out
+
+
+REFUSED = [
+    (["tiny_switch", "--topology", "v5q:2x2"], ("v5q", "v5p")),
+    (["tiny_switch", "--topology", "h100:2x2x2"], ("hosts x GPUs",)),
+    (["tiny_switch", "--devices", "8"], ("--topology",)),
+    (["tiny_switch", "--devices", "0", "--topology", "h100"], ("more than 0",)),
+    (["tiny_switch", "--devices", "16", "--topology", "v5e:2x4"], ("16 devices", "has 8")),
+    (["tiny_switch", "--tokens", "-1"], ("--tokens",)),
+    (["tiny_switch", "--topology", "v5e:4x4", "mesh.expert=4"], ("mesh of 8", "16 devices")),
+    (["tiny_switch", "mesh.expert=3"], ("8 experts do not divide",)),
+    (["tiny_mixtral", "mesh.data=1", "mesh.expert=1", "mesh.tensor=8"], ("does not divide over tensor=8",)),
+    (["tiny_swich"], ("tiny_switch",)),
+]
+
+
+@pytest.mark.parametrize("argv,needles", REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_refusals(call, argv, needles):
+    check_refusal(*call("plan", *argv), "plan", *needles)
+
+
+def test_the_plan_needs_no_jax():
+    """Neither the formulas nor the search start JAX: the answer comes before it would be imported."""
+    code = (
+        "import sys; from moe_jax import cli; cli.keep_memory = lambda: None\n"
+        "cli.main(['plan', 'mixtral_8x7b', '--devices', '64', '--topology', 'v5p', '--json'])\n"
+        "assert not {'jax', 'flax', 'numpy'} & sys.modules.keys(), sorted(sys.modules)"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, env=ENV, cwd=ROOT, text=True)
+    assert child.returncode == 0, child.stderr
+    assert json.loads(child.stdout)["params"]["total"] == 46_702_792_704
+
+
+@pytest.mark.slow
+def test_compile_on_fake_devices():
+    """The compiler's all-to-alls are those of the plan."""
+    small = [
+        "tiny_gshard",
+        "model.d_model=32",
+        "model.d_ff=32",
+        "model.moe.d_ff=32",
+        "data.length=32",
+        "model.layers=2",
+    ]
+    command = [sys.executable, "-m", "moe_jax", "plan", *small, "train.sample=unset", "--compile", "--json"]
+    child = subprocess.run(command, capture_output=True, env=ENV, cwd=ROOT, text=True)
+    assert child.returncode == 0, child.stderr
+    report = json.loads(child.stdout.splitlines()[-1])
+    found = [c for c in report["compiled"]["collectives"] if c["op"] == "all-to-all"]
+    assert sum(c["count"] for c in found) == report["all_to_all"]["count"] == 4
+    assert sum(c["bytes"] for c in found) == pytest.approx(report["all_to_all"]["bytes_per_step"], rel=0.01)
+    assert report["compiled"]["peak_bytes"] > 0
