@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-from moe_jax.cost import EINSUM_LIMIT
+from moe_jax.cost import EINSUM_LIMIT, einsum_groups
 from moe_jax.plan import roofline
 from moe_jax.plan.estimate import Estimate
-from moe_jax.plan.leaves import expert_width
+from moe_jax.plan.leaves import expert_width, matrices
 from moe_jax.schema import Problem
 
 WASTE = 2.0  # slots, or rows of a buffer, a choice in use
@@ -43,8 +43,8 @@ def dispatch(e: Estimate) -> Iterator[Problem]:
     overhead, kind = roofline.exchange_overhead(step), step.dispatch.dispatch
     if overhead > EINSUM_LIMIT:
         why = f"one-hot dispatch costs {overhead:.2f} of the expert products: {step.dispatch.reason}"
-        size = max(1, int(EINSUM_LIMIT * step.group / overhead))
-        yield Problem("model.moe.dispatch", why, f"set dispatch=gather, or model.moe.group_size={size} or less")
+        groups = einsum_groups(e.cfg.data.length, expert_width(e.cfg.model), matrices(e.cfg.model.ffn))
+        yield Problem("model.moe.dispatch", why, f"set dispatch=gather, or model.moe.group_size={groups.size}")
     used = step.groups * step.group * moe.top_k
     if kind == "ragged" and step.sent_rows > WASTE * used:
         why = f"sorted rows are exchanged in buffers for the worst case, {step.sent_rows / used:.1f} times those in use"
@@ -109,7 +109,8 @@ def schedule(e: Estimate) -> Iterator[Problem]:
     if e.times is not None and e.times.hidden > max(e.times.compute, e.times.memory):
         busy = max(e.times.compute, e.times.memory)
         why = f"weights and gradients move for {e.times.hidden:.3g} s a step, behind {busy:.3g} s of work"
-        yield Problem("data.batch", why, "raise it, or lower train.microbatches or mesh.fsdp")
+        more = " or mesh.fsdp" if mesh.fsdp > 1 else ""
+        yield Problem("data.batch", why, f"raise it, or lower train.microbatches{more}")
 
 
 CHECKS: tuple[Callable[[Estimate], Iterator[Problem]], ...] = (memory, dispatch, filling, network, schedule)

@@ -28,7 +28,10 @@ def counts(c: ClaimConfig, step: Step, cluster: Cluster | None) -> Iterator[Prob
             f"{billions(s)} {w}" for s, w in zip(said, ("in total", "active"), strict=True) if s is not None
         )
         why = f"{have[0]:,} parameters ({billions(have[0])}), {have[1]:,} active ({billions(have[1])}), not {claimed}"
-        yield Problem("parameters", why, "lower model.moe.d_ff and model.layers")
+        rest = have[0] - step.count.components.get("experts", 0)
+        why += f"; what is not in experts, {billions(rest)}, is active for every token"
+        remedy = "lower model.moe.d_ff, model.layers or model.d_model" if off[0] else f"say {billions(have[1])} active"
+        yield Problem("parameters", why, remedy)
 
 
 def weights(c: ClaimConfig, step: Step, cluster: Cluster | None) -> Iterator[Problem]:

@@ -58,7 +58,8 @@ def verdict(r: dict[str, Any]) -> list[str]:
             f"smallest by doubling that fits: {small['topology']}, mesh {mesh_words(small['mesh'])}, "
             f"peak {size(small['peak_bytes'])}"
         ]
-    return lines + [f"{len(r['contradictions'])} contradictions in its description"] * bool(r["contradictions"])
+    wrong = len(r["contradictions"])
+    return lines + [f"{wrong} contradiction{'s' * (wrong > 1)} in its description"] * bool(wrong)
 
 
 def parameters(r: dict[str, Any]) -> list[str]:
@@ -175,6 +176,11 @@ def compiled(r: dict[str, Any]) -> list[str]:
     )
 
 
+def fitted(line: str) -> list[str]:
+    """A line in as many as the page's width needs."""
+    return textwrap.wrap(line, WIDTH, subsequent_indent="      ") if len(line) > WIDTH else [line]
+
+
 def lines(r: dict[str, Any]) -> list[str]:
     """The whole plan."""
     parts = [
@@ -191,4 +197,4 @@ def lines(r: dict[str, Any]) -> list[str]:
         clock(r),
         compiled(r),
     ]
-    return [line for part in parts if part for line in [*part, ""]][:-1]
+    return [short for part in parts if part for line in [*part, ""] for short in fitted(line)][:-1]

@@ -102,26 +102,29 @@ def weights(step: Step) -> list[Move]:
 
 
 def gradients(step: Step) -> list[Move]:
-    """Gradients are added up over the token shards that hold the same parameter: scattered where it is split."""
-    scatter: dict[Axes, list[float]] = {}
-    reduce: dict[Axes, list[float]] = {}
+    """Gradients are added up over the token shards that hold the same parameter: scattered where it is split.
+
+    The compiler combines the all-reduces of a layer's gradients into one.
+    """
     rules, mesh = step.cfg.rules, step.cfg.mesh
+    scatter: dict[Axes, list[float]] = {}
+    reduce: dict[Axes, dict[str, tuple[int, int]]] = {}
     for leaf in step.leaves:
         inner = live(step, tuple(a for a in gathered(step, leaf) if a in rules.batch))
         outer = live(step, tuple(a for a in rules.batch if a not in leaf.layout(rules)))
-        layers = leaf.shape[0] if leaf.axes[0] == "layers" else 1
-        size = leaf.shard(rules, mesh) * 4
+        stacked = leaf.axes[0] == "layers"
+        layers, size = leaf.shape[0] if stacked else 1, leaf.shard(rules, mesh) * 4
         if inner:
             entry = scatter.setdefault(inner, [0.0, 0.0])
             entry[0] += layers * step.microbatches
             entry[1] += size * mesh.over(inner) * step.microbatches
         if outer:
-            entry = reduce.setdefault(outer, [0.0, 0.0])
-            entry[0] += layers
-            entry[1] += size
-    found = [("reduce-scatter", scatter), ("all-reduce", reduce)]
-    return [
-        move(step, "gradients", op, axes, n, total / n, True)
-        for op, table in found
-        for axes, (n, total) in table.items()
-    ]
+            name = ".".join(leaf.name.split(".")[:4]) if stacked else "tables"  # stacks.i.blocks.j
+            times, so_far = reduce.setdefault(outer, {}).get(name, (layers, 0))
+            reduce[outer][name] = times, so_far + size
+    found = [move(step, "gradients", "reduce-scatter", x, n, total / n, True) for x, (n, total) in scatter.items()]
+    for axes, parts in reduce.items():
+        count = sum(times for times, _ in parts.values())
+        total = sum(size for _, size in parts.values())
+        found.append(move(step, "gradients", "all-reduce", axes, count, total / count, True))
+    return found
