@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +31,11 @@ def check_options(args: argparse.Namespace) -> None:
     from moe_jax.schema import Problem, Refused
 
     limits = [("--devices", args.devices), ("--tokens", args.tokens), ("--price", args.price)]
-    wrong = [Problem(name, f"is {n:g}", "give more than 0") for name, n in limits if n is not None and not n > 0]
+    wrong = [
+        Problem(name, f"is {n:g}", "give more than 0, and a finite number")
+        for name, n in limits
+        if n is not None and not 0 < n < math.inf
+    ]
     if args.devices is not None and args.topology is None:
         wrong.append(Problem("--devices", "needs a kind of device", "add --topology v5p, h100, ..."))
     if wrong:
@@ -74,11 +79,12 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     from moe_jax.plan import report, show
     from moe_jax.plan.estimate import Estimate
 
-    cfg, cluster, found = settle(config.load(args.config, args.overrides), args)
+    asked = config.load(args.config, args.overrides)
+    cfg, cluster, found = settle(asked, args)
     tokens = None if args.tokens is None else round(args.tokens)
     out = report.report(Estimate(cfg, cluster), tokens=tokens, price=args.price)
     if found is not None:
-        out["search"] = report.listed(found)
+        out["search"] = report.listed(found) | {"mesh_of_config": asked.mesh.sizes}
     out["repaired"] = repaired(cfg)
     if args.compile:
         out["compiled"] = ask_compiler(cfg, cluster, args)

@@ -53,6 +53,9 @@ def verdict(r: dict[str, Any]) -> list[str]:
         fit = f"{'fits' if r['fits'] else 'DOES NOT FIT'}: peak {size(peak)} of {size(hbm)}, {left}"
         speed = f"step {seconds(r['step_seconds'])} at the least, MFU {r['mfu_ceiling']:.0%} at the most"
         lines = [f"{where} on {r['topology']}", fit, f"{speed}; {r['dominant']} dominates"]
+    if "search" in r:
+        lines[0] += f": the best of {len(r['search']['refused']) + r['search']['fitting']} meshes"
+        lines += [f"the config's own mesh is {mesh_words(r['search']['mesh_of_config'])}"]
     if small := r.get("smallest_cluster"):
         lines += [
             f"smallest by doubling that fits: {small['topology']}, mesh {mesh_words(small['mesh'])}, "
