@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from moe_jax.cost import einsum_overhead
 from moe_jax.plan.hardware import Cluster, Wiring
-from moe_jax.plan.leaves import matrices
+from moe_jax.plan.leaves import expert_width, matrices
 from moe_jax.plan.memory import cache
 from moe_jax.plan.traffic import Move, traffic
 from moe_jax.plan.work import Step
@@ -154,9 +155,6 @@ def expert_rows(step: Step) -> float:
 
 def exchange_overhead(step: Step) -> float:
     """Multiplications of one-hot dispatch and combine in units of those of the experts, 2S/(mF); 0 for other kinds."""
-    from moe_jax.cost import einsum_overhead
-    from moe_jax.plan.leaves import expert_width
-
     if step.cfg.model.moe is None or step.dispatch.dispatch != "einsum":
         return 0.0
     return einsum_overhead(step.group, expert_width(step.cfg.model), matrices(step.cfg.model.ffn))

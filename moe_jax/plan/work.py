@@ -75,11 +75,6 @@ class Step:
         """Tokens a device holds in a microbatch."""
         return self.rows * self.cfg.data.length
 
-    @cached_property
-    def replicas(self) -> int:
-        """Devices that do the same work, where the mesh has axes that split nothing of it."""
-        return self.cfg.mesh.size // self.shards
-
     def over(self, *names: str) -> int:
         """Shards of a dimension of activations, by logical names."""
         return self.cfg.mesh.over(tuple(axis for name in names for axis in getattr(self.cfg.rules, name)))
