@@ -140,6 +140,19 @@ def test_what_travels_again(name):
     check(report(cfg), cfg, again=again)
 
 
+def test_split_rows_and_shares_of_tokens():
+    """Half of the tokens on each shard of a row, half of their width from each tensor shard; keys may be gathered."""
+    cfg = small(
+        "model.moe.group_size=8", 'rules.act_exchange=["tensor"]', mesh={"expert": 2, "context": 2, "tensor": 2}
+    )
+    found = report(cfg)
+    rows = exchange(found)
+    assert sum(r["count"] for r in rows) == 4 * LAYERS and {tuple(r["axes"]) for r in rows} == {("expert",)}
+    for r in rows:
+        assert r["bytes"] / r["count"] == pytest.approx(least(2, cfg.data.batch * L // 4) / 2, rel=0.01)
+    assert found["exchange"]["times_least"] == pytest.approx(1, rel=0.01) and found["flags"] == []
+
+
 def test_the_forward_pass_alone():
     found = report(small(mesh=QUICK[0]), forward=True)
     rows = exchange(found)

@@ -100,7 +100,7 @@ def hosts(grid):
 @pytest.mark.parametrize("name", compilable("h100:4x8", "a100:4x8"))
 def test_the_fast_axes_of_gpus_lie_inside_a_host(name):
     mesh = topology_mesh(MeshConfig(data=2, fsdp=2, expert=4, tensor=2), parse(name))
-    assert mesh.axis_names == MESH_AXES and mesh.devices.shape == (2, 2, 4, 2)
+    assert mesh.axis_names == MESH_AXES and mesh.devices.shape == (2, 2, 4, 1, 2)
     inside = [hosts(mesh.devices[i, j]) for i in range(2) for j in range(2)]
     assert [len(h) for h in inside] == [1] * 4 and len(set.union(*inside)) == 4
 

@@ -71,18 +71,23 @@ def leaf_of(argument: str, leaves: Leaves) -> str | None:
 
 
 def gathered_tokens(seen: Seen) -> Iterator[Flag]:
-    """All-gathers of what is computed from tokens: a number a token or more, over axes that split the tokens."""
+    """All-gathers of what is computed from tokens: a number a token or more, over axes that split the tokens.
+
+    Attention needs the keys and values of whole rows: its gathers over the length are meant.
+    """
     for group in alike([c for c in seen.collectives if c.op == "all-gather" and not c.arguments]):
         first = group[0]
         big = [c for c in group if c.bytes >= 4 * seen.tokens and BETWEEN not in c.modules]
-        if not big or not set(first.axes) & set(seen.rules.batch) or first.phase == "optimizer":
+        if not big or not set(first.axes) & set(seen.rules.tokens) or first.phase == "optimizer":
+            continue
+        if set(first.axes) <= set(seen.rules.length) and {m for c in big for m in c.modules} == {"attention"}:
             continue
         yield Flag("tokens are gathered", said(big), total(big), token_remedy(seen, big))
 
 
 def token_remedy(seen: Seen, group: Sequence[Collective]) -> str:
     """What makes tokens stay at home, by where they are gathered."""
-    outside = [a for a in seen.rules.experts if a not in seen.rules.batch]
+    outside = [a for a in seen.rules.experts if a not in seen.rules.tokens]
     if outside:
         return f"rules.experts={list(seen.rules.experts)} must lie within rules.batch: add {outside} to rules.batch"
     modules = {m for c in group for m in c.modules}

@@ -9,7 +9,11 @@ from moe_jax.config import Config
 
 @dataclass(frozen=True)
 class Least:
-    """The exchange of every MoE layer, on one device: `f*K*T*D*b*(n-1)/n` bytes each way."""
+    """The exchange of every MoE layer, on one device: `f*K*T*D*b*(n-1)/n` bytes each way.
+
+    In two stages, hierarchical, each way is two all-to-alls of n and m shards. Where tensor shards each send a share of
+    D (`rules.act_exchange`), a device sends that much less.
+    """
 
     bytes_each_way: int  # one all-to-all
     forward: int  # all-to-alls of a layer in the forward pass, of each microbatch
@@ -43,10 +47,15 @@ def least_exchange(cfg: Config, platform: str, *, forward_only: bool = False) ->
     n = cfg.mesh.over(cfg.rules.experts)
     if moe is None or n == 1:
         return None
-    tokens = cfg.data.batch * cfg.data.length // cfg.train.microbatches // cfg.mesh.over(cfg.rules.batch)
+    tokens = cfg.data.batch * cfg.data.length // cfg.train.microbatches // cfg.mesh.over(cfg.rules.tokens)
     size = 4 if platform == "cpu" else jnp.dtype(m.dtype).itemsize
     factor = min(moe.capacity_factor or 1.0, moe.experts / moe.top_k)  # of an expert's slots, at most one a token
-    each = round(factor * moe.top_k * tokens * m.d_model * size * (n - 1) / n)
-    again = 2 * ((m.remat in ("full", "dots")) + (cfg.train.microbatches > 1))
-    later = (0, 0) if forward_only else (again, 2)
-    return Least(each, 2, *later, m.layer_kinds.count("moe"), cfg.train.microbatches, n, tokens)
+    stages = [n]
+    if moe.exchange == "hierarchical":
+        stages = [s for s in (cfg.mesh.over((a,)) for a in cfg.rules.experts) if s > 1]
+    buffer = factor * moe.top_k * tokens * m.d_model * size / cfg.mesh.over(cfg.rules.act_exchange)
+    each = round(buffer * sum((s - 1) / s for s in stages) / len(stages))
+    ways = 2 * len(stages)
+    again = ways * ((m.remat in ("full", "dots")) + (cfg.train.microbatches > 1))
+    later = (0, 0) if forward_only else (again, ways)
+    return Least(each, ways, *later, m.layer_kinds.count("moe"), cfg.train.microbatches, n, tokens)

@@ -66,7 +66,7 @@ def inspect(cfg: Config, mesh: Mesh, *, forward: bool = False, topology: Topolog
     compiled = compile_to_read((lower_forward if forward else lower_train_step)(model, mesh), mesh)
     found = read(compiled.text, mesh)
     least = least_exchange(cfg, platform, forward_only=forward)
-    tokens = cfg.data.batch * cfg.data.length // cfg.train.microbatches // cfg.mesh.over(cfg.rules.batch)
+    tokens = cfg.data.batch * cfg.data.length // cfg.train.microbatches // cfg.mesh.over(cfg.rules.tokens)
     leaves = {name: axes for name, _, axes in model.leaves()}
     flagged = flags(Seen(cfg, platform, least, tokens, leaves, found, compiled.replicated))
     return {
