@@ -13,6 +13,7 @@ from moe_jax import mesh as meshes
 from moe_jax.axes import MESH_AXES
 from moe_jax.cli import main
 from moe_jax.collectives import Collective
+from moe_jax.inspect.compile import TooLarge
 from moe_jax.inspect.flags import Seen, flags
 from moe_jax.inspect.report import inspect, lines
 from moe_jax.layers.common import lay
@@ -179,6 +180,14 @@ def test_machines_that_are_not_here_exchange_the_least(name, remat):
     found = inspect(cfg, topology_mesh(cfg.mesh, topology), topology=topology)
     check(found, cfg, again=2 if remat == "full" else 0, bytes_each=2)
     assert 0 < found["peak_bytes"] < found["memory_bytes"] == topology.memory
+
+
+@pytest.mark.parametrize("name", compilable("v5e:1x1"))
+def test_what_does_not_fit_is_told(name):
+    """The embedding alone has 2**32 numbers of 4 bytes, and the chip 16 GiB."""
+    cfg = config.load("tiny_dense", ["mesh.data=1", "model.vocab=4194304", "model.d_model=1024", "model.layers=1"])
+    with pytest.raises(TooLarge, match=r"exceeds available HBM \(15\.75G\)[\s\S]*remedy: name a larger topology"):
+        inspect(cfg, topology_mesh(cfg.mesh, parse(name)), topology=parse(name))
 
 
 # Flags

@@ -93,7 +93,8 @@ def compile_to_read(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
-            raise TooLarge(str(e).splitlines()[0]) from None
+            remedy = "name a larger topology, raise mesh.fsdp, lower data.batch, or set model.remat=full"
+            raise TooLarge(f"{str(e).splitlines()[0]}\n    remedy: {remedy}") from None
     seconds = time.perf_counter() - begun
     replicated = tuple(dict.fromkeys(text for line in lines if (text := resharded(line)) is not None))
     text, memory = compiled.as_text(), compiled.memory_analysis()
