@@ -51,7 +51,16 @@ def inside_groups(score, router, k):
     return np.concatenate([g if i in chosen else np.full(len(g), -np.inf) for i, g in enumerate(groups)])
 
 
-def choose(logits, router, k, *, mask=None, noise=None, spread=None, bias=None, slots=None, replay=None):
+def fmix32(h):
+    """The finalizer of MurmurHash3 for 32 bits (Appleby 2011), in integers without end."""
+    h ^= h >> 16
+    h = h * 0x85EBCA6B % 2**32
+    h ^= h >> 13
+    h = h * 0xC2B2AE35 % 2**32
+    return h ^ h >> 16
+
+
+def choose(logits, router, k, *, mask=None, noise=None, spread=None, bias=None, slots=None, ids=None, replay=None):
     """Choices of one group [S, E]: (expert [S, K], gate [S, K], asked [S, K]) by the formulas of the papers."""
     x = np.asarray(logits, np.float64)
     mask = np.ones(len(x), bool) if mask is None else mask
@@ -68,6 +77,8 @@ def choose(logits, router, k, *, mask=None, noise=None, spread=None, bias=None, 
         if router.topk_groups is not None:
             score = inside_groups(score, router, k)
         order = best(score, k) if replay is None else replay[s]
+        if router.kind == "hash" and replay is None:  # the expert that the token's id falls on, and its neighbours
+            order = [(fmix32(int(ids[s])) + i) % E for i in range(k)]
         if router.second == "sample" and noise is not None:
             gumbel = x[s] - np.log(-np.log(np.asarray(noise[s], np.float64)))
             order[1] = best(np.where(np.arange(E) == order[0], -np.inf, gumbel), 1)[0]

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import mesh as meshes
 from moe_jax.axes import Rules
-from moe_jax.capacity import capacity
 from moe_jax.collectives import read
 from moe_jax.config import ConfigError, MeshConfig, MoEConfig, RouterConfig
 from moe_jax.layers.common import fold
 from moe_jax.layers.moe import MoELayer
-from moe_jax.routing import draw, route
+from moe_jax.routing import draw
 from moe_jax.rules import spec
 
 B, L, D, F, E = 8, 16, 12, 20, 8
@@ -82,12 +84,28 @@ def shard(mesh, state, weights):
     )
 
 
+class Expected(NamedTuple):
+    """A call of a layer, and what the oracle says to it."""
+
+    moe: MoEConfig
+    weights: dict
+    x: jax.Array  # [B, L, D]
+    probe: jax.Array  # [B, L, D], cotangents of the output
+    mask: np.ndarray  # [B, L] bool
+    key: jax.Array
+    y: jax.Array  # [B, L, D]
+    grads: tuple  # in the weights and x
+    expert: np.ndarray  # [B, L, K]
+    asked: np.ndarray  # [B, L, K] bool
+    kept: np.ndarray  # [B, L, K] bool
+
+
 @functools.cache
-def expected(name: str, ffn: str, factor: float | None):
+def expected(name: str, ffn: str, factor: float | None, priority: str = "choice") -> Expected:
     """Output and gradients of the oracle for one router: choices by loops, the sums differentiated by JAX."""
     router, k = ROUTERS[name]
-    rate = 0.0 if router.kind == "deepseek_v3" else None
-    moe = MoEConfig(E, k, d_ff=F, router=router, capacity_factor=factor, min_capacity=1, bias_rate=rate)
+    more: dict = {"bias_rate": 0.0 if router.kind == "deepseek_v3" else None, "priority": priority}
+    moe = MoEConfig(E, k, d_ff=F, router=router, capacity_factor=factor, min_capacity=1, **more)
     graph, weights, _ = split_layer(moe, ffn, None)
     x = jax.random.normal(jax.random.key(0), (B, L, D))
     probe = jax.random.normal(jax.random.key(1), (B, L, D))
@@ -95,20 +113,22 @@ def expected(name: str, ffn: str, factor: float | None):
     key = jax.random.key(2)
     layer = nnx.merge(graph, weights)
     # The layer's own noise, so that the loop sees the same numbers.
-    noise = jax.vmap(lambda k: draw(k, moe, (L, E)))(fold(jax.random.split(key, B), 0)).router
+    noise, uniform = jax.vmap(lambda k: draw(k, moe, (L, E)))(fold(jax.random.split(key, B), 0))
     logits = np.zeros((B, L, E))
     if layer.router is not None:
         logits = np.asarray(jnp.matmul(x, layer.router[...], precision="highest"))
-    more: dict = {"slots": capacity(moe, L, factor), "bias": None if layer.bias is None else layer.bias[...]}
+    slots = L if factor is None else math.ceil(k * L * factor / E)
+    common = {"slots": slots, "bias": None if layer.bias is None else layer.bias[...]}
     spread = None if layer.noise is None else np.asarray(jax.nn.softplus(x @ layer.noise[...]))
-    hashed = route(jnp.asarray(logits, jnp.float32), moe, ids=IDS).expert if router.kind == "hash" else None
     K = E if router.kind == "expert_choice" else k
-    expert, kept = np.zeros((B, L, K), int), np.zeros((B, L, K), bool)
+    expert, asked, kept = np.zeros((B, L, K), int), np.zeros((B, L, K), bool), np.zeros((B, L, K), bool)
     for g in range(B):
-        own = {"noise": noise, "spread": spread, "replay": hashed}
-        own = more | {name: None if a is None else np.asarray(a[g]) for name, a in own.items()}
-        expert[g], gate, asked = oracle.choose(logits[g], router, K, mask=mask[g], **own)
-        _, kept[g] = oracle.queue(expert[g], asked, gate, more["slots"], "choice")
+        own = {"mask": mask, "noise": noise, "spread": spread, "ids": IDS}
+        own = common | {name: None if a is None else np.asarray(a[g]) for name, a in own.items()}
+        expert[g], _, asked[g] = oracle.choose(logits[g], router, K, **own)
+        score = np.take_along_axis(oracle.probabilities(logits[g].astype(np.float64), router), expert[g], -1)
+        dice = None if uniform is None else np.asarray(uniform[g])
+        _, kept[g] = oracle.queue(expert[g], asked[g], score, slots, priority, dice)
     drawn = noise.reshape(-1, E) if router.kind == "noisy_topk" else None
 
     def loss(weights, x):
@@ -117,49 +137,66 @@ def expected(name: str, ffn: str, factor: float | None):
         return (y.reshape(B, L, D) * probe).sum(), y.reshape(B, L, D)
 
     (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(weights, x)
-    return moe, weights, x, probe, mask, key, y, grads, kept
+    return Expected(moe, weights, x, probe, mask, key, y, grads, expert, asked, kept)
 
 
+WAYS = ("einsum", "gather", "ragged")
+PRIORITIES = ("token", "probability", "batch", "random")
+MANY = [where for where in MESHES if where != "one"]
 FEW = ("noisy_topk", "deepseek_v2", "deepseek_v3", "expert_choice", "hash")  # differ in their routing, which is local
-TWO = ("one", "data=2,expert=2,tensor=2")
-CASES = [
-    *((w, n, "swiglu", 1.0, "einsum") for n in ROUTERS for w in MESHES if n not in FEW or w in TWO),
-    *((where, "gshard", "relu", None, "einsum") for where in MESHES),
-    *((where, "gshard-after", "swiglu", 1.0, "gather") for where in MESHES),
-    *((where, "gshard", "relu", None, "ragged") for where in MESHES),
-    *(("data=2,expert=2,tensor=2", n, "swiglu", 1.0, d) for n in (*FEW, "gshard-after") for d in ("gather", "ragged")),
+MIXED = "data=2,expert=2,tensor=2"
+CASES = [  # mesh, router, network, capacity factor, dispatch, priority
+    *(("one", n, "swiglu", 1.0, d, "choice") for n in ROUTERS for d in WAYS),
+    *(("one", n, "swiglu", None, d, "choice") for n in ROUTERS for d in WAYS if n != "expert_choice"),
+    *(("one", "topk_softmax", "swiglu", 1.0, d, p) for p in PRIORITIES for d in WAYS),
+    *((w, n, "swiglu", 1.0, "einsum", "choice") for n in ROUTERS for w in MANY if n not in FEW or w == MIXED),
+    *((where, "gshard", "relu", None, "einsum", "choice") for where in MESHES),
+    *((where, "gshard-after", "swiglu", 1.0, "gather", "choice") for where in MANY),
+    *((where, "gshard", "relu", None, "ragged", "choice") for where in MESHES),
+    *((MIXED, n, "swiglu", 1.0, d, "choice") for n in FEW for d in ("gather", "ragged")),
+    (MIXED, "gshard-after", "swiglu", 1.0, "ragged", "choice"),
 ]
 
 
-@pytest.mark.parametrize("where,name,ffn,factor,dispatch", CASES)
-def test_equals_the_oracle(where, name, ffn, factor, dispatch):
-    """Outputs, all gradients and drops, with padding and full experts, to 1e-5 in float32 on every mesh."""
-    moe, weights, x, probe, mask, key, want, want_grads, kept = expected(name, ffn, factor)
-    moe = dataclasses.replace(moe, dispatch=dispatch)
-    with entered(MESHES[where]) as _:
+@pytest.mark.parametrize("where,name,ffn,factor,dispatch,priority", CASES)
+def test_equals_the_oracle(where, name, ffn, factor, dispatch, priority):
+    """Outputs, all gradients and who is dropped, with padding and full experts, to 1e-5 in float32 on every mesh."""
+    want = expected(name, ffn, factor, priority)
+    moe = dataclasses.replace(want.moe, dispatch=dispatch)
+    with entered(MESHES[where]):
         mesh = meshes.build_mesh(MESHES[where], jax.devices()[: MESHES[where].size])
         graph, _, state = split_layer(moe, ffn, Rules())
-        weights = shard(mesh, state, weights)
+        weights = shard(mesh, state, want.weights)
 
         def loss(weights, x, mask):
-            y, stats = nnx.merge(graph, weights)(x, mask=mask, train=True, key=key, tokens=IDS)
-            return (y * probe).sum(), (y, stats)
+            layer = nnx.merge(graph, weights)
+            y, stats, record = layer(x, mask=mask, train=True, key=want.key, tokens=IDS, record=True)
+            return (y * want.probe).sum(), (y, stats, record)
 
         run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-        (_, (y, stats)), grads = run(weights, x, jnp.asarray(mask))
-    close(y, want, "output")
-    paths = jax.tree_util.tree_leaves_with_path(want_grads)
+        (_, (y, stats, record)), grads = run(weights, want.x, jnp.asarray(want.mask))
+    close(y, want.y, "output")
+    paths = jax.tree_util.tree_leaves_with_path(want.grads)
     for (path, w), g in zip(paths, jax.tree.leaves(grads), strict=True):
         if "bias" in jax.tree_util.keystr(path):
             assert not w.any() and not g.any()
             continue
         assert float(jnp.abs(w).max()) > 0, f"{path}: the test needs a gradient"
         close(g, w, jax.tree_util.keystr(path))
-    assert int(stats.kept) == kept.sum()
-    assert int(stats.tokens) == mask.sum()
+    np.testing.assert_array_equal(record.expert, np.where(want.asked, want.expert, ~want.expert))
+    np.testing.assert_array_equal(np.asarray(record.gate) > 0, want.kept)
+    load = np.bincount(want.expert[want.asked], minlength=E)
+    np.testing.assert_array_equal(stats.load, load)
+    counts = [int(n) for n in (stats.tokens, stats.routed, stats.kept)]
+    assert counts == [want.mask.sum(), load.sum(), want.kept.sum()]
     if factor is not None and name != "expert_choice":
-        assert int(stats.kept) < int(stats.routed), "the test needs drops"
-    assert int(stats.load.sum()) == int(stats.routed)
+        assert want.kept.sum() < load.sum(), "the test needs drops"
+
+
+def test_priorities_differ():
+    """Each queue keeps other choices of the same routing: none can stand in for another."""
+    kept = [expected("topk_softmax", "swiglu", 1.0, p).kept for p in ("choice", *PRIORITIES)]
+    assert all((a != b).any() for a, b in itertools.combinations(kept, 2))
 
 
 def programs(config: MeshConfig, dispatch: str = "einsum"):
@@ -219,7 +256,7 @@ def test_collectives_are_pinned(config, dispatch):
 )
 def test_fallback_drops_nothing(where, factor, overflows):
     """Full experts or not, outputs and gradients are those of the dropless oracle, and every choice counts as kept."""
-    _, weights, x, probe, mask, key, want, want_grads, kept = expected("gshard", "relu", None)
+    _, weights, x, probe, mask, key, want, want_grads, *_, kept = expected("gshard", "relu", None)
     moe = MoEConfig(
         experts=E,
         top_k=2,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moe_jax import balance
 from moe_jax.capacity import assign, by_expert, capacity
 from moe_jax.config import MoEConfig, RouterConfig, check_moe
-from moe_jax.routing import QUIET, Noise, draw, jittered, recorded, route
+from moe_jax.routing import QUIET, Noise, draw, jittered, recorded, route, scramble
 
 router_call = jax.jit(route, static_argnames=("moe", "slots"))
 slots_call = jax.jit(assign, static_argnames=("moe",))
@@ -130,6 +130,7 @@ ROUTERS = {
     "deepseek_v3-bias": RouterConfig("deepseek_v3", scale=2.5),
     "deepseek_v3-max": RouterConfig("deepseek_v3", group_score="max"),
     "expert_choice": RouterConfig("expert_choice"),
+    "hash": RouterConfig("hash"),
 }
 K_OF = {1: 1, 2: 2, 8: 4, 128: 8, 2048: 4}
 GROUPS = {8: (4, 2), 128: (8, 4), 2048: (16, 2)}  # groups of experts, and how many a token may use
@@ -168,6 +169,8 @@ def sample(name, E, lead, S, seed=0):
     if router.kind == "noisy_topk":
         noise = rng.normal(size=logits.shape).astype(np.float32)
         inputs["spread"] = rng.uniform(0.1, 2.0, logits.shape).astype(np.float32)
+    if router.kind == "hash":
+        inputs["ids"] = rng.integers(0, 2**17, (lead, S)).astype(np.int32)
     return logits, mask, noise, inputs
 
 
@@ -295,7 +298,7 @@ def test_slots_are_exact(name, priority, C, seed):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_gradient_reaches_the_router(name):
-    """Numerical gradient of a weighted sum of gates, for every kind, top-1 included."""
+    """Numerical gradient of a weighted sum of gates, for every kind, top-1 included; hash learns nothing."""
     moe = setting(name, 8)
     logits, _, noise, inputs = group(sample(name, 8, 2, 7, seed=4), 1)  # without ties
     noise = Noise(noise, None)
@@ -307,7 +310,7 @@ def test_gradient_reaches_the_router(name):
         return (routing.gate * jnp.take_along_axis(weight, routing.expert, -1)).sum() / moe.router.scale
 
     got = jax.grad(f)(jnp.asarray(logits), inputs)
-    assert float(jnp.abs(got).max()) > 1e-3
+    assert (float(jnp.abs(got).max()) > 1e-3) == (moe.router.kind != "hash")
     eps = 1e-2
     for s, e in [(0, 0), (2, 3), (5, 4), (6, 7)]:
         bump = np.zeros_like(logits)
@@ -450,7 +453,13 @@ def test_jitter():
 
 
 def test_hash():
-    """A function of the token's id alone: K different experts, equal gates, near-uniform over ids, not of logits."""
+    """A function of the token's id alone: K different experts, equal gates, near-uniform over ids, not of logits.
+
+    The published test vectors of MurmurHash3_x86_32 for no bytes are its finalizer of the seed.
+    """
+    vectors = {0x00000000: 0x00000000, 0x00000001: 0x514E28B7, 0xFFFFFFFF: 0x81F16F39}
+    assert [oracle.fmix32(seed) for seed in vectors] == list(vectors.values())
+    assert list(map(int, scramble(jnp.asarray(list(vectors), jnp.uint32)))) == list(vectors.values())
     moe = MoEConfig(8, 3, router=RouterConfig("hash"))
     ids = jnp.arange(8000).reshape(2, 4000)
     routing = router_call(jnp.zeros((2, 4000, 8)), moe, ids=ids)
