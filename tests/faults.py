@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import pytest
 from invariance import Cell, Evaluation
 
-from moe_jax import balance, capacity, routing
+from moe_jax import balance, capacity, dispatch, routing
 from moe_jax.layers import moe as layer
+from moe_jax.layers import ragged
 from moe_jax.train import step
 
 
@@ -117,10 +118,22 @@ def keys_of_other_rows(real, program, model, tree):
     return parts if isinstance(tree, dict) else jnp.flip(parts, 0)
 
 
+def gates_detached(real, program, x, rows):
+    return jax.lax.stop_gradient(real(x, rows)) if x.shape[-1] == 1 else real(x, rows)
+
+
+def dropped_rows_too(real, program, routing, slots, capacity):
+    return real(routing, slots._replace(kept=routing.valid, gate=routing.gate), capacity)
+
+
+def dropping_after_all(real, program, moe_layer, tokens, routing, limited, everyone, *args):
+    return moe_layer.buffered(tokens, routing, limited, *args, None)
+
+
 class Fault(NamedTuple):
     """`wrong(real, program, *arguments)` in the place of one function of the library."""
 
-    module: ModuleType
+    module: ModuleType | type
     function: str
     wrong: Callable
     cell: Cell
@@ -134,11 +147,14 @@ class Fault(NamedTuple):
 PROGRAMS = {(p.mesh, p.router): p for p in invariance.programs()}
 ONE = PROGRAMS["data=8", "deepseek_v3"]
 PARTS = PROGRAMS["data=8", "gshard"]
+SORTED = PROGRAMS["data=2,expert=2,tensor=2", "noisy_topk"]
+ALL_KEPT = PROGRAMS["data=8", "softmax_topk"]
 assert PARTS.microbatches > 1 and PARTS.remat != "none"
+assert [p.dispatch for p in (PARTS, SORTED, ALL_KEPT)] == ["gather", "ragged", "fallback"]
 
 V3 = Cell(ONE, 30, "balance")
 GSHARD = Cell(PARTS, 30, "balance")
-EVALUATION = Cell(Evaluation("expert=8", "noisy_topk"), 30)
+EVALUATION = Cell(Evaluation("expert=8", "noisy_topk", "ragged"), 30)
 ALL = "loss, gradient, counts"
 FAULTS = {
     "aux loss detached": Fault(balance, "router_loss", detached, V3, "gradient"),
@@ -165,4 +181,11 @@ FAULTS = {
     "bias not centred": Fault(balance, "updated_bias", not_centred, V3._replace(method="centred"), "bias"),
     "row of padding counted as a sequence": Fault(balance, "by_sequence", empty_rows_too, GSHARD, "loss, gradient"),
     "noise of other rows in microbatches": Fault(step, "microbatches", keys_of_other_rows, GSHARD, ALL),
+    "gradient of the gates lost in the tables": Fault(dispatch, "gather_rows", gates_detached, GSHARD, "gradient"),
+    "dropped choices among the sorted rows": Fault(
+        ragged, "ragged_plan", dropped_rows_too, Cell(SORTED, 30, "balance"), ALL
+    ),
+    "fallback that drops": Fault(
+        layer.MoELayer, "with_fallback", dropping_after_all, Cell(ALL_KEPT, 30, "balance"), ALL
+    ),
 }

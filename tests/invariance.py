@@ -40,6 +40,12 @@ MESHES = {
 }
 MICROBATCHES = (1, 2, 4)
 REMAT = ("none", "full", "dots", "exchange")
+DISPATCH = {  # the first three drop the same choices; the last runs dropless wherever they would drop
+    "einsum": {"dispatch": "einsum"},
+    "gather": {"dispatch": "gather"},
+    "ragged": {"dispatch": "ragged"},
+    "fallback": {"dispatch": "gather", "overflow": "fallback"},
+}
 
 # Coefficients that are 0 or not here only decide which statistics the layers make: each method brings its own.
 STEERED = {"device_loss": 1.0, "communication_loss": 1.0, "balance_devices": 4, "importance_loss": 1.0}
@@ -122,10 +128,11 @@ class Program(NamedTuple):
     remat: str
     scan: bool
     router: str
+    dispatch: str
 
     def __str__(self) -> str:
         loop = "scan" if self.scan else "unrolled"
-        return f"{self.mesh}-m{self.microbatches}-{self.remat}-{loop}-{self.router}"
+        return f"{self.mesh}-m{self.microbatches}-{self.remat}-{loop}-{self.router}-{self.dispatch}"
 
 
 class Evaluation(NamedTuple):
@@ -133,9 +140,10 @@ class Evaluation(NamedTuple):
 
     mesh: str
     router: str
+    dispatch: str
 
     def __str__(self) -> str:
-        return f"{self.mesh}-{self.router}"
+        return f"{self.mesh}-{self.router}-{self.dispatch}"
 
 
 class Cell(NamedTuple):
@@ -148,13 +156,20 @@ class Cell(NamedTuple):
 
 
 def programs() -> list[Program]:
-    """Every mesh with every remat, the other settings in turn so that every two of them meet.
+    """Every mesh with every remat, every router and every dispatcher, so that every two settings meet.
 
     One program a mesh is unrolled: these take the longest to compile.
     """
-    kinds = list(ROUTERS)
+    kinds, ways = list(ROUTERS), list(DISPATCH)
     return [
-        Program(mesh, MICROBATCHES[(i + j) % 3], remat, j != (i + 3 + i // 4) % 4, kinds[(i + j) % 4])
+        Program(
+            mesh,
+            microbatches=MICROBATCHES[(i + j) % 3],
+            remat=remat,
+            scan=j != (i + 3 + i // 4) % 4,
+            router=kinds[(i + j) % 4],
+            dispatch=ways[(i // 2 + j) % 4],
+        )
         for i, mesh in enumerate(MESHES)
         for j, remat in enumerate(REMAT)
     ]
@@ -165,21 +180,29 @@ def cells() -> list[Cell]:
 
 
 def evaluations() -> list[Cell]:
-    """On every mesh, for the routers that draw noise in training."""
+    """On every mesh, for the routers that draw noise in training, by each dispatcher in turn."""
     return [
-        Cell(Evaluation(mesh, ("gshard", "noisy_topk")[i % 2]), padding)
+        Cell(Evaluation(mesh, ("gshard", "noisy_topk")[i % 2], ("gather", "ragged", "einsum")[i % 3]), padding)
         for i, mesh in enumerate(MESHES)
         for padding in (0, 30)
     ]
 
 
 def config(program: Program) -> Config:
-    moe = dataclasses.replace(ROUTERS[program.router], experts=E, d_ff=20, min_capacity=1, balance_loss=1.0, z_loss=1.0)
+    sizes = {"experts": E, "d_ff": 20, "min_capacity": 1}
+    moe = dataclasses.replace(
+        ROUTERS[program.router], **sizes, **DISPATCH[program.dispatch], balance_loss=1.0, z_loss=1.0
+    )
     model = ModelConfig(
         vocab=VOCAB, layers=LAYERS, d_model=D, heads=2, max_length=L, scan=program.scan, remat=program.remat, moe=moe
     )
     train = TrainConfig(microbatches=program.microbatches)
     return Config(model=model, mesh=MESHES[program.mesh], data=DataConfig(length=L, batch=B), train=train)
+
+
+def plain(router: str, mesh: str = "data=8", dispatch: str = "einsum") -> Program:
+    """A program with nothing else special about it."""
+    return Program(mesh, 1, "none", True, router, dispatch)
 
 
 @functools.cache
@@ -205,7 +228,7 @@ def batch_of(padding: int) -> dict[str, np.ndarray]:
 @functools.cache
 def weights_of(router: str) -> Weights:
     """Random numbers for every leaf, and a router strong enough that loads and gates differ."""
-    model = Model.of(config(Program("data=8", 1, "none", True, router)))
+    model = Model.of(config(plain(router)))
     rng = np.random.default_rng(1)
 
     def numbers(path, shape):
@@ -238,14 +261,17 @@ def noise_of(moe: MoEConfig) -> np.ndarray:
 
 
 @functools.cache
-def expected(router: str, microbatches: int, padding: int, train: bool = True) -> dict[str, step_oracle.Answer]:
+def expected(router: str, microbatches: int, padding: int, mode: str = "drop") -> dict[str, step_oracle.Answer]:
     """The oracle's answers to all methods, or to evaluation; only one loss is defined by the microbatches.
 
     Of the library it has the random numbers alone.
+
+    Args:
+        mode: `drop`; `fallback`, where the same experts overflow and keep all; `evaluation`, which is dropless too.
     """
-    moe = config(Program("data=8", 1, "none", True, router)).model.moe
+    moe, train = config(plain(router)).model.moe, mode != "evaluation"
     if moe.balance_over != "microbatch" and microbatches > 1:
-        return expected(router, 1, padding, train)
+        return expected(router, 1, padding, mode)
     S, r = moe.group_size or L, moe.router
     case = step_oracle.Case(
         kind=r.kind,
@@ -265,11 +291,14 @@ def expected(router: str, microbatches: int, padding: int, train: bool = True) -
     bias = np.concatenate(jax.tree.leaves(weights.bias)) if weights.bias else np.zeros((LAYERS, E))
     together = max(1, S // L)  # neighbouring rows of one group stay in one part
     batch = batch_of(padding) | {"part": np.arange(B) // together % microbatches}
-    slots = math.ceil(moe.top_k * S * moe.capacity_factor / E - 1e-9) if train else None
+    slots = math.ceil(moe.top_k * S * moe.capacity_factor / E - 1e-9)
+    limit = {"drop": slots, "fallback": S, "evaluation": None}[mode]  # a token picks an expert once
     coefficients = [m.coefficients for m in methods.values()] if train else [{}]
-    answers = step_oracle.step(case, weights.params, bias, batch, noise_of(moe), slots, coefficients)
+    answers = step_oracle.step(case, weights.params, bias, batch, noise_of(moe), limit, coefficients)
     drops = answers[0].counts["routed"] - answers[0].counts["kept"]
-    assert (drops > 0).all() if train else (drops == 0).all(), "the battery needs drops"
+    assert (drops > 0).all() if mode == "drop" else (drops == 0).all(), "the battery needs drops"
+    full = answers[0].counts["load"].max(1) > slots * (B * L // S)
+    assert mode != "fallback" or full.all(), "and experts with more choices than slots"
     assert not train or all(g.any() for a in answers for g in jax.tree.leaves(a.gradient)), "and gradients everywhere"
     return dict(zip(methods, answers, strict=False))
 
@@ -337,7 +366,7 @@ def inputs(model: Model, router: str, mesh: jax.sharding.Mesh) -> Callable[[int]
 
 def evaluated(program: Evaluation) -> Callable[[int, str], Step]:
     """The dropless evaluation step: cross entropy and counts."""
-    model = Model.of(config(Program(program.mesh, 1, "none", True, program.router)))
+    model = Model.of(config(plain(program.router, program.mesh, program.dispatch)))
     mesh = meshes.build_mesh(model.cfg.mesh)
     given = inputs(model, program.router, mesh)
     compiled = jax.jit(make_eval_step(model, None))
@@ -354,10 +383,11 @@ def answer(cell: Cell) -> Step:
     """What the oracle says to a cell."""
     router = cell.program.router
     if isinstance(cell.program, Evaluation):
-        [want] = expected(router, 1, cell.padding, train=False).values()
+        [want] = expected(router, 1, cell.padding, "evaluation").values()
         return Step(want.loss, {}, want.counts)
     method = METHODS[router][cell.method]
-    want = expected(router, cell.program.microbatches, cell.padding)[cell.method]
+    mode = "fallback" if cell.program.dispatch == "fallback" else "drop"
+    want = expected(router, cell.program.microbatches, cell.padding, mode)[cell.method]
     bias = None
     if method.bias is not None:
         before = np.concatenate(jax.tree.leaves(weights_of(router).bias))

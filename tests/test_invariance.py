@@ -1,7 +1,8 @@
-"""The invariance battery: one answer to a train step, whatever the mesh, microbatches, remat, scan and padding.
+"""The invariance battery: one answer to a train step, whatever the mesh, schedule and dispatcher.
 
 Loss, every gradient, counts and moves of the selection bias of each cell are held against a float64 oracle that shares
-no code with the library, for each method of balancing. Faults planted in the library show that the battery sees them.
+no code with the library, for each method of balancing: over meshes, microbatches, remat, scan, padding and dispatchers.
+Faults planted in the library show that the battery sees them.
 """
 
 import functools
@@ -13,8 +14,8 @@ from faults import FAULTS
 
 CELLS, EVALUATIONS, PROGRAMS = invariance.cells(), invariance.evaluations(), invariance.programs()
 QUICK = {
-    invariance.Program("data=2,expert=2,tensor=2", 2, "dots", True, "noisy_topk"),
-    invariance.Evaluation("expert=4,tensor=2", "noisy_topk"),
+    invariance.Program("data=2,expert=2,tensor=2", 2, "dots", True, "noisy_topk", "ragged"),
+    invariance.Evaluation("expert=4,tensor=2", "noisy_topk", "ragged"),
 }
 build = functools.lru_cache(maxsize=4)(invariance.build)
 
@@ -28,7 +29,7 @@ def test_the_battery_is_whole():
     """At least 200 cells, and every two settings of different kinds meet in some program."""
     assert len(set(CELLS)) == len(CELLS) >= 200 and {c.program for c in CELLS + EVALUATIONS} >= QUICK
     kinds = [set(column) for column in zip(*PROGRAMS, strict=True)]
-    assert [len(k) for k in kinds] == [10, 3, 4, 2, 4]
+    assert [len(k) for k in kinds] == [10, 3, 4, 2, 4, 4]
     for a, b in itertools.combinations(range(len(kinds)), 2):
         assert {(p[a], p[b]) for p in PROGRAMS} == set(itertools.product(kinds[a], kinds[b]))
 
