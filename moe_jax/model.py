@@ -132,7 +132,7 @@ class Transformer(nnx.Module):
         segments = jnp.ones((B, L), jnp.int32) if segments is None else segments
         if cache is None:
             positions = jnp.broadcast_to(order, (B, L)) if positions is None else positions
-            context = Context(positions, segments, tokens, None, order if n > 1 else None)
+            context = Context(positions, segments, segments > 0, tokens, None, order if n > 1 else None)
         else:
             context = self.cached_context(cache, segments, tokens)
         keys = row_keys(key if train else None, B)
@@ -259,4 +259,4 @@ class Transformer(nnx.Module):
         segments = jnp.where((place >= start) & (segments > 0), 1, 0)  # [B,L]
         slot = jnp.arange(places(cache))[None, None]  # [1,1,M]
         visible = (slot >= start[..., None]) & (slot <= place[..., None])  # [B,L,M]
-        return Context(jnp.maximum(place - start, 0), segments, tokens, Cached(visible, cache.filled))
+        return Context(jnp.maximum(place - start, 0), segments, segments > 0, tokens, Cached(visible, cache.filled))

@@ -78,7 +78,7 @@ def one(stack, i):
 def context(tokens, segments=None):
     segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return Context(positions, segments, tokens, None)
+    return Context(positions, segments, segments > 0, tokens, None)
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])

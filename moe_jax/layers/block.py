@@ -20,7 +20,8 @@ class Context(NamedTuple):
     """What every layer of a call shares."""
 
     positions: jax.Array  # [B, L] int32
-    segments: jax.Array  # [B, L] int32, 0 for padding
+    segments: jax.Array  # [B, L] int32, 0 for padding; of attention alone, which needs whole rows of them
+    mask: jax.Array  # [B, L] bool, segments > 0; an array of its own, to be split like the tokens
     tokens: jax.Array  # [B, L] int32
     cached: Cached | None  # None without a cache
     places: jax.Array | None = None  # [L] int32 of tokens in the order of `sequence.balanced`; None in their own
@@ -73,7 +74,7 @@ class Block(nnx.Module):
             h = self.ffn_norm(x) if pre else x
             routed = None
             if isinstance(self.ffn, MoELayer):
-                mask, key = context.segments > 0, fold(keys, 2)
+                mask, key = context.mask, fold(keys, 2)
                 options |= {"train": train, "balanced": context.places is not None}
                 h, *rest = self.ffn(h, mask=mask, key=key, tokens=context.tokens, **options)
                 routed = Routed(*rest)
