@@ -116,7 +116,8 @@ def lines(report: dict[str, Any]) -> list[str]:
     memory = f"memory {size(report['peak_bytes'])} a device at the peak"
     if (available := report["memory_bytes"]) is not None:
         fits = "fits" if report["peak_bytes"] <= available else "does not fit"
-        memory += f" of {size(available)}: {fits}"
+        whole = " (the whole card, of which driver and libraries take some)" if report["platform"] == "gpu" else ""
+        memory += f" of {size(available)}{whole}: {fits}"
     return [*out, f"{memory}; compiled in {report['compile_seconds']:.1f} s"]
 
 
