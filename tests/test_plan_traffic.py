@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax import config
+from moe_jax.axes import MESH_AXES
 from moe_jax.plan import advice, roofline
 from moe_jax.plan.estimate import Estimate
 from moe_jax.plan.hardware import CHIPS, Wiring, parse, shaped
@@ -61,6 +62,25 @@ def test_remat_and_microbatches_repeat_the_exchange(remat, microbatches, rounds)
     assert move.count == 2 * rounds * microbatches * 2
     whole = step_of("tiny_gshard")
     assert exchange_bytes(step) * microbatches == exchange_bytes(whole), "parts of a batch exchange parts of it"
+
+
+def test_split_sequences_gather_keys_and_values():
+    """2 tensors of J*N a token of the whole sequence, in each layer; back as gradients."""
+    whole, split = step_of("tiny_dense", "mesh.data=8"), step_of("tiny_dense", "mesh.data=2", "mesh.context=4")
+    assert split.tokens == whole.tokens and split.rows == 4 * whole.rows
+    gather, scatter = only(split, "keys and values")
+    assert gather.bytes == scatter.bytes == 2 * 16 * 128 * 4 * 32 * 4 and gather.count == scatter.count == 4
+    assert gather.axes == ("context",) and only(whole, "keys and values") == []
+    total = sum(m.bytes * m.count for m in only(split, "gradients"))
+    assert total == pytest.approx(4 * split.count.total, rel=1e-3), "the shards of a sequence share the parameters"
+
+
+def test_a_hierarchical_exchange_goes_over_each_axis():
+    two = ["mesh.data=2", "mesh.expert=4", 'rules.experts=["data","expert"]']
+    (flat,) = only(step_of("tiny_gshard", *two), "exchange")
+    slow, fast = only(step_of("tiny_gshard", *two, "model.moe.exchange=hierarchical"), "exchange")
+    assert (slow.axes, fast.axes) == (("data",), ("expert",)) and slow.bytes == fast.bytes == flat.bytes
+    assert flat.devices == 8 and slow.count == fast.count == flat.count
 
 
 def test_an_axis_of_one_device_moves_nothing():
@@ -238,7 +258,9 @@ def test_following_a_remedy_ends_its_warning():
 
 def test_every_mesh_is_tried_once():
     found = [tuple(f.values()) for f in factorisations(8)]
-    assert len(found) == len(set(found)) == 20 and all(math.prod(f) == 8 for f in found)
+    assert len(found) == len(set(found)) == math.comb(3 + len(MESH_AXES) - 1, 3) and all(
+        math.prod(f) == 8 for f in found
+    )
 
 
 def test_the_search_ranks_by_step_time_and_says_why_others_are_out():

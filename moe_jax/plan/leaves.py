@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator
+from functools import cache
 from math import prod
 from typing import NamedTuple
 
@@ -118,7 +119,8 @@ def block(m: ModelConfig, kind: str) -> Iterator[Part]:
         yield from feed_forward(m.ffn, D, m.d_ff, "ffn", "dense_ffn")
 
 
-def leaves(m: ModelConfig) -> list[Leaf]:
+@cache
+def leaves(m: ModelConfig) -> tuple[Leaf, ...]:
     """Every parameter of a model; equal layers are stacked along a leading dimension."""
     D, V = m.d_model, m.vocab
     out = [Leaf("embedding.table", (V, D), ("vocab", "embed"), "embed")]
@@ -133,7 +135,7 @@ def leaves(m: ModelConfig) -> list[Leaf]:
             for name, shape, axes, component in block(m, kind):
                 full = f"stacks.{i}.blocks.{j}.{name}"
                 out.append(Leaf(full, (repeats, *shape), ("layers", *axes), component))
-    return out
+    return tuple(out)
 
 
 class Count(NamedTuple):
@@ -146,6 +148,7 @@ class Count(NamedTuple):
     bias: int  # selection biases, which no gradient moves: not among the parameters
 
 
+@cache
 def count(m: ModelConfig) -> Count:
     """Parameters in total and active, by component."""
     total: dict[str, int] = {}

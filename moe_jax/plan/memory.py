@@ -40,7 +40,7 @@ def gradients(step: Step) -> int:
 def cache(step: Step, length: int | None = None) -> int:
     """Bytes of keys and values that generation holds for the batch, at `length` places a sequence."""
     m = step.cfg.model
-    rows = max(1, step.cfg.data.batch // step.shards)
+    rows = max(1, step.cfg.data.batch // step.shards)  # decoding splits the batch over all token axes
     width = m.resolved_kv_heads * m.resolved_head_dim // step.over("kv_heads")
     return 2 * m.layers * rows * (length or step.cfg.data.length) * width * step.width
 
@@ -65,7 +65,7 @@ def probabilities(step: Step) -> int:
     """Elements of a layer's attention probabilities."""
     heads = step.cfg.model.heads // step.over("act_heads")
     each = sum(tiled(rows, end, step.platform) for rows, end in query_blocks(step.cfg.data.length))
-    return step.rows * heads * each
+    return step.rows * heads * each // step.over("length")
 
 
 class Widths(NamedTuple):
@@ -94,7 +94,7 @@ def widths(step: Step, kind: str) -> Widths:
     shared = T * moe.shared_experts * F // step.over("act_mlp")
     one_hot = step.groups * moe.experts * tiled(step.group, step.slots, step.platform)
     mask = one_hot if step.dispatch.dispatch == "einsum" else 0
-    rows = R * m.d_model // step.over("act_embed")
+    rows = R * m.d_model // step.cfg.mesh.over(step.cfg.rules.travelling)
     return Widths(tokens, query, key, probabilities(step), shared, rows, R * F // step.over("expert_mlp"), mask)
 
 

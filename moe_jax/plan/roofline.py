@@ -129,7 +129,9 @@ def decode(step: Step, cluster: Cluster) -> Decode:
     read = sum(x.shard(rules, mesh) for x in step.leaves if x.component not in ("experts", "embed", "pos"))
     read += step.count.components["embed"] // mesh.over((*rules.vocab, *rules.embed)) if m.tied_head else 0
     if moe is not None:
-        replicas = mesh.over(tuple(a for a in rules.batch if a not in rules.experts))  # each serves a part of the batch
+        replicas = mesh.over(
+            tuple(a for a in rules.tokens if a not in rules.experts)
+        )  # each serves a part of the batch
         touched = moe.experts * (1 - (1 - moe.top_k / moe.experts) ** max(1.0, batch / replicas))
         held = sum(x.shard(rules, mesh) for x in step.leaves if x.component == "experts")
         read += held * touched / moe.experts

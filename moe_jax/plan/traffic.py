@@ -39,13 +39,13 @@ def move(step: Step, what: str, op: str, axes: Axes, count: float, size: float, 
 
 def traffic(step: Step) -> list[Move]:
     """All collectives of a train step that move something, the exchange first."""
-    found = [*exchange(step), *partial_sums(step), *weights(step), *gradients(step)]
+    found = [*exchange(step), *keys_and_values(step), *partial_sums(step), *weights(step), *gradients(step)]
     return [m for m in found if m.devices > 1 and m.count and m.bytes]
 
 
 def exchange_bytes(step: Step) -> float:
     """Bytes of the buffers that a device holds on either side of one exchange, f*K*T*D*b with capacity buffers."""
-    return step.sent_rows * step.cfg.model.d_model * step.width / step.over("act_embed")
+    return step.sent_rows * step.cfg.model.d_model * step.width / step.cfg.mesh.over(step.cfg.rules.travelling)
 
 
 def exchange(step: Step) -> list[Move]:
@@ -56,7 +56,22 @@ def exchange(step: Step) -> list[Move]:
     again = step.cfg.model.remat in ("full", "dots")
     rounds = 2 + again + (step.microbatches > 1)
     count = 2 * rounds * step.moe_layers * step.microbatches
-    return [move(step, "exchange", "all-to-all", step.cfg.rules.experts, count, exchange_bytes(step))]
+    axes = step.cfg.rules.experts
+    stages = [(a,) for a in axes] if step.cfg.model.moe.exchange == "hierarchical" else [axes]
+    return [move(step, "exchange", "all-to-all", stage, count, exchange_bytes(step)) for stage in stages]
+
+
+def keys_and_values(step: Step) -> list[Move]:
+    """Keys and values of split sequences, gathered or passed round a ring, which moves as much; back as gradients."""
+    m, axes = step.cfg.model, step.cfg.rules.length
+    heads = max(1, m.resolved_kv_heads // step.over("act_heads"))
+    size = 2 * step.rows * step.cfg.data.length * heads * m.resolved_head_dim * step.width
+    hidden = m.attention_exchange == "ring"
+    count = m.layers * step.microbatches
+    return [
+        move(step, "keys and values", "all-gather", axes, count * step.passes("attn"), size, hidden),
+        move(step, "keys and values", "reduce-scatter", axes, count, size, hidden),
+    ]
 
 
 def partial_sums(step: Step) -> list[Move]:
@@ -110,8 +125,8 @@ def gradients(step: Step) -> list[Move]:
     scatter: dict[Axes, list[float]] = {}
     reduce: dict[Axes, dict[str, tuple[int, int]]] = {}
     for leaf in step.leaves:
-        inner = live(step, tuple(a for a in gathered(step, leaf) if a in rules.batch))
-        outer = live(step, tuple(a for a in rules.batch if a not in leaf.layout(rules)))
+        inner = live(step, tuple(a for a in gathered(step, leaf) if a in rules.tokens))
+        outer = live(step, tuple(a for a in rules.tokens if a not in leaf.layout(rules)))
         stacked = leaf.axes[0] == "layers"
         layers, size = leaf.shape[0] if stacked else 1, leaf.shard(rules, mesh) * 4
         if inner:

@@ -40,7 +40,7 @@ class Step:
     platform: str  # cpu, gpu or tpu: `auto` dispatch depends on it
 
     @cached_property
-    def leaves(self) -> list[Leaf]:
+    def leaves(self) -> tuple[Leaf, ...]:
         return leaves(self.cfg.model)
 
     @cached_property
@@ -63,17 +63,17 @@ class Step:
     @cached_property
     def shards(self) -> int:
         """Token shards."""
-        return self.cfg.mesh.over(self.cfg.rules.batch)
+        return self.cfg.mesh.over(self.cfg.rules.tokens)
 
     @cached_property
     def rows(self) -> int:
-        """Sequences a device holds in a microbatch."""
-        return max(1, self.cfg.data.batch // self.microbatches // self.shards)
+        """Sequences a device holds in a microbatch, whole or a part of each."""
+        return max(1, self.cfg.data.batch // self.microbatches // self.over("batch"))
 
     @cached_property
     def tokens(self) -> int:
         """Tokens a device holds in a microbatch."""
-        return self.rows * self.cfg.data.length
+        return self.rows * self.cfg.data.length // self.over("length")
 
     def over(self, *names: str) -> int:
         """Shards of a dimension of activations, by logical names."""
@@ -122,6 +122,8 @@ class Step:
         case of each pair of shards."""
         moe = self.cfg.model.moe
         assert moe is not None
+        if moe.exchange == "ragged":  # as many as there are
+            return self.tokens * moe.top_k
         if self.dispatch.dispatch != "ragged":
             return moe.experts * self.groups * self.slots
         rows = self.groups * min(self.group * moe.top_k, moe.experts * self.slots)
