@@ -1,7 +1,7 @@
 """Memory at the peak, against the compilers of TPU and GPU.
 
-golden/peaks.json holds what the compilers said of golden/medium.toml, or of a config, with overrides; the slow test asks
-them again.
+golden/peaks.json holds what the compilers said of golden/medium.toml, or of a config, with overrides; the slow test
+asks them again.
 The answer for one cell: `moe-jax plan tests/golden/medium.toml OVERRIDES --topology T --compile`.
 """
 
