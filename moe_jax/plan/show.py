@@ -168,7 +168,14 @@ def compiled(r: dict[str, Any]) -> list[str]:
     ratio = planned / c["peak_bytes"]
     lines = [f"compiled: peak {size(c['peak_bytes'])} a device, the plan says {size(planned)} ({ratio:.2f})"]
     rows = [
-        (x["op"], " ".join(x["axes"]), f"{x['count']:,}", size(x["bytes"]), x["phase"], x["module"])
+        (
+            x["op"],
+            " ".join(x["axes"]),
+            f"{x['count']:,}",
+            size(x["bytes"]),
+            x["phase"],
+            textwrap.shorten(x["module"].replace("+", " "), 24, placeholder=" ..."),
+        )
         for x in c["collectives"][:MOST]
     ]
     lines += table(("collectives as compiled", "axes", "count", "sent", "phase", "module"), rows) if rows else []
