@@ -1,7 +1,7 @@
 """Memory of one device at the peak of a train step, by kind.
 
-The layers run in loops (`model.scan`), so that what each leaves for the backward pass is stacked. Unrolled layers, also a
-single period, leave the compiler free to keep less with `remat=none`: there the plan is an upper bound.
+The layers run in loops (`model.scan`), so that what each leaves for the backward pass is stacked. Unrolled layers, also
+a single period, leave the compiler free to keep less with `remat=none`: there the plan is an upper bound.
 """
 
 from math import prod
