@@ -88,7 +88,8 @@ def exchange(r: dict[str, Any]) -> list[str]:
     lines = [f"  dispatch {d['kind']}: {d['reason']}"]
     lines += [
         f"  groups of {d['group']:,} tokens, {d['slots']:,} slots an expert",
-        f"  experts of a layer on a device: {r['experts_per_device']:g}; each multiplies {r['tokens_per_expert']:,.0f} rows at a time",
+        f"  experts of a layer on a device: {r['experts_per_device']:g}",
+        f"  rows that each multiplies at a time: {r['tokens_per_expert']:,.0f}",
     ]
     if a["count"]:
         lines += [
