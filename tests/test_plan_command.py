@@ -106,7 +106,6 @@ REFUSED = [
     (["tiny_switch", "mesh.expert=3"], ("8 experts do not divide",)),
     (["tiny_mixtral", "mesh.data=1", "mesh.expert=1", "mesh.tensor=8"], ("does not divide over tensor=8",)),
     (["tiny_swich"], ("tiny_switch",)),
-    (["tiny_dense", "mesh.context=2"], ("mesh.context", "moe-jax inspect")),
 ]
 
 

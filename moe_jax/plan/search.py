@@ -32,10 +32,7 @@ class Candidate(NamedTuple):
         return float("inf") if self.estimate is None else self.estimate.memory.peak
 
 
-AXES = tuple(axis for axis in MESH_AXES if axis != "context")  # what split sequences send is not in the plan
-
-
-def factorisations(n: int, axes: tuple[str, ...] = AXES) -> Iterator[dict[str, int]]:
+def factorisations(n: int, axes: tuple[str, ...] = MESH_AXES) -> Iterator[dict[str, int]]:
     """Every way to write n as a product over mesh axes."""
     if len(axes) == 1:
         yield {axes[0]: n}
