@@ -1,5 +1,5 @@
 # make demo   set up, then train a sharded mixture of experts on real text on 8 fake CPU devices
-# make test   set up, then run all tests; make test-fast leaves the long sweeps out
+# make test   set up, then run the tests; make test-fast leaves the slow ones out; make sweep runs what takes an hour
 # make battery   the invariance battery alone: one answer to a train step on every mesh, schedule and dispatcher
 # A second run reuses the set-up. PYTHON=python3.12 chooses another interpreter (3.11 or newer).
 
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
-.PHONY: demo test test-fast battery lint smoke clean
+.PHONY: demo test test-fast battery sweep lint smoke clean
 
 demo: $(VENV)/.run-ready
 	$(BIN)/moe-jax train tiny_switch
@@ -20,6 +20,9 @@ test: $(VENV)/.dev-ready lint
 
 test-fast: $(VENV)/.dev-ready lint
 	$(BIN)/python -m pytest -q -m 'not slow'
+
+sweep: $(VENV)/.dev-ready
+	$(BIN)/python -m pytest -q -m sweep
 
 battery: $(VENV)/.dev-ready
 	$(BIN)/python -m pytest -q tests/test_invariance.py

@@ -45,7 +45,14 @@ def test_the_battery_is_whole():
     assert {c.microbatches for c in cells} == {1, 2}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CELLS])
+def weighed(names):
+    """A few at once, some more among the slow ones, all of them in a sweep."""
+    for i, name in enumerate(names):
+        marks = () if name in QUICK else (pytest.mark.slow, pytest.mark.sweep) if i % 5 else pytest.mark.slow
+        yield pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", list(weighed(CELLS)))
 def test_a_step_is_that_of_one_device(name):
     """Loss, every gradient, drops and statistics: with noise, dropout, padding, segments and full experts.
 

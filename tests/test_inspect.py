@@ -172,7 +172,7 @@ MACHINES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["exchange", "full"])
+@pytest.mark.parametrize("remat", ["exchange", pytest.param("full", marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("name", compilable(*MACHINES))
 def test_machines_that_are_not_here_exchange_the_least(name, remat):
     topology = parse(name)

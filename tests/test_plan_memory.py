@@ -38,6 +38,7 @@ def test_the_peak_is_that_of_the_compiler(c):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("c", CELLS, ids=NAMES)
 def test_the_compiler_says_so_still(c):
     from moe_jax.plan.compiled import compiled
