@@ -297,8 +297,8 @@ def expected(router: str, microbatches: int, padding: int, mode: str = "drop") -
     answers = step_oracle.step(case, weights.params, bias, batch, noise_of(moe), limit, coefficients)
     drops = answers[0].counts["routed"] - answers[0].counts["kept"]
     assert (drops > 0).all() if mode == "drop" else (drops == 0).all(), "the battery needs drops"
-    full = answers[0].counts["load"].max(1) > slots * (B * L // S)
-    assert mode != "fallback" or full.all(), "and experts with more choices than slots"
+    if mode == "fallback":  # the first layer overflows, for the same tokens are dropped there where dropping is allowed
+        expected(router, microbatches, padding, "drop")
     assert not train or all(g.any() for a in answers for g in jax.tree.leaves(a.gradient)), "and gradients everywhere"
     return dict(zip(methods, answers, strict=False))
 
