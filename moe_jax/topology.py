@@ -164,7 +164,7 @@ COMPILERS = {
 
 
 def missing_compiler(platform: str) -> str | None:
-    """Why nothing can be compiled for `tpu` or `gpu` here, or None."""
+    """Why nothing can be compiled for `tpu` or `gpu` here, and what to install; None where it can."""
     modules, extra = COMPILERS[platform]
     for module in modules:
         try:

@@ -8,16 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import placements
 import pytest
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
+from programs import collectives
 
 from moe_jax import exchange
 from moe_jax import mesh as meshes
 from moe_jax.axes import MESH_AXES, Rules
-from moe_jax.collectives import read
 from moe_jax.config import ConfigError, MeshConfig, MoEConfig, RouterConfig
-from moe_jax.layers.moe import MoELayer
-from moe_jax.rules import sharding, spec
 
 # The battery
 
@@ -74,38 +71,12 @@ def test_a_step_is_that_of_one_device(name):
 
 def programs(config: MeshConfig, rules: Rules, kind: str, dispatch: str = "einsum"):
     """Collectives of one layer: forward, and forward with backward; and the bytes of a shard's buffer."""
-    mesh = meshes.build_mesh(config, jax.devices()[: config.size])
-    moe = MoEConfig(
-        experts=8,
-        top_k=2,
-        d_ff=64,
-        capacity_factor=2.0,
-        group_size=8,
-        router=RouterConfig("gshard"),
-        dispatch=dispatch,
-        exchange=kind,
-    )
-    B, L, D = 8, 32, 32
-    with jax.set_mesh(mesh):
-        layer = MoELayer(moe, D, rules=rules, rngs=nnx.Rngs(params=0))
-        graph, state = nnx.split(layer)
-        axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-        put = lambda w, a: jax.device_put(w, sharding(mesh, rules.layout(*a)))  # noqa: E731
-        weights = jax.tree.map(put, nnx.to_pure_dict(state), nnx.to_pure_dict(axes))
-        x = jax.device_put(jnp.ones((B, L, D)), NamedSharding(mesh, spec((rules.batch, rules.length, ()))))
-
-        def forward(weights, x):
-            return nnx.merge(graph, weights)(x, train=True)
-
-        def loss(weights, x):
-            y, stats = forward(weights, x)
-            return (y**2).sum() + stats.prob.sum() + stats.z
-
-        both = jax.value_and_grad(loss, argnums=(0, 1))
-        texts = [jax.jit(f).lower(weights, x).compile().as_text() for f in (forward, both)]
+    router = RouterConfig("gshard")
+    sizes = {"experts": 8, "top_k": 2, "d_ff": 64, "capacity_factor": 2.0, "group_size": 8}
+    found = collectives(config, MoEConfig(**sizes, router=router, dispatch=dispatch, exchange=kind), 32, rules)
     slots = 4  # C = max(4, 2*8*2/8)
-    buffer = 4 * 8 * (B * L // 8 // config.over(rules.tokens)) * slots * D  # float32 [E, G, C, D] of one device
-    return [read(text, mesh) for text in texts], buffer
+    buffer = 4 * 8 * (8 * 32 // 8 // config.over(rules.tokens)) * slots * 32  # float32 [E, G, C, D] of one device
+    return found, buffer
 
 
 PINNED = [

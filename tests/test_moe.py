@@ -12,11 +12,11 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from programs import collectives
 
 from moe_jax import mesh as meshes
 from moe_jax.axes import Rules
-from moe_jax.collectives import read
 from moe_jax.config import ConfigError, MeshConfig, MoEConfig, RouterConfig
 from moe_jax.layers.common import fold
 from moe_jax.layers.moe import MoELayer
@@ -204,25 +204,9 @@ def test_priorities_differ():
 
 def programs(config: MeshConfig, dispatch: str = "einsum"):
     """Collectives of the compiled layer: forward, and forward with backward."""
-    mesh = meshes.build_mesh(config, jax.devices()[: config.size])
     router = RouterConfig("gshard")
     moe = MoEConfig(experts=8, top_k=2, d_ff=64, capacity_factor=2.0, router=router, dispatch=dispatch)
-    with jax.set_mesh(mesh):
-        layer = MoELayer(moe, 32, rules=Rules(), rngs=nnx.Rngs(params=0))
-        graph, state = nnx.split(layer)
-        weights = shard(mesh, state, nnx.to_pure_dict(state))
-        x = jax.device_put(jnp.ones((8, 16, 32)), NamedSharding(mesh, PartitionSpec(Rules().batch)))
-
-        def forward(weights, x):
-            return nnx.merge(graph, weights)(x, train=True)
-
-        def loss(weights, x):
-            y, stats = forward(weights, x)
-            return (y**2).sum() + stats.prob.sum() + stats.z
-
-        both = jax.value_and_grad(loss, argnums=(0, 1))
-        texts = [jax.jit(f).lower(weights, x).compile().as_text() for f in (forward, both)]
-    return [read(text, mesh) for text in texts]
+    return collectives(config, moe, 16)
 
 
 @pytest.mark.parametrize("dispatch", ["einsum", "gather"])

@@ -29,8 +29,7 @@ KEPT = ", memory kept"
 SERVE = "--serve"  # the first argument of a process that is a program
 REMEDY = """they are no dependencies of moe_jax; make an environment that has both, and name its interpreter:
         python -m venv ENV
-        ENV/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu
-        ENV/bin/pip install transformers
+        ENV/bin/pip install torch transformers
         python tools/bench_transformers.py --python ENV/bin/python"""
 Step = Callable[[], float]
 """Runs one more step and returns its loss."""
