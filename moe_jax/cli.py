@@ -311,7 +311,8 @@ def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
     else:
         machine = topology.parse(args.topology)
         devices = topology.topology_mesh(cfg.mesh, machine)
-    from moe_jax.inspect.report import inspect, lines
+    from moe_jax.inspect.report import inspect
+    from moe_jax.inspect.show import lines
 
     report = inspect(cfg, devices, forward=args.forward, topology=machine)
     result(args, *lines(report))
@@ -351,6 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refused as e:
         print(f"moe-jax {args.command}: refused\n{e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has gone, such as `head`: nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except PermissionError as e:
         print(f"moe-jax {args.command}: refused\n{e}\n    remedy: give this user the right to use it", file=sys.stderr)
         return 2

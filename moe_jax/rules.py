@@ -4,7 +4,7 @@
 was given rules never runs unsharded by accident.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from math import prod
 from typing import Any
@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.axes import MESH_AXES, Layout, Rules
 from moe_jax.config import Problem, Refused
+from moe_jax.terminal import table
 
 Leaf = tuple[str, tuple[int, ...], tuple[str, ...]]  # name, shape, logical axes
 
@@ -71,14 +72,7 @@ class RulesError(Refused):
         super().__init__(*problems)
         head = f"rules and mesh ({', '.join(f'{a}={n}' for a, n in mesh.items())}) do not fit:"
         rows = [(p.key, p.reason, p.remedy) for p in problems]
-        self.args = (head + "\n" + table(("where", "conflict", "remedy"), rows),)
-
-
-def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows under their head, in aligned columns."""
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    lines = ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [head, *rows]]
-    return "\n".join([lines[0], "  " + "  ".join("-" * w for w in widths), *lines[1:]])
+        self.args = ("\n".join([head, *table(("where", "conflict", "remedy"), rows)]),)
 
 
 def clashes(rules: Rules) -> list[Problem]:

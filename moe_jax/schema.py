@@ -9,6 +9,7 @@ from pydantic import ConfigDict
 from pydantic import Field as Limit
 
 from moe_jax.axes import MESH_AXES, Rules
+from moe_jax.terminal import mesh_words
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -222,7 +223,7 @@ class MeshConfig:
 
     def __str__(self) -> str:
         """The mesh in words, for messages and logs."""
-        return " x ".join(f"{a}={n}" for a, n in self.sizes.items()) or "one device"
+        return mesh_words(self.sizes)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
-"""What commands tell: results on standard output, progress on standard error. Only the standard library is imported."""
+"""What commands tell: results on standard output, progress on standard error, and words for tables, sizes and meshes.
+
+Only the standard library is imported.
+"""
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 
 
 def result(args: argparse.Namespace, *lines: str) -> None:
@@ -16,3 +20,27 @@ def say(args: argparse.Namespace, *lines: str) -> None:
     """Progress, on standard error."""
     if not args.quiet:
         print(*lines, sep="\n", file=sys.stderr)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> list[str]:
+    """Lines of aligned columns under their head; `numbers`: all columns but the first stand to the right."""
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        sides = [c.rjust(w) if numbers and i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        return "  " + "  ".join(sides).rstrip()
+
+    return [line(head), line(["-" * w for w in widths]), *map(line, rows)]
+
+
+def size(n: float) -> str:
+    """Bytes in a unit that keeps the number short, thousands to each, as memories and links are sold."""
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= one:
+            return f"{n / one:,.2f} {unit}"
+    return f"{n:,.0f} B"
+
+
+def mesh_words(sizes: Mapping[str, int]) -> str:
+    """The axes that hold more than one device."""
+    return " x ".join(f"{a}={n}" for a, n in sizes.items()) or "one device"

@@ -15,7 +15,8 @@ from moe_jax.cli import main
 from moe_jax.collectives import Collective
 from moe_jax.inspect.compile import TooLarge
 from moe_jax.inspect.flags import Seen, flags
-from moe_jax.inspect.report import inspect, lines
+from moe_jax.inspect.report import inspect
+from moe_jax.inspect.show import lines
 from moe_jax.layers.common import lay
 from moe_jax.layers.embed import Embedding
 from moe_jax.layers.moe import MoELayer

@@ -1,4 +1,7 @@
-"""The report of `moe-jax inspect`: one row for collectives that are alike, the exchange beside its least, and flags."""
+"""What `moe-jax inspect` reports: one row for collectives that are alike, the exchange beside its least, and flags.
+
+`inspect/show.py` puts it into words.
+"""
 
 from typing import Any
 
@@ -9,7 +12,6 @@ from moe_jax.config import Config
 from moe_jax.inspect.compile import compile_to_read
 from moe_jax.inspect.flags import Seen, flags, is_exchange, total
 from moe_jax.inspect.least import Least, least_exchange
-from moe_jax.rules import table
 from moe_jax.topology import Topology
 from moe_jax.train.state import Model
 from moe_jax.train.step import lower_forward, lower_train_step
@@ -84,52 +86,3 @@ def inspect(cfg: Config, mesh: Mesh, *, forward: bool = False, topology: Topolog
         "memory_bytes": None if topology is None else topology.memory,
         "compile_seconds": compiled.seconds,
     }
-
-
-def size(n: float) -> str:
-    """Bytes in a unit that keeps the number short."""
-    power = min(4, max(0, (int(n).bit_length() - 1) // 10))
-    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
-    return f"{n / 1024**power:,.{1 if power else 0}f} {unit}"
-
-
-def lines(report: dict[str, Any]) -> list[str]:
-    """The report for people."""
-    where = report["topology"] or f"{report['devices']} {report['platform']} device(s)"
-    mesh = " x ".join(f"{a}={n}" for a, n in report["mesh"].items()) or "one device"
-    out = [f"{report['config']}, {report['program']} on {where}, mesh {mesh}: what one device sends in a step"]
-    cells = [
-        (
-            r["op"],
-            "+".join(r["axes"]),
-            f"{'at most ' if r['conditional'] else ''}{r['count']:,}",
-            size(r["bytes"]),
-            r["phase"],
-            f"{r['module']}{' (weights)' if r['of'] else ''}",
-        )
-        for r in report["collectives"]
-    ]
-    head = ("op", "mesh axes", "count", "sent", "phase", "module")
-    out += [table(head, cells)] if cells else ["  no collectives: nothing leaves its device"]
-    out += exchange_lines(report)
-    out += [f"flag: {f['kind']}: {f['what']}\n    remedy: {f['remedy']}" for f in report["flags"]] or ["no flags"]
-    memory = f"memory {size(report['peak_bytes'])} a device at the peak"
-    if (available := report["memory_bytes"]) is not None:
-        fits = "fits" if report["peak_bytes"] <= available else "does not fit"
-        whole = " (the whole card, of which driver and libraries take some)" if report["platform"] == "gpu" else ""
-        memory += f" of {size(available)}{whole}: {fits}"
-    return [*out, f"{memory}; compiled in {report['compile_seconds']:.1f} s"]
-
-
-def exchange_lines(report: dict[str, Any]) -> list[str]:
-    """The exchange beside its least."""
-    least, found = report["least"], report["exchange"]
-    if least is None:
-        return []
-    phases = [p for p, n in least["count"].items() if n or found["count"][p]]
-    counts = ", ".join(f"{found['count'][p]} {p} (least {least['count'][p]})" for p in phases)
-    why = f"f*K*T*D*b*(n-1)/n with T={least['tokens']:,} tokens a device, n={least['shards']}"
-    return [
-        f"exchange: all-to-alls {counts}; {found['times_least']:.3f} times the least bytes",
-        f"  least: {least['bytes_each_way']:,} bytes each way, {why}",
-    ]

@@ -1,44 +1,22 @@
 """The plan for people: the important line first, then tables with their units."""
 
 import textwrap
-from collections.abc import Sequence
 from typing import Any
 
+from moe_jax.inspect.show import collectives
 from moe_jax.plan.leaves import COMPONENTS
+from moe_jax.terminal import mesh_words, size, table
 
 WIDTH = 100  # columns
 MOST = 15  # rows of a table of collectives
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows under their head: the first column to the left, the others to the right."""
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        return "  " + "  ".join(cells).rstrip()
-
-    return [line(head), "  " + "  ".join("-" * w for w in widths), *map(line, rows)]
-
-
-def size(n: float) -> str:
-    """Bytes in a unit that keeps the number short, thousands to each."""
-    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if n >= one:
-            return f"{n / one:,.2f} {unit}"
-    return f"{n / 1e3:,.2f} kB"
-
-
 def seconds(t: float) -> str:
     """A duration with three digits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if t >= size:
-            return f"{t / size:,.3g} {unit}"
+    for unit, one in (("s", 1.0), ("ms", 1e-3)):
+        if t >= one:
+            return f"{t / one:,.3g} {unit}"
     return f"{t / 1e-6:,.3g} us"
-
-
-def mesh_words(sizes: dict[str, int]) -> str:
-    return " x ".join(f"{a}={n}" for a, n in sizes.items()) or "one device"
 
 
 def verdict(r: dict[str, Any]) -> list[str]:
@@ -70,13 +48,14 @@ def parameters(r: dict[str, Any]) -> list[str]:
     p = r["params"]
     active = p["active_components"]
     rows = [(COMPONENTS[c], f"{n:,}", f"{active[c]:,}") for c, n in p["components"].items()]
-    return table(("parameters", "total", "active"), [*rows, ("all", f"{p['total']:,}", f"{p['active']:,}")])
+    rows.append(("all", f"{p['total']:,}", f"{p['active']:,}"))
+    return table(("parameters", "total", "active"), rows, numbers=True)
 
 
 def memory(r: dict[str, Any]) -> list[str]:
     """Memory by kind."""
     rows = [(k, size(n)) for k, n in r["memory_per_device"].items() if n]
-    lines = table((f"memory a device at the peak, {r['peak_moment']}", "size"), rows)
+    lines = table((f"memory a device at the peak, {r['peak_moment']}", "size"), rows, numbers=True)
     return [*lines, f"  keys and values of generation, same batch and length: {size(r['kv_cache_bytes'])}"]
 
 
@@ -107,7 +86,7 @@ def traffic(r: dict[str, Any]) -> list[str]:
         row = [f"{t['what']}: {t['op']}", " ".join(t["axes"]), f"{t['count']:,}", size(t["sent"])]
         rows.append([*row, seconds(timed[t["what"], i])] if timed else row)
     head = ["collectives of a step", "axes", "count", "sent each"]
-    return table(head + ["time a step"] * bool(timed), rows) if rows else []
+    return table(head + ["time a step"] * bool(timed), rows, numbers=True) if rows else []
 
 
 def clock(r: dict[str, Any]) -> list[str]:
@@ -120,7 +99,7 @@ def clock(r: dict[str, Any]) -> list[str]:
     rows += [("collectives beside computation", seconds(s["hidden"]))]
     rows += [("pipeline bubble", f"{r['bubble']:.1%}")] * bool(r["bubble"])
     money = "no price is known: --price" if run["dollars"] is None else f"${run['dollars']:,.0f} at ${run['price']:g}"
-    lines = table(("a step, at the least", "time"), rows)
+    lines = table(("a step, at the least", "time"), rows, numbers=True)
     lines += [
         f"  {run['tokens']:,} tokens: {run['steps']:,.0f} steps, {run['days']:,.2f} days, "
         f"{run['device_hours']:,.0f} device-hours, {money}"
@@ -145,7 +124,8 @@ def problems(title: str, found: list[dict[str, str]]) -> list[str]:
 def meshes(found: dict[str, Any]) -> list[str]:
     """The ranking of a search."""
     rows = [(mesh_words(c["mesh"]), seconds(c["step_seconds"]), size(c["peak_bytes"])) for c in found["meshes"]]
-    lines = table((f"{found['fitting']} meshes fit; the fastest", "step", "memory"), rows) if rows else ["no mesh fits"]
+    head = (f"{found['fitting']} meshes fit; the fastest", "step", "memory")
+    lines = table(head, rows, numbers=True) if rows else ["no mesh fits"]
     refused = found["refused"]
     return [*lines, *(f"  {mesh_words(c['mesh'])}: {c['reason']}" for c in refused[:5])] + [
         f"  and {len(refused) - 5} more do not fit (--json lists them)"
@@ -155,7 +135,7 @@ def meshes(found: dict[str, Any]) -> list[str]:
 def repaired(r: dict[str, Any]) -> list[str]:
     """What a contradictory description can be replaced by."""
     found = [(c["config"], f"{c['params_total']:,}", f"{c['params_active']:,}") for c in r.get("repaired", [])]
-    return table(("repaired configs", "parameters", "active"), found) if found else []
+    return table(("repaired configs", "parameters", "active"), found, numbers=True) if found else []
 
 
 def compiled(r: dict[str, Any]) -> list[str]:
@@ -168,18 +148,8 @@ def compiled(r: dict[str, Any]) -> list[str]:
         return ["compiled", *textwrap.wrap(c["refused"], WIDTH, initial_indent="  ", subsequent_indent="    ")]
     ratio = planned / c["peak_bytes"]
     lines = [f"compiled: peak {size(c['peak_bytes'])} a device, the plan says {size(planned)} ({ratio:.2f})"]
-    rows = [
-        (
-            x["op"],
-            " ".join(x["axes"]),
-            f"{x['count']:,}",
-            size(x["bytes"]),
-            x["phase"],
-            textwrap.shorten(x["module"].replace("+", " "), 24, placeholder=" ..."),
-        )
-        for x in c["collectives"][:MOST]
-    ]
-    lines += table(("collectives as compiled", "axes", "count", "sent", "phase", "module"), rows) if rows else []
+    if shown := c["collectives"][:MOST]:
+        lines += collectives([x | {"module": "+".join(x["module"].split("+")[:3])} for x in shown])  # fits the page
     rest = len(c["collectives"]) - MOST
     lines += [f"  and {rest} kinds more (--json lists them)"] * (rest > 0)
     return lines + problems(
