@@ -24,7 +24,7 @@ def test_transformers_missing(versus, tmp_path, capsys):
     bare.chmod(0o755)
     assert versus.main(["--python", str(bare), "--threads", "1"]) == 2
     err = capsys.readouterr().err
-    assert "lacks torch or transformers: No module named 'torch'" in err and "pip install transformers" in err
+    assert "lacks torch or transformers: No module named 'torch'" in err and "pip install torch transformers" in err
     assert versus.main(["--python", str(tmp_path / "none"), "--threads", "1"]) == 2
     assert "No such file" in capsys.readouterr().err
 

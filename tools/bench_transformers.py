@@ -313,8 +313,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     here = len(os.sched_getaffinity(0))
     if not 1 <= args.threads <= here:
         return refused(f"--threads: is {args.threads}, and there are {here} processors", f"give 1 to {here}")
-    if args.rounds < 1:
-        return refused(f"--rounds: is {args.rounds}", "give 1 or more")
+    for name, least in (("rounds", 1), ("warm", 0), ("memory", 1)):
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            return refused(f"--{name}: is {value}", f"give {least} or more")
     from moe_jax.config import Refused
 
     try:

@@ -1,6 +1,7 @@
 """Options of `moe-jax bench`; only the standard library is imported before a benchmark runs."""
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,16 +52,21 @@ def add_benchmarks(bench: argparse.ArgumentParser) -> None:
 
 def numbers(text: str) -> tuple[int, ...]:
     """Integers between commas, each once."""
-    return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text!r}: give integers with commas between, such as 8,64") from None
 
 
 def at_least_one(**values: float) -> None:
-    """Refuse sizes below 1 (or not above 0, for a factor)."""
+    """Refuse sizes below 1, and factors that are not finite and above 0."""
     from moe_jax.config import Problem, Refused
 
-    wrong = [(n, v) for n, v in values.items() if not v >= 1 and not (isinstance(v, float) and v > 0)]
+    factors = {n: v for n, v in values.items() if isinstance(v, float)}
+    wrong = [(n, v, "1 or more") for n, v in values.items() if n not in factors and v < 1]
+    wrong += [(n, v, "a finite number above 0") for n, v in factors.items() if not 0 < v < math.inf]
     if wrong:
-        raise Refused(*(Problem(f"--{n.replace('_', '-')}", f"is {v}", "give 1 or more") for n, v in wrong))
+        raise Refused(*(Problem(f"--{n.replace('_', '-')}", f"is {v}", f"give {want}") for n, v, want in wrong))
 
 
 def run_layer(args: argparse.Namespace) -> dict[str, Any]:
