@@ -22,7 +22,7 @@ OPS = (
     "ragged-all-to-all",
     "send",  # between TPU slices; what it carries is received as much
 )
-BITS = {"token": 0, "pred": 8, "bf16": 16, "c64": 64, "c128": 128}  # others say it in their name
+BITS = {"token": 0, "pred": 8}  # others say it in their name
 
 MESH_FORM = re.compile(
     r"replica_groups=mesh\[(?P<axes>[^]]*)\](?:, device_ids=\(\[(?P<ids>[^)]*\)?)\))? \{(?P<over>[^}]*)\}"
@@ -80,7 +80,7 @@ class Collective(NamedTuple):
 
 def phase_of(source: str) -> str:
     """The phase of a step that an operation's scopes tell: JAX names what it transposes and what it recomputes."""
-    if not source.strip("/" + BETWEEN):
+    if source.strip("/") in ("", BETWEEN):
         return "unknown"
     if "rematted_computation" in source:
         return "recompute"
@@ -153,7 +153,7 @@ def array_bytes(type: str) -> int:
     """
     total = 0
     for kind, dims in re.findall(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]", type):
-        bits = BITS.get(kind) if kind in BITS else next(iter(ints(kind)), None)
+        bits = BITS.get(kind, next(iter(ints(kind)), None))
         if bits is None:
             raise Unreadable(f"unknown element type {kind} in {type[:80]}")
         total += -(-bits * prod(ints(dims)) // 8)
@@ -270,11 +270,12 @@ def carried(line: str, size: int, n: int) -> int:
     """Bytes that one device sends to n - 1 other slices, when `size` bytes are handed to the network."""
     m = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
     kind = m[1].lower().replace("_", "-") if m else ""
-    if kind == "all-gather":
-        return size * (n - 1)
-    if kind not in ("all-reduce", "reduce-scatter", "all-to-all"):
+    results = {"all-gather": size * n, "reduce-scatter": size // n, "all-reduce": size, "all-to-all": size}
+    if kind == "one-to-one":
         return size
-    return (2 if kind == "all-reduce" else 1) * size * (n - 1) // n
+    if kind not in results:
+        raise Unreadable(f"no known transfer type in the send {line.strip()[:300]}")
+    return sent(kind, results[kind], n)
 
 
 def used_in_part(program: Program, run: Run) -> bool:
@@ -325,4 +326,8 @@ def read(program: str, mesh: Mesh) -> list[Collective]:
     Raises:
         Unreadable: a form that is not known; nothing is guessed.
     """
-    return list(collectives(Program(program), mesh))
+    try:
+        return list(collectives(Program(program), mesh))
+    except Unreadable as e:
+        remedy = "try another --topology or fake devices, and report this message with what moe-jax --version says"
+        raise Unreadable(f"{e}\n    remedy: {remedy}") from None

@@ -30,6 +30,11 @@ class Groups(NamedTuple):
     formula: str
 
 
+def matrices(ffn: str) -> int:
+    """Matrices of a feed-forward network of a kind."""
+    return 3 if ffn == "swiglu" else 2
+
+
 def einsum_overhead(group: int, d_ff: int, matrices: int) -> float:
     """Multiplications of one-hot dispatch and combine in units of those of the experts: 2S/(mF)."""
     return 2 * group / (matrices * d_ff)
@@ -99,7 +104,7 @@ def for_training(platform: str, m: ModelConfig, length: int) -> Choice:
     """The dispatcher, its groups and why, of the layers of a model in training on sequences of `length` tokens."""
     moe = m.moe
     assert moe is not None
-    expert = {"d_ff": moe.d_ff or m.d_ff, "matrices": 3 if m.ffn == "swiglu" else 2}
+    expert = {"d_ff": moe.d_ff or m.d_ff, "matrices": matrices(m.ffn)}
     S = group_size(moe, moe.capacity_factor, length, **expert)
     C = capacity(moe, S, moe.capacity_factor)
     picked, why = settle(platform, moe, group=S, slots=C, **expert)

@@ -59,9 +59,6 @@ class Computation(NamedTuple):
     instructions: dict[str, Instruction]
     root: Instruction
 
-    def parameter(self, number: int) -> Instruction:
-        return next(i for i in self.instructions.values() if i.op == "parameter" and i.inside == str(number))
-
 
 class Call(NamedTuple):
     """An instruction that is running a computation, and how it was reached itself."""

@@ -223,32 +223,20 @@ device_description_str: "{card.name}"
 """
 
 
-def prepare(topology: Topology) -> None:
-    """Keep JAX from starting accelerators: call it before anything asks JAX for a device.
-
-    Raises:
-        Refused: the compiler is not installed.
-    """
-    if why := missing_compiler(topology.platform):
-        remedy = f"pip install 'moe-jax[{COMPILERS[topology.platform][1]}]'"
-        raise refused(str(topology), why, remedy)
-    quiet_libtpu()
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-
-
 @cache
 def devices(topology: Topology) -> tuple[Any, ...]:
-    """Devices to compile for, in the compiler's order; they cannot run anything.
+    """Devices to compile for, in the compiler's order; they cannot run anything. JAX then starts no accelerator.
 
     Raises:
         Refused: the compiler is not installed, or does not know such a machine.
     """
+    if why := missing_compiler(topology.platform):
+        raise refused(str(topology), why, f"pip install 'moe-jax[{COMPILERS[topology.platform][1]}]'")
+    quiet_libtpu()
     import jax
     from jax.experimental import topologies
 
-    prepare(topology)
+    jax.config.update("jax_platforms", "cpu")
     kind, shape = topology.kind, "x".join(map(str, topology.shape))
     if isinstance(kind, TPU):
         options = dict(kind.options)

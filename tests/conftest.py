@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "1"  # read once: a command that a test runs here must not silence what others read
 # Compiling is most of the test time: leave out costly passes of the code generator, none of the
 # partitioner, and let older, simpler code of fused loops be made in one piece: half the compile time of a train step.
 os.environ["XLA_FLAGS"] = " ".join(

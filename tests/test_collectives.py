@@ -10,9 +10,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from moe_jax import mesh as meshes
-from moe_jax.collectives import array_bytes, merged, module_of, phase_of, read, replica_groups, sent
+from moe_jax.collectives import array_bytes, carried, merged, module_of, phase_of, read, replica_groups, sent
 from moe_jax.config import MeshConfig
-from moe_jax.hlo import Program, Unreadable
+from moe_jax.hlo import Unreadable
 
 SIZES = MeshConfig(data=2, expert=4)
 LOCAL = 4 * 8 * 16  # bytes of the float32 [8, 16] that each device holds
@@ -103,6 +103,8 @@ SOURCES = {
     "jit(step)/optimizer/reduce_sum": ("optimizer", "optimizer"),
     "jit(step)/ffn/dot_general": ("forward", "ffn"),
     "": ("unknown", "other"),
+    "slices": ("unknown", "slices"),
+    "ice/cells": ("forward", "other"),
 }
 
 
@@ -307,8 +309,23 @@ def test_traffic_between_slices(target):
 
 
 def test_a_send_without_a_target_is_not_guessed():
-    with pytest.raises(Unreadable, match="no target in the send"):
+    with pytest.raises(Unreadable, match=r"no target in the send[\s\S]*remedy: try another --topology"):
         read(text(SEND.replace("TARGET", KIND)), Slices())
+
+
+# Of 32 bytes handed to the network among 4 slices, what leaves a device: all to each other one, or a part to each.
+CARRIED = {"ALL_GATHER": 96, "ALL_REDUCE": 48, "REDUCE_SCATTER": 24, "ALL_TO_ALL": 24, "ONE_TO_ONE": 32}
+
+
+@pytest.mark.parametrize("kind", CARRIED)
+def test_bytes_between_slices(kind):
+    assert carried(f'send(%p), _xla_megascale_transfer_type="{kind}"', 32, 4) == CARRIED[kind]
+
+
+@pytest.mark.parametrize("line", ["send(%p)", 'send(%p), _xla_megascale_transfer_type="BROADCAST"'])
+def test_an_unknown_transfer_is_not_guessed(line):
+    with pytest.raises(Unreadable, match="no known transfer type"):
+        carried(line, 32, 4)
 
 
 # Where a value comes from
@@ -368,6 +385,29 @@ def test_merged_arrays_share_a_phase_and_keep_their_modules():
     assert (found.phase, found.modules, found.bytes) == ("backward", ("ffn", "other"), 64)
 
 
-def test_a_program_keeps_its_users():
-    program = Program(loop(LESS))
-    assert [u.name for u in program.users["body"]["x"]] == ["y"]
+@pytest.mark.parametrize(
+    "user,sliced", [("dynamic-slice(%r, %i), dynamic_slice_sizes={2}", True), ("slice(%r), slice={[0:2]}", False)]
+)
+def test_a_sum_of_which_a_part_is_used(user, sliced):
+    """Each device its own part: what a reduce-scatter would have sent it. The same part for all is none."""
+    main = (
+        "  %p = f32[8]{0} parameter(0)\n"
+        "  %i = s32[] partition-id()\n"
+        "  %r = f32[8]{0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%sum\n"
+        f"  ROOT %d = f32[2]{{0}} {user}"
+    )
+    assert [c.sliced for c in reads(text(main))] == [sliced]
+
+
+def test_ragged_rows_count_as_the_buffer_that_holds_them():
+    """How many travel is known only when they do."""
+    (found,) = reads(
+        text(
+            "  %p = f32[8]{0} parameter(0)\n"
+            "  %o = f32[16]{0} broadcast(%p), dimensions={0}\n"
+            "  %n = s32[4]{0} iota(), iota_dimension=0\n"
+            "  %r = f32[16]{0} ragged-all-to-all(%p, %o, %n, %n, %n, %n), replica_groups=[2,4]<=[8]\n"
+            "  ROOT %d = f32[8]{0} slice(%r), slice={[0:8]}"
+        )
+    )
+    assert (found.op, found.axes, found.bytes, found.moved) == ("ragged-all-to-all", ("expert",), 64, 48)

@@ -19,7 +19,7 @@ from moe_jax.config import OptimizerConfig
 from moe_jax.generate import Generator, Sampling
 from moe_jax.train import optimizer
 from moe_jax.train.state import Model, State, Weights
-from moe_jax.train.step import cross_entropy, make_eval_step, make_train_step, total_loss
+from moe_jax.train.step import cross_entropy, lower_train_step, make_eval_step, make_train_step, total_loss
 
 SMALL = [
     "model.moe.capacity_factor=0.6",
@@ -331,12 +331,7 @@ def compiled_step(cfg: config.Config):
     """The train step of a config, lowered for its mesh."""
     model = Model.of(cfg)
     mesh = meshes.build_mesh(cfg.mesh, jax.devices()[: cfg.mesh.size])
-    with jax.set_mesh(mesh):
-        batch = {
-            k: jax.device_put(v, NamedSharding(mesh, PartitionSpec(cfg.rules.batch))) for k, v in batch_of(cfg).items()
-        }
-        step = jax.jit(make_train_step(model), out_shardings=(model.shardings(mesh), None))
-        return mesh, step.lower(model.targets(mesh), batch, jax.random.key(0))
+    return mesh, lower_train_step(model, mesh)
 
 
 def test_the_program_does_not_grow_with_depth():

@@ -42,7 +42,7 @@ class Shape:
 
     @property
     def matrices(self) -> int:
-        return 3 if self.ffn == "swiglu" else 2
+        return cost.matrices(self.ffn)
 
     def group(self, dispatch: str) -> int:
         """Tokens of a group."""

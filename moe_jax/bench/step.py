@@ -15,7 +15,7 @@ from moe_jax.config import Config, ModelConfig, Problem, Refused
 from moe_jax.layers.attention import QUERY_BLOCK, QUERY_BLOCKS
 from moe_jax.rules import sharding
 from moe_jax.train.state import Model
-from moe_jax.train.step import make_train_step
+from moe_jax.train.step import lower_train_step
 
 
 class Product(NamedTuple):
@@ -49,7 +49,7 @@ def layer_products(m: ModelConfig, kind: str, B: int, L: int) -> list[Product]:
         return out + ffn_products(T, 1, D, m.d_ff, m.ffn)
     moe = m.moe
     F = moe.d_ff or m.d_ff
-    S = cost.group_size(moe, moe.capacity_factor, L, F, 3 if m.ffn == "swiglu" else 2)
+    S = cost.group_size(moe, moe.capacity_factor, L, F, cost.matrices(m.ffn))
     # Without a limit, the rows in use: what sorted rows multiply, and buffers that drop nothing exceed.
     dropless = moe.capacity_factor is None
     rows = -(-moe.top_k * T // moe.experts) if dropless else capacity(moe, S, moe.capacity_factor) * (T // S)
@@ -100,10 +100,7 @@ class Trainer:
             "weights": jnp.ones(shape, jnp.float32),
         }
         self.batch = jax.device_put(batch, sharding(self.mesh, (cfg.rules.batch, ())))
-        with jax.set_mesh(self.mesh):
-            out = (self.model.shardings(self.mesh), None)
-            step = jax.jit(make_train_step(self.model), donate_argnums=0, out_shardings=out)
-            self.compiled = step.lower(self.state, self.batch, self.seed).compile()
+        self.compiled = lower_train_step(self.model, self.mesh).compile()
 
     def __call__(self) -> Any:
         self.state, metrics = self.compiled(self.state, self.batch, self.seed)

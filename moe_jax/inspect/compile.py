@@ -10,6 +10,7 @@ from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import Mesh
 
 # Nothing runs: leave out what only makes the program faster. None of it touches the partitioner.
@@ -51,17 +52,24 @@ class Compiled(NamedTuple):
 def captured_errors() -> Generator[list[str]]:
     """Lines that libraries write to standard error meanwhile, in the list after it. They bypass `sys.stderr`."""
     lines: list[str] = []
+    failed = True
     sys.stderr.flush()
     with tempfile.TemporaryFile("w+b") as file:
         keep = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:
             yield lines
+            failed = False
+        except TooLarge:
+            failed = False  # it holds what there is to say
+            raise
         finally:
             os.dup2(keep, 2)
             os.close(keep)
             file.seek(0)
             lines += file.read().decode("utf-8", "replace").splitlines()
+            if failed:  # what the compiler said is all that there is to go by
+                print(*lines, sep="\n", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -74,10 +82,12 @@ def for_reading(platform: str) -> Generator[None]:
     try:
         for name, value in settings.items():
             jax.config.update(name, value)
+        reset_cache()  # JAX asks once, at the first program of a process, whether there is a cache
         yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+        reset_cache()
 
 
 def compile_to_read(lowered: jax.stages.Lowered, mesh: Mesh) -> Compiled:

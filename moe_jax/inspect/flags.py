@@ -70,12 +70,17 @@ def leaf_of(argument: str, leaves: Leaves) -> str | None:
     return path if path in leaves else None
 
 
+def of_state(c: Collective) -> bool:
+    """Whether it moves parameters or moments alone, and nothing of the batch."""
+    return bool(c.arguments) and not any(argument.startswith("batch[") for argument in c.arguments)
+
+
 def gathered_tokens(seen: Seen) -> Iterator[Flag]:
     """All-gathers of what is computed from tokens: a number a token or more, over axes that split the tokens.
 
     Attention needs the keys and values of whole rows: its gathers over the length are meant.
     """
-    for group in alike([c for c in seen.collectives if c.op == "all-gather" and not c.arguments]):
+    for group in alike([c for c in seen.collectives if c.op == "all-gather" and not of_state(c)]):
         first = group[0]
         big = [c for c in group if c.bytes >= 4 * seen.tokens and BETWEEN not in c.modules]
         if not big or not set(first.axes) & set(seen.rules.tokens) or first.phase == "optimizer":
@@ -162,15 +167,14 @@ def too_much(seen: Seen) -> Iterator[Flag]:
         remedy = "leave rules.experts and rules.batch at their defaults"
         yield Flag("experts are not exchanged", why, 0, remedy)
         return
-    bound = least.bytes_each_way * sum(least.count.values())
-    moved = total(found)
+    if any(c.conditional or c.op == "ragged-all-to-all" for c in found):
+        return  # of two branches one runs; of ragged buffers, which hold the worst case, the rows in use travel
+    bound, moved = least.total_bytes, total(found)
     if moved <= 1.01 * bound:
         return
     what = f"{moved:,} bytes, {moved / bound:.2f} times the least of {bound:,}"
     if moe.capacity_factor is None and moe.router.kind != "expert_choice":
         remedy = "dropless buffers hold the worst case: set model.moe.capacity_factor"
-    elif any(c.conditional for c in found):
-        remedy = "none needed: overflow=fallback compiles both branches, and a step runs one of them"
     elif moe.dispatch == "ragged":
         remedy = "ragged buffers hold the worst case: set model.moe.dispatch=gather, whose slots are limited"
     elif sum(c.times for c in found) > sum(least.count.values()):

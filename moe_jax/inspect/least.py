@@ -2,26 +2,26 @@
 
 from dataclasses import asdict, dataclass
 
-import jax.numpy as jnp
-
 from moe_jax.config import Config
+from moe_jax.plan.work import Step
 
 
 @dataclass(frozen=True)
 class Least:
     """The exchange of every MoE layer, on one device: `f*K*T*D*b*(n-1)/n` bytes each way.
 
-    In two stages, hierarchical, each way is two all-to-alls of n and m shards. Where tensor shards each send a share of
-    D (`rules.act_exchange`), a device sends that much less.
+    In stages, hierarchical, each way is an all-to-all over each axis of the experts. Where tensor shards each send a
+    share of D (`Rules.travelling`), a device sends that much less.
     """
 
-    bytes_each_way: int  # one all-to-all
+    bytes_each_way: int  # of one all-to-all, the mean of its stages
     forward: int  # all-to-alls of a layer in the forward pass, of each microbatch
     recompute: int  # of its recomputation in the backward pass
     backward: int
     layers: int  # with a mixture of experts
     microbatches: int
     shards: int  # n
+    stages: tuple[int, ...]  # shards of each all-to-all of a way
     tokens: int  # T, of a device and microbatch
 
     @property
@@ -31,9 +31,13 @@ class Least:
         each = {"forward": self.forward, "recompute": self.recompute, "backward": self.backward}
         return {phase: n * runs for phase, n in each.items()}
 
+    @property
+    def total_bytes(self) -> int:
+        """Of a step."""
+        return self.bytes_each_way * sum(self.count.values())
+
     def to_json(self) -> dict:
-        total = self.bytes_each_way * sum(self.count.values())
-        return asdict(self) | {"count": self.count, "total_bytes": total}
+        return asdict(self) | {"count": self.count, "total_bytes": self.total_bytes}
 
 
 def least_exchange(cfg: Config, platform: str, *, forward_only: bool = False) -> Least | None:
@@ -47,15 +51,23 @@ def least_exchange(cfg: Config, platform: str, *, forward_only: bool = False) ->
     n = cfg.mesh.over(cfg.rules.experts)
     if moe is None or n == 1:
         return None
-    tokens = cfg.data.batch * cfg.data.length // cfg.train.microbatches // cfg.mesh.over(cfg.rules.tokens)
-    size = 4 if platform == "cpu" else jnp.dtype(m.dtype).itemsize
+    step = Step(cfg, platform)
+    size = 4 if platform == "cpu" else step.width
     factor = min(moe.capacity_factor or 1.0, moe.experts / moe.top_k)  # of an expert's slots, at most one a token
-    stages = [n]
+    stages: tuple[int, ...] = (n,)
     if moe.exchange == "hierarchical":
-        stages = [s for s in (cfg.mesh.over((a,)) for a in cfg.rules.experts) if s > 1]
-    buffer = factor * moe.top_k * tokens * m.d_model * size / cfg.mesh.over(cfg.rules.act_exchange)
+        stages = tuple(s for s in (cfg.mesh.over((a,)) for a in cfg.rules.experts) if s > 1)
+    buffer = factor * moe.top_k * step.tokens * m.d_model * size / cfg.mesh.over(cfg.rules.travelling)
     each = round(buffer * sum((s - 1) / s for s in stages) / len(stages))
     ways = 2 * len(stages)
-    again = ways * ((m.remat in ("full", "dots")) + (cfg.train.microbatches > 1))
-    later = (0, 0) if forward_only else (again, ways)
-    return Least(each, ways, *later, m.layer_kinds.count("moe"), cfg.train.microbatches, n, tokens)
+    return Least(
+        bytes_each_way=each,
+        forward=ways,
+        recompute=0 if forward_only else ways * step.exchanged_again,
+        backward=0 if forward_only else ways,
+        layers=step.moe_layers,
+        microbatches=step.microbatches,
+        shards=n,
+        stages=stages,
+        tokens=step.tokens,
+    )

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from moe_jax.collectives import Collective, read
 from moe_jax.config import Config
 from moe_jax.inspect.compile import compile_to_read
-from moe_jax.inspect.flags import Seen, flags, is_exchange, total
+from moe_jax.inspect.flags import Seen, flags, is_exchange, of_state, total
 from moe_jax.inspect.least import Least, least_exchange
+from moe_jax.plan.work import Step
 from moe_jax.topology import Topology
 from moe_jax.train.state import Model
 from moe_jax.train.step import lower_forward, lower_train_step
@@ -32,7 +33,7 @@ def rows(found: list[Collective]) -> list[dict[str, Any]]:
 
 def weights_of(c: Collective) -> str:
     """`weights` for what gathers parameters alone, as fully sharded data parallelism does, and how; else empty."""
-    if c.op != "all-gather" or not c.arguments:
+    if c.op != "all-gather" or not of_state(c):
         return ""
     return "weights, as a sum" if c.summed else "weights"
 
@@ -43,8 +44,9 @@ def exchange_found(found: list[Collective], cfg: Config, least: Least | None) ->
         return None
     mine = [c for c in found if is_exchange(c, cfg, least)]
     count = {phase: sum(c.times for c in mine if c.phase == phase) for phase in least.count}
-    bound, moved = least.to_json()["total_bytes"], total(mine)
-    return {"count": count, "bytes": moved, "times_least": moved / bound if bound else None}
+    bound, moved = least.total_bytes, total(mine)
+    at_most = any(c.conditional or c.op == "ragged-all-to-all" for c in mine)
+    return {"count": count, "bytes": moved, "times_least": moved / bound if bound else None, "at_most": at_most}
 
 
 def inspect(cfg: Config, mesh: Mesh, *, forward: bool = False, topology: Topology | None = None) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def inspect(cfg: Config, mesh: Mesh, *, forward: bool = False, topology: Topolog
     compiled = compile_to_read((lower_forward if forward else lower_train_step)(model, mesh), mesh)
     found = read(compiled.text, mesh)
     least = least_exchange(cfg, platform, forward_only=forward)
-    tokens = cfg.data.batch * cfg.data.length // cfg.train.microbatches // cfg.mesh.over(cfg.rules.tokens)
+    tokens = Step(cfg, platform).tokens
     leaves = {name: axes for name, _, axes in model.leaves()}
     flagged = flags(Seen(cfg, platform, least, tokens, leaves, found, compiled.replicated))
     return {

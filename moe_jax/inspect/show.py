@@ -13,7 +13,7 @@ def collectives(rows: Sequence[dict[str, Any]]) -> list[str]:
             r["op"],
             "+".join(r["axes"]),
             f"{'at most ' if r['conditional'] else ''}{r['count']:,}",
-            size(r["bytes"]),
+            f"{'at most ' if r['op'] == 'ragged-all-to-all' else ''}{size(r['bytes'])}",
             r["phase"],
             f"{r['module']}{' (weights)' if r['of'] else ''}",
         )
@@ -46,8 +46,11 @@ def exchange_lines(report: dict[str, Any]) -> list[str]:
         return []
     phases = [p for p, n in least["count"].items() if n or found["count"][p]]
     counts = ", ".join(f"{found['count'][p]} {p} (least {least['count'][p]})" for p in phases)
-    why = f"f*K*T*D*b*(n-1)/n with T={least['tokens']:,} tokens a device, n={least['shards']}"
+    n = ", ".join(map(str, least["stages"]))
+    stages = f"the mean of {len(least['stages'])} stages, " if len(least["stages"]) > 1 else ""
+    why = f"{stages}f*K*T*D*b*(n-1)/n with T={least['tokens']:,} tokens a device, n={n}"
+    most = "at most " if found["at_most"] else ""
     return [
-        f"exchange: all-to-alls {counts}; {found['times_least']:.3f} times the least bytes",
+        f"exchange: {most}all-to-alls {counts}; {most}{found['times_least']:.3f} times the least bytes",
         f"  least: {least['bytes_each_way']:,} bytes each way, {why}",
     ]

@@ -9,6 +9,7 @@ from math import prod
 from typing import NamedTuple
 
 from moe_jax.axes import Rules
+from moe_jax.cost import matrices as matrices
 from moe_jax.pattern import pattern
 from moe_jax.schema import MeshConfig, ModelConfig, MoEConfig
 
@@ -57,11 +58,6 @@ class Leaf(NamedTuple):
     def shard(self, rules: Rules, mesh: MeshConfig) -> int:
         """Elements that one device holds."""
         return self.size // mesh.over(self.layout(rules))
-
-
-def matrices(ffn: str) -> int:
-    """Matrices of a feed-forward network."""
-    return 3 if ffn == "swiglu" else 2
 
 
 def expert_width(m: ModelConfig) -> int:

@@ -53,9 +53,7 @@ def exchange(step: Step) -> list[Move]:
     unless the exchanged tensors are saved by name."""
     if step.cfg.model.moe is None:
         return []
-    again = step.cfg.model.remat in ("full", "dots")
-    rounds = 2 + again + (step.microbatches > 1)
-    count = 2 * rounds * step.moe_layers * step.microbatches
+    count = 2 * (2 + step.exchanged_again) * step.moe_layers * step.microbatches
     axes = step.cfg.rules.experts
     stages = [(a,) for a in axes] if step.cfg.model.moe.exchange == "hierarchical" else [axes]
     return [move(step, "exchange", "all-to-all", stage, count, exchange_bytes(step)) for stage in stages]

@@ -89,6 +89,11 @@ class Step:
     def moe_layers(self) -> int:
         return self.cfg.model.layer_kinds.count("moe")
 
+    @property
+    def exchanged_again(self) -> int:
+        """How often a microbatch's exchange is repeated in the backward pass: it is saved, or recomputed."""
+        return (self.cfg.model.remat in ("full", "dots")) + (self.microbatches > 1)
+
     @cached_property
     def group(self) -> int:
         """Tokens S of a routing group in training."""
