@@ -17,7 +17,6 @@ from moe_jax.layers.common import Keys, dropout, fold, lay, row_keys
 from moe_jax.layers.embed import Embedding
 from moe_jax.layers.moe import FROM_CONFIG, MoELayer, Record, SelectionBias
 from moe_jax.layers.norm import Norm
-from moe_jax.pattern import pattern
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -79,7 +78,7 @@ class Transformer(nnx.Module):
     def __init__(self, m: ModelConfig, *, rules: Rules | None = None, rngs: nnx.Rngs):
         config.require(m, "model")
         self.m, self.rules = m, rules
-        self.runs = tuple(pattern(m.layer_kinds))
+        self.runs = tuple(m.runs)
         self.embedding = Embedding(m, rules, rngs)
         self.stacks = nnx.List([stacked(m, kinds, n, rules, rngs) for kinds, n in self.runs])
         self.final_norm = Norm(m.norm, m.d_model, m.norm_eps) if m.final_norm else None
@@ -190,7 +189,7 @@ class Transformer(nnx.Module):
         return [{"capacity_factor": f, "top_k": k, "record": record} for f, k in pairs]
 
     def run(self, stack: Period, i: int, x, context: Context, keys: Keys, caches, train: bool, options, replay):
-        """One stack of `repeats` equal periods as a loop, unrolled where `model.scan` is off or the options differ.
+        """One stack of equal periods: as a loop, unless it has one, `model.scan` is off, or the options differ.
 
         Returns x, what the MoE layers return beside it [repeats * m, ...] in the order of the layers, and the caches.
         """
@@ -207,22 +206,23 @@ class Transformer(nnx.Module):
             x, out = nnx.merge(graph, params)(x, context, fold(keys, number), caches, train, own)
             return lay(x, self.rules, names=("batch", "length", "act_embed")), out
 
-        def step(own: Sequence[dict[str, Any]], scan: bool) -> Any:
+        loop = self.m.scan and repeats > 1 and all(o == options[0] for o in options)
+
+        def step(own: Sequence[dict[str, Any]]) -> Any:
             def one(x, layer):
                 return body(x, layer, own)
 
             if self.m.remat == "none":
                 return one
-            return jax.checkpoint(one, policy=REMAT[self.m.remat], prevent_cse=not scan)
+            return jax.checkpoint(one, policy=REMAT[self.m.remat], prevent_cse=not loop)
 
         layers = (params, jnp.arange(repeats), caches, replay)
-        if all(o == options[0] for o in options):
-            unroll = 1 if self.m.scan else repeats
-            x, (routed, caches) = jax.lax.scan(step(options[:m], self.m.scan), x, layers, length=repeats, unroll=unroll)
+        if loop:
+            x, (routed, caches) = jax.lax.scan(step(options[:m]), x, layers, length=repeats)
         else:
             outs = []
             for n in range(repeats):
-                x, out = step(options[n * m : (n + 1) * m], False)(x, jax.tree.map(lambda a, n=n: a[n], layers))
+                x, out = step(options[n * m : (n + 1) * m])(x, jax.tree.map(lambda a, n=n: a[n], layers))
                 outs.append(out)
             routed, caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
         if not routed:

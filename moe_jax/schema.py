@@ -9,6 +9,7 @@ from pydantic import ConfigDict
 from pydantic import Field as Limit
 
 from moe_jax.axes import MESH_AXES, Rules
+from moe_jax.pattern import pattern
 from moe_jax.terminal import mesh_words
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -168,7 +169,10 @@ class ModelConfig:
     )
     dropout: Rate = key(0.0, "dropout on the output of each sub-layer and of the embedding, in training")
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and router stay float32")
-    scan: bool = key(True, "run equal layers in a loop: compile time near-flat in depth")
+    stacked: bool = key(
+        True, "keep equal layers in one array; off, each layer has its own: no slices, faster where layers are small"
+    )
+    scan: bool = key(True, "run stacked layers in a loop: compile time near-flat in depth")
     remat: Literal["none", "full", "dots", "exchange"] = key(
         "exchange",
         "recompute in the backward pass: nothing; all; all but products; all but the exchanged tensors, so that no "
@@ -191,6 +195,11 @@ class ModelConfig:
             return ("dense",) * self.layers
         first, every = self.moe.first_dense, self.moe.every
         return tuple("moe" if i >= first and (i - first + 1) % every == 0 else "dense" for i in range(self.layers))
+
+    @property
+    def runs(self) -> list[tuple[tuple[str, ...], int]]:
+        """Kinds of the layers of a period, and its repeats: the parameters of a run's repeats are stacked."""
+        return pattern(self.layer_kinds) if self.stacked else [((kind,), 1) for kind in self.layer_kinds]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from moe_jax.config import ModelConfig, MoEConfig, Problem, Refused
 from moe_jax.layers.common import fan_in
 from moe_jax.layers.moe import SelectionBias
 from moe_jax.model import Transformer
-from moe_jax.pattern import pattern
 from moe_jax.train.state import Weights, plain
 
 Method = Literal["copy", "split"]
@@ -139,17 +138,19 @@ def upcycle(params: Any, m: ModelConfig, method: Method, *, noise: float = 0.0, 
             fresh dense matrix, 1/sqrt(fan-in). Makes copies differ; nothing is preserved exactly then.
         seed: of router and noise.
     Returns:
-        Parameters and biases, ordered by the runs of `pattern(m.layer_kinds)`; the same numbers on every mesh.
+        Parameters and biases, ordered by `m.runs`; the same numbers on every mesh.
     Raises:
         Refused: see `cut`; and parameters that are not those of the dense model.
     """
     how = cut(m, method)
     _check_params(params, m)
     fresh, bias = _new(m, seed)
-    (source,) = (stack["blocks"]["0"] for stack in params["stacks"].values())  # a dense model is one run of one layer
+    # A dense model's layers, in one array or in one each -> [layers, ...]
+    dense = [params["stacks"][str(i)]["blocks"]["0"] for i in range(len(params["stacks"]))]
+    source = jax.tree.map(lambda *own: jnp.concatenate(own), *dense)
     stacks: dict[str, Any] = {}
     done = 0
-    for i, (kinds, repeats) in enumerate(pattern(m.layer_kinds)):
+    for i, (kinds, repeats) in enumerate(m.runs):
         stop = done + repeats * len(kinds)
         blocks: dict[str, Any] = {}
         for j, kind in enumerate(kinds):

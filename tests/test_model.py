@@ -58,9 +58,10 @@ def test_pattern_examples(kinds, want):
 def test_pattern_expands_to_the_layers(layers, every, first_dense):
     m = ModelConfig(layers=layers, moe=MoEConfig(every=every, first_dense=first_dense))
     kinds = m.layer_kinds
-    runs = pattern(kinds)
+    runs = m.runs
     assert sum((period * n for period, n in runs), ()) == kinds
     assert len(runs) <= 3
+    assert sum((period * n for period, n in replace(m, stacked=False).runs), ()) == kinds
     # every layer after the first dense ones counts, and every n-th is MoE: the definition, counted
     places = [i for i, kind in enumerate(kinds) if kind == "moe"]
     assert places == list(range(first_dense + every - 1, layers, every))
@@ -111,19 +112,22 @@ def test_block_is_its_parts(norm, order):
 
 
 @pytest.mark.parametrize(
-    "final_norm, settings",
+    "final_norm, settings, stacked",
     [
-        (True, {"capacity_factor": 0.5}),
-        (False, {"capacity_factor": 0.5}),
-        (True, {"capacity_factor": [0.25, 0.5], "top_k": [3, 2]}),
+        (True, {"capacity_factor": 0.5}, True),
+        (False, {"capacity_factor": 0.5}, True),
+        (True, {"capacity_factor": 0.5}, False),
+        (True, {"capacity_factor": [0.25, 0.5], "top_k": [3, 2]}, True),
+        (True, {"capacity_factor": [0.25, 0.5], "top_k": [3, 2]}, False),
     ],
 )
-def test_transformer_is_its_blocks(final_norm, settings):
+def test_transformer_is_its_blocks(final_norm, settings, stacked):
     """Dense, dense, MoE, dense, MoE in several runs; settings and statistics of the MoE layers come bottom first."""
     options = [{k: v[i] if isinstance(v, list) else v for k, v in settings.items()} for i in range(2)]
-    m = replace(TINY, layers=5, final_norm=final_norm, tied_head=False, moe=replace(MOE, first_dense=1))
+    moe = replace(MOE, first_dense=1)
+    m = replace(TINY, layers=5, final_norm=final_norm, tied_head=False, moe=moe, stacked=stacked)
     model = transformer(m)
-    assert len(model.runs) > 1 and (model.final_norm is None) != final_norm
+    assert len(model.runs) == (2 if stacked else 5) and (model.final_norm is None) != final_norm
 
     @jax.jit
     def both(tokens):

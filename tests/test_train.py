@@ -13,13 +13,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax import config
 from moe_jax import mesh as meshes
+from moe_jax.balance import Stats
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.collectives import read
 from moe_jax.config import OptimizerConfig
 from moe_jax.generate import Generator, Sampling
 from moe_jax.train import optimizer
 from moe_jax.train.state import Model, State, Weights
-from moe_jax.train.step import cross_entropy, lower_train_step, make_eval_step, make_train_step, total_loss
+from moe_jax.train.step import cross_entropy, lower_train_step, make_eval_step, make_train_step, moved, total_loss
 
 SMALL = [
     "model.moe.capacity_factor=0.6",
@@ -203,6 +204,22 @@ BIASED = [
 def biased():
     """One step with the bias at 0.5, on one device."""
     return one_step(small(*ONE, *BIASED), bias=0.5)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_each_layers_bias_moves_by_its_own_load(stacked):
+    """Also of more than ten arrays of layers, whose names sort otherwise than the layers lie."""
+    kinds = ["model.layers=24", "model.moe.every=2", "model.moe.first_dense=0"]
+    model = Model.of(small(*ONE, *BIASED, *kinds, f"model.stacked={str(stacked).lower()}"))
+    load = np.random.default_rng(0).permutation(12 * 4).reshape(12, 4).astype(np.int32)
+    bias = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), model.bias_shapes)
+    none = jnp.zeros(())
+    new = moved(model, bias, Stats(none, none, none, jnp.asarray(load), none, none, none, none))
+    assert len(new["stacks"]) == (1 if stacked else 12)
+    stacks = sorted(new["stacks"].items(), key=lambda item: int(item[0]))
+    by_layer = np.concatenate([leaf for _, stack in stacks for leaf in jax.tree.leaves(stack)])
+    want = 0.125 * np.sign(load.mean(-1, keepdims=True) - load)
+    np.testing.assert_array_equal(by_layer, want)
 
 
 def test_the_bias_moves_by_the_load(biased):

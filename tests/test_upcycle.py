@@ -15,7 +15,6 @@ from commands import NOISE, calls, check_refusal, inside, listing, write_text
 from moe_jax import cli, config, mesh
 from moe_jax.checkpoint import Checkpoints
 from moe_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, Refused, RouterConfig
-from moe_jax.pattern import pattern
 from moe_jax.train.state import Model, State
 from moe_jax.upcycle import cut, upcycle
 
@@ -175,19 +174,15 @@ def test_noise_tells_copies_apart_and_router_columns_repeat():
 
 def block(params, m: ModelConfig, layer: int):
     """The parameters of one layer, found by walking through the runs."""
-    places = [
-        (i, j, r)
-        for i, (kinds, repeats) in enumerate(pattern(m.layer_kinds))
-        for r in range(repeats)
-        for j in range(len(kinds))
-    ]
+    places = [(i, j, r) for i, (kinds, repeats) in enumerate(m.runs) for r in range(repeats) for j in range(len(kinds))]
     i, j, r = places[layer]
     return jax.tree.map(lambda a: np.asarray(a[r]), params["stacks"][str(i)]["blocks"][str(j)])
 
 
-@pytest.mark.parametrize("layers, every, first", [(6, 2, 0), (5, 2, 1), (5, 1, 1), (7, 3, 1)], ids=str)
+@pytest.mark.parametrize("layers, every, first", [(6, 2, 0), (5, 2, 1), (5, 1, 1), (7, 3, 1), (11, 2, 1)], ids=str)
 def test_every_layer_keeps_its_place(layers, every, first):
     m = sized(layers=layers, every=every, first_dense=first, d_ff=12, router=TOPK)
+    m = dataclasses.replace(m, stacked=layers != 11)
     dense = numbers(without(m))
     params, bias = jax.tree.map(np.asarray, upcycled(m, "split"))
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda s: s.shape, Model.of(Config(model=m)).shapes)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from moe_jax.axes import Rules
 from moe_jax.cost import matrices as matrices
-from moe_jax.pattern import pattern
 from moe_jax.schema import MeshConfig, ModelConfig, MoEConfig
 
 COMPONENTS = {  # component -> what it is called in tables
@@ -126,7 +125,7 @@ def leaves(m: ModelConfig) -> tuple[Leaf, ...]:
         out.append(Leaf("embedding.head", (D, V), ("embed", "vocab"), "lm_head"))
     if m.final_norm:
         out += [Leaf(*part) for part in norm(m, "final_norm")]
-    for i, (kinds, repeats) in enumerate(pattern(m.layer_kinds)):
+    for i, (kinds, repeats) in enumerate(m.runs):
         for j, kind in enumerate(kinds):
             for name, shape, axes, component in block(m, kind):
                 full = f"stacks.{i}.blocks.{j}.{name}"

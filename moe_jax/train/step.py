@@ -13,7 +13,6 @@ from moe_jax import balance
 from moe_jax.axes import Layout
 from moe_jax.balance import Stats
 from moe_jax.layers.moe import FROM_CONFIG
-from moe_jax.pattern import pattern
 from moe_jax.rules import constrain, sharding
 from moe_jax.sequence import ordered, shards
 from moe_jax.train.state import Model, State, Weights, nnx_keys, text_keys
@@ -188,7 +187,7 @@ def moved(model: Model, bias: Any, stats: Stats | None) -> Any:
     if stats is None or moe is None or moe.bias_rate is None:
         return bias
     loads, done = [], 0
-    for kinds, repeats in pattern(model.cfg.model.layer_kinds):
+    for kinds, repeats in model.cfg.model.runs:
         m = kinds.count("moe")
         by_layer = stats.load[done : done + repeats * m].reshape(repeats, m, moe.experts)
         loads += [by_layer[:, j] for j in range(m)]
