@@ -331,8 +331,8 @@ def route(
         spread: [..., S, E] float32, standard deviation of the noise of noisy_topk.
         ids: [..., S] int32, token ids, for hash.
         slots: tokens that an expert takes of a group, for expert_choice.
-        chosen: [..., S, K] int32, experts to take in place of the router's own, from `recorded`; negative for none.
-            Gates are still computed from the logits.
+        chosen: [..., S, K] int32, experts to take in place of the router's own, from `recorded`; below 0 or not below
+            E: none. Gates are still computed from the logits.
     Returns:
         Routing with expert, gate and valid [..., S, K], prob and logits [..., S, E].
     """
@@ -341,8 +341,10 @@ def route(
     if chosen is None and moe.router.force is not None:
         chosen = forced(moe, logits.shape)
     bias = None if bias is None else jax.lax.stop_gradient(bias)
-    asked = None if chosen is None else chosen >= 0
-    chosen = None if chosen is None else jnp.where(chosen < 0, ~chosen, chosen)
+    asked = None
+    if chosen is not None:
+        asked = (chosen >= 0) & (chosen < logits.shape[-1])  # there is no other: asked for, it would be NaN
+        chosen = jnp.clip(jnp.where(chosen < 0, ~chosen, chosen), 0, logits.shape[-1] - 1)
     choice = ROUTERS[moe.router.kind](Inputs(logits, mask, noise.router, bias, spread, ids, slots, chosen, asked), moe)
     valid = choice.valid if asked is None else choice.valid & asked
     if mask is not None:

@@ -167,7 +167,7 @@ def exchanges(cell: Cell) -> list[tuple[Axes, int]]:
     number = 8 * groups * SLOTS  # [E, G, C] of one shard
     if cell.dispatch == "ragged":
         n, tokens = cfg.mesh.over(cell.experts), groups * GROUP
-        number = n * min(2 * tokens, tokens * min(2, 8 // n), groups * 8 * SLOTS)  # [n, M], the worst case
+        number = n * min(tokens * min(2, 8 // n), groups * 8 // n * SLOTS)  # [n, M], the worst case
     return sorted(ways * [(s, 4 * number * D // (cfg.mesh.tensor if cell.share else 1)) for s in stages])
 
 

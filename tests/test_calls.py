@@ -38,6 +38,9 @@ def test_a_capacity_factor_that_is_none_is_refused(factor):
         (dict(mask=jnp.ones((L, B), bool)), r"bool\[8, 2\], and bool\[2, 8\] is needed"),
         (dict(tokens=jnp.ones((L, B), jnp.int32)), r"int32\[8, 2\]: give token ids"),
         (dict(tokens=jnp.ones((B, L))), r"float32\[2, 8\]: give token ids"),
+        (dict(replay=jnp.zeros((B, L, 2))), r"replay is float32\[2, 8, 2\], this call's integers"),
+        (dict(replay=jnp.full((B, L, 2), 9)), r"replay names experts 9 to 9, and there are 4"),
+        (dict(replay=jnp.full((B, L, 2), -5)), r"replay names experts -5 to -5, and there are 4"),
     ],
 )
 def test_arguments_that_would_be_misread_are_refused(given, words):
@@ -69,11 +72,26 @@ def test_one_expert_in_evaluation(kind):
         made(X, top_k=1, train=True)
 
 
+def test_a_replay_inside_a_program_asks_for_no_other_expert():
+    """There values cannot be refused: a choice of an expert that there is not is none, and counts as none."""
+    y, stats = jax.jit(lambda replay: layer()(X, replay=replay))(jnp.broadcast_to(jnp.asarray([0, 9]), (B, L, 2)))
+    assert np.isfinite(y).all() and stats.routed == stats.load.sum() == B * L == stats.load[0]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.asarray, jnp.float32, jnp.asarray])
+def test_numbers_of_arrays_are_numbers(kind):
+    want, stats = layer()(X, capacity_factor=0.5, top_k=1)
+    got, counted = layer()(X, capacity_factor=kind(0.5), top_k=np.int64(1))
+    np.testing.assert_array_equal(got, want)
+    assert counted.kept == stats.kept < stats.routed
+
+
+@pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("dispatch", ["einsum", "gather", "ragged"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_padding_may_hold_anything(dispatch, bad):
+def test_padding_may_hold_anything(dispatch, bad, shared):
     """NaN where a mask says padding reaches no token, statistic or gradient of a parameter."""
-    graph, state = nnx.split(layer(dispatch=dispatch))
+    graph, state = nnx.split(layer(dispatch=dispatch, shared_experts=shared))
     mask = jnp.arange(L)[None] < jnp.asarray([[L], [3]])
 
     @jax.jit

@@ -202,10 +202,10 @@ def test_priorities_differ():
     assert all((a != b).any() for a, b in itertools.combinations(kept, 2))
 
 
-def programs(config: MeshConfig, dispatch: str = "einsum"):
+def programs(config: MeshConfig, dispatch: str = "einsum", factor: float | None = 2.0):
     """Collectives of the compiled layer: forward, and forward with backward."""
     router = RouterConfig("gshard")
-    moe = MoEConfig(experts=8, top_k=2, d_ff=64, capacity_factor=2.0, router=router, dispatch=dispatch)
+    moe = MoEConfig(experts=8, top_k=2, d_ff=64, capacity_factor=factor, router=router, dispatch=dispatch)
     return collectives(config, moe, 16)
 
 
@@ -274,14 +274,16 @@ def test_fallback_drops_nothing(where, factor, overflows):
     assert int(stats.kept) == int(stats.routed) == kept.sum()
 
 
-def test_ragged_collectives():
+# Rows that a device may send to one shard: both choices of its 16 tokens, or the slots of the 2 experts there.
+@pytest.mark.parametrize("factor,pair", [(None, 16 * 2), (2.0, 2 * (2 * 16 * 2 // 8)), (1.0, 2 * (2 * 16 // 8))])
+def test_ragged_collectives(factor, pair):
     """Counts, rows and their way back forward; the rows' gradients both ways backward. Nothing gathers tokens."""
-    forward, both = programs(MeshConfig(data=2, expert=4), "ragged")
+    forward, both = programs(MeshConfig(data=2, expert=4), "ragged", factor)
     for program, rows in ((forward, 2), (both, 4)):
         exchanges = [c for c in program if c.op == "all-to-all"]
         assert [c.axes for c in exchanges] == [("expert",)] * (rows + 1)
         assert {c.op for c in program} <= {"all-to-all", "all-reduce"}
-        worst = 4 * 4 * (16 * 2) * 32  # float32 [n, M, D] of one device: each shard may get both choices of its tokens
+        worst = 4 * 4 * pair * 32  # float32 [n, M, D] of one device
         assert sorted(c.bytes for c in exchanges) == [4 * 8, *[worst] * rows]
 
 
@@ -492,7 +494,7 @@ def test_replay_of_a_layer(name):
     assert not jnp.allclose(other, y)
     quiet = nnx.merge(graph, state)(x, mask=mask, replay=record.expert, capacity_factor=0.7)[0]
     np.testing.assert_allclose(quiet, y, atol=1e-6)
-    with pytest.raises(ValueError, match=r"replay is \[8, 16, 1\], this call \[B=8, L=16, K="):
+    with pytest.raises(ValueError, match=r"replay is int32\[8, 16, 1\], this call's integers \[B=8, L=16, K="):
         call(x, record.expert[..., :1])
 
 

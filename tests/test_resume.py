@@ -231,6 +231,17 @@ def test_a_table_that_one_side_lacks_is_one_change():
         assert [p.reason.splitlines()[1:] for p in e.value.problems] == [[f"    model.moe: {words}"]]
 
 
+def test_how_tokens_travel_may_change():
+    """A run that began with one exchange goes on with another, as on another mesh: the numbers are the same."""
+    before = config.load("tiny_gshard")
+    now = config.load("tiny_gshard", ["model.moe.exchange=shard_map", "model.attention_exchange=ring", "mesh.data=4"])
+    assert [line.split(":")[0] for line in changes(config.to_dict(before), now)] == [
+        "mesh.data",
+        "model.attention_exchange",
+        "model.moe.exchange",
+    ]
+
+
 def test_of_many_changes_some_are_named():
     with pytest.raises(config.ConfigError) as e:
         changes(config.to_dict(config.load("tiny_mixtral")), config.load("bench_small"))

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from moe_jax import balance, config, cost, exchange
@@ -58,6 +60,33 @@ class Seen(NamedTuple):
     routing: Routing
     slots: Slots
     mask: jax.Array
+
+
+def plain(number: Any) -> Any:
+    """A NumPy or JAX scalar as Python's number, which a config holds; anything else as it is."""
+    return number.item() if isinstance(number, np.generic | np.ndarray | jax.Array) and number.ndim == 0 else number
+
+
+def check_tokens(tokens: jax.Array | None, shape: tuple[int, int]) -> None:
+    """Refuse what are no token ids of [B, L]."""
+    if tokens is not None and (tokens.shape != shape or not jnp.issubdtype(tokens.dtype, jnp.integer)):
+        B, L = shape
+        raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}: give token ids, integers [B={B}, L={L}]")
+
+
+def check_replay(replay: jax.Array | None, shape: tuple[int, int], moe: MoEConfig) -> None:
+    """Refuse what `Record.expert` of such a call could not be. A compiled program sees no values."""
+    if replay is None:
+        return
+    B, L, K = *shape, moe.experts if moe.router.kind == "expert_choice" else moe.top_k
+    if replay.shape != (B, L, K) or not jnp.issubdtype(replay.dtype, jnp.integer):
+        why = f"replay is {replay.dtype}{list(replay.shape)}, this call's integers [B={B}, L={L}, K={K}]"
+        raise ValueError(f"{why}: record it on the same")
+    if not isinstance(replay, Tracer) and replay.size:
+        low, high = int(replay.min()), int(replay.max())
+        if not -moe.experts <= low <= high < moe.experts:
+            why = f"replay names experts {low} to {high}, and there are {moe.experts}"
+            raise ValueError(f"{why}: record it on the same")
 
 
 class Record(NamedTuple):
@@ -161,8 +190,7 @@ class MoELayer(nnx.Module):
         """x [B, L, D] -> (y [B, L, D], statistics of the routing), and with `record` a `Record` third.
 
         Args:
-            mask: [B, L] bool, False for padding: such tokens take no slot, count in no statistic and come out as 0
-                from the routed experts.
+            mask: [B, L] bool, False for padding: such tokens take no slot, count in no statistic and come out as 0.
             train: use the training capacity, noise and dropout; needs `key` where the config asks for noise.
             key: random key of this layer and step, or one key a row, [B].
             tokens: [B, L] int32, token ids, for the hash router.
@@ -174,32 +202,31 @@ class MoELayer(nnx.Module):
             balanced: the tokens of a row are in the order of `sequence.balanced`, two pieces a shard; random numbers
                 and groups are still those of the row's own order.
         Raises:
-            ValueError: an x of another rank or width, a batch or a group size that does not fit the mesh or [B, L], or
-                training noise without a key.
-            ConfigError: a `top_k` that the config's other settings do not admit.
+            ValueError: an x of another rank or width, a batch or a group size that does not fit the mesh or [B, L], a
+                mask, tokens or replay of another shape or type, or training noise without a key.
+            ConfigError: a `top_k` or capacity factor that the config's other settings do not admit.
+            RuntimeError: rules without `jax.set_mesh`.
         """
         self.check_input(x)
         B, L, _ = x.shape
         moe = self.settings(train, top_k, capacity_factor)
         check_mask(mask, (B, L))
-        if tokens is not None and (tokens.shape != (B, L) or not jnp.issubdtype(tokens.dtype, jnp.integer)):
-            raise ValueError(f"tokens are {tokens.dtype}{list(tokens.shape)}: give token ids, integers [B={B}, L={L}]")
-        K = moe.experts if moe.router.kind == "expert_choice" else moe.top_k
-        if replay is not None and replay.shape != (B, L, K):
-            raise ValueError(f"replay is {list(replay.shape)}, this call [B={B}, L={L}, K={K}]: record it on the same")
+        check_tokens(tokens, (B, L))
+        check_replay(replay, (B, L), moe)
         if capacity_factor is FROM_CONFIG:
             capacity_factor = moe.capacity_factor if train else moe.eval_capacity_factor
+        capacity_factor = plain(capacity_factor)
         cut = self.cut(B, L, capacity_factor, balanced)
         S, C = cut.size, capacity(moe, cut.size, capacity_factor)
         self.check_key(train, key)
         rows = row_keys(key if train else None, B)
         draws = self.draws(moe, rows, cut, self.group_size(B, L, capacity_factor))
 
-        h = self.lay_groups(cut.groups(x, self.width))  # [G,S,D]
         if mask is None:
             mask = jnp.ones((B, L), bool)
         else:  # whatever padding holds, even NaN, is neither routed nor multiplied
-            h = jnp.where(cut.groups(mask)[..., None], h, jnp.zeros((), h.dtype))
+            x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
+        h = self.lay_groups(cut.groups(x, self.width))  # [G,S,D]
         mask = cut.groups(mask)  # [G,S]
         dispatch = self.dispatch_for(moe, S, C)
         fallback = moe.overflow == "fallback" and C < S
@@ -236,8 +263,8 @@ class MoELayer(nnx.Module):
         Raises:
             ConfigError: a `top_k` or capacity factor that the config's other settings do not admit.
         """
-        moe = self.moe if top_k is None else dataclasses.replace(self.moe, top_k=top_k)
-        given = {} if capacity_factor is FROM_CONFIG else {"eval_capacity_factor": capacity_factor}
+        moe = self.moe if top_k is None else dataclasses.replace(self.moe, top_k=plain(top_k))
+        given = {} if capacity_factor is FROM_CONFIG else {"eval_capacity_factor": plain(capacity_factor)}
         if top_k is not None or given:  # one gate of value 1 teaches the router nothing, which evaluation does not ask
             config.require(dataclasses.replace(moe, **given), "moe", learns=train)
         return moe

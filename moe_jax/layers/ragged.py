@@ -35,11 +35,16 @@ class Exchange(NamedTuple):
     came: jax.Array  # [n] int32, rows from each shard
 
 
-def tables(plan: RaggedPlan, n: int, axes: Axes, kind: str) -> Exchange:
-    """Who sends what to whom, from the counts that the n shards tell one another."""
+def tables(plan: RaggedPlan, slots: int, n: int, axes: Axes, kind: str) -> Exchange:
+    """Who sends what to whom, from the counts that the n shards tell one another.
+
+    Args:
+        slots: of an expert in all groups of a sender.
+    """
     (R,), (T, K), E = plan.expert.shape, plan.rows.home.shape, plan.sizes.shape[0]
     local = E // n
-    M = min(R, T * min(K, local))  # a token picks an expert once, so it sends a shard that many rows at the most
+    # A token picks an expert once, so it sends a shard that many rows at the most; an expert takes no more than slots.
+    M = min(R, T * min(K, local), local * slots)
     shards, lanes = jnp.arange(n, dtype=jnp.int32)[:, None], jnp.arange(M, dtype=jnp.int32)[None]
     by_shard = plan.sizes.reshape(n, local)
     ends = jnp.cumsum(by_shard.sum(1))  # [n], in rows of the plan
@@ -69,7 +74,7 @@ def tables(plan: RaggedPlan, n: int, axes: Axes, kind: str) -> Exchange:
 
 
 def there_and_back(
-    tokens: jax.Array, plan: RaggedPlan, n: int, axes: Axes, kind: str
+    tokens: jax.Array, plan: RaggedPlan, slots: int, n: int, axes: Axes, kind: str
 ) -> tuple[jax.Array, Exchange, Rows, jax.Array, Callable[[jax.Array], jax.Array]]:
     """tokens [T, D] -> rows [n*M, D] sorted by expert at their experts, and what brings such rows home.
 
@@ -77,7 +82,7 @@ def there_and_back(
         the rows, their tables, and for the way back: tokens to rows, the gate of each row, and rows [n*M, D] of the
         experts -> rows at home.
     """
-    to = tables(plan, n, axes, kind)
+    to = tables(plan, slots, n, axes, kind)
     if kind != "ragged":
         sent = gather_rows(tokens, to.send)  # [n*M,D]
 
@@ -124,7 +129,7 @@ def ragged_experts(
         if n == 1:
             x = gather_rows(flat, rows)  # [R,D]
         else:
-            x, to, rows, weight, home = there_and_back(flat, plan, n, axes, exchange)
+            x, to, rows, weight, home = there_and_back(flat, plan, G * capacity, n, axes, exchange)
             sizes = to.sizes
         x = checkpoint_name(x, "dispatched")
         if share:

@@ -132,8 +132,9 @@ class Step:
         if self.dispatch.dispatch != "ragged":
             return moe.experts * self.groups * self.slots
         rows = self.groups * min(self.group * moe.top_k, moe.experts * self.slots)
-        n = self.expert_shards
-        return n * min(rows, self.tokens * min(moe.top_k, moe.experts // n)) if n > 1 else rows
+        n, local = self.expert_shards, moe.experts // self.expert_shards
+        pair = min(rows, self.tokens * min(moe.top_k, local), local * self.groups * self.slots)
+        return n * pair if n > 1 else rows
 
     @cached_property
     def expert_rows(self) -> float:

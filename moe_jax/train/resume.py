@@ -17,7 +17,18 @@ from moe_jax.config import Config, Problem, Refused
 from moe_jax.data import Corpus
 
 WRITTEN_BY = ("jax", "flax", "optax", "orbax-checkpoint", "moe-jax")
-FREE = ("name", "mesh.", "rules.", "train.", "claims.", "model.scan", "model.remat", "model.moe.eval_capacity_factor")
+FREE = (
+    "name",
+    "mesh.",
+    "rules.",
+    "train.",
+    "claims.",
+    "model.scan",
+    "model.remat",
+    "model.attention_exchange",
+    "model.moe.exchange",
+    "model.moe.eval_capacity_factor",
+)
 """Keys that a resumed run may change: where and how it computes, not what."""
 FIXED = ("train.seed", "train.optimizer.kind")  # but not these
 SHOWN = 8  # differing keys named in a message
