@@ -105,6 +105,13 @@ REFUSED = [
     (["tiny_switch", "--topology", "v5e:4x4", "mesh.expert=4"], ("mesh of 8", "16 devices")),
     (["tiny_switch", "mesh.expert=3"], ("8 experts do not divide",)),
     (["tiny_mixtral", "mesh.data=1", "mesh.expert=1", "mesh.tensor=8"], ("does not divide over tensor=8",)),
+    (["tiny_gshard", 'rules.mlp=["tensors"]'], ("rules.mlp", "unknown mesh axis 'tensors'")),
+    (["tiny_gshard", 'rules.experts=["tensor"]', "mesh.tensor=2"], ("rules.experts", "not among the token axes")),
+    (["tiny_gshard", 'rules.act_mlp=["data"]'], ("act_mlp", "mesh axis 'data' holds two dimensions")),
+    (
+        ["tiny_gshard", 'rules.act_exchange=["tensor"]', "rules.expert_mlp=[]", "mesh.tensor=2"],
+        ("rules.act_exchange", "['tensor'] are not among the axes []"),
+    ),
     (["tiny_swich"], ("tiny_switch",)),
 ]
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-from moe_jax.cost import EINSUM_LIMIT, einsum_groups
+from moe_jax.cost import EINSUM_LIMIT, einsum_groups, matrices
 from moe_jax.plan import roofline
 from moe_jax.plan.estimate import Estimate
-from moe_jax.plan.leaves import expert_width, matrices
+from moe_jax.plan.leaves import expert_width
 from moe_jax.schema import Problem
 
 WASTE = 2.0  # slots, or rows of a buffer, a choice in use

@@ -7,7 +7,8 @@ a single period, leave the compiler free to keep less with `remat=none`: there t
 from math import prod
 from typing import NamedTuple
 
-from moe_jax.plan.leaves import BATCH_AXES, Leaf, expert_width, matrices
+from moe_jax.cost import matrices
+from moe_jax.plan.leaves import BATCH_AXES, Leaf, expert_width
 from moe_jax.plan.work import QUERY_BLOCK, QUERY_BLOCKS, Step
 
 FACTORED = 128  # optax.adafactor: least second-largest dimension of a parameter whose second moment is factored

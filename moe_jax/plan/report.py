@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from moe_jax.cost import matrices
 from moe_jax.plan import advice, claims, roofline
 from moe_jax.plan.estimate import Estimate
-from moe_jax.plan.leaves import matrices
 from moe_jax.plan.search import Candidate, smallest
 from moe_jax.plan.traffic import exchange_bytes
 from moe_jax.schema import Problem

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moe_jax.cost import einsum_overhead
+from moe_jax.cost import einsum_overhead, matrices
 from moe_jax.plan.hardware import Cluster, Wiring
-from moe_jax.plan.leaves import expert_width, matrices
+from moe_jax.plan.leaves import expert_width
 from moe_jax.plan.memory import cache
 from moe_jax.plan.traffic import Move, traffic
 from moe_jax.plan.work import Step

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from moe_jax.axes import MESH_AXES
 from moe_jax.checks import check
+from moe_jax.conflicts import activations, conflicts
 from moe_jax.plan.estimate import Estimate
 from moe_jax.plan.hardware import Cluster, parse
-from moe_jax.plan.leaves import Leaf, leaves
+from moe_jax.plan.leaves import leaves
 from moe_jax.schema import Config, MeshConfig, Problem, Refused
 
 MOST = 1024  # devices that a search for the smallest cluster goes to
@@ -43,19 +44,9 @@ def factorisations(n: int, axes: tuple[str, ...] = MESH_AXES) -> Iterator[dict[s
 
 
 def misfits(cfg: Config) -> list[Problem]:
-    """Parameters and activations with a dimension that its mesh axes do not divide, one for each rule."""
-    out: dict[tuple[str, int], Problem] = {}
-    activations = [Leaf("logits", (cfg.model.vocab,), ("act_vocab",), "")]
-    activations += [Leaf("heads", (n,), ("act_heads",), "") for n in (cfg.model.heads, cfg.model.resolved_kv_heads)]
-    for leaf in [*leaves(cfg.model), *activations]:
-        for size, name in zip(leaf.shape, leaf.axes, strict=True):
-            over = getattr(cfg.rules, name)
-            shards = cfg.mesh.over(over)
-            if size % shards:
-                why = f"{name} of size {size} does not divide over {'x'.join(over)}={shards}"
-                remedy = f"set rules.{name}=[], another size, or mesh.{over[-1]} to a divisor"
-                out.setdefault((name, size), Problem(f"{leaf.name} {list(leaf.shape)}", why, remedy))
-    return list(out.values())
+    """Conflicts of rules and mesh, with one another and with parameters and activations."""
+    arrays = [*(leaf[:3] for leaf in leaves(cfg.model)), *activations(cfg.model)]
+    return list(dict.fromkeys(conflicts(cfg.rules, cfg.mesh.sizes, arrays)))
 
 
 def on_mesh(cfg: Config, sizes: dict[str, int]) -> Config:

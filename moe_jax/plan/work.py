@@ -5,7 +5,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from moe_jax import cost
-from moe_jax.plan.leaves import Count, Leaf, count, expert_width, leaves, matrices
+from moe_jax.cost import matrices
+from moe_jax.plan.leaves import Count, Leaf, count, expert_width, leaves
 from moe_jax.schema import Config
 
 BYTES = {"float32": 4, "bfloat16": 2}
