@@ -58,11 +58,43 @@ def test_the_description_contradicts_itself(call):
     }.items():
         assert all(f in found[key] for f in figures), found[key]
     assert all(p["remedy"] for p in report["contradictions"]) and report["fits"] is False
+    large = ["mesh.data=128", "mesh.expert=32", "data.batch=65536", "--topology", "h100:512x8"]
+    _, elsewhere, _ = call("plan", "moe_175b_as_described", *large, "--json")
+    assert elsewhere["contradictions"] == report["contradictions"], "held against its own cluster, whatever is asked"
     totals = {c["config"]: (c["params_total"], c["params_active"]) for c in report["repaired"]}
     assert totals == {
         "moe_175b_wide": (174_640_828_416, 22_437_924_864),
         "moe_175b_deep": (175_078_966_784, 22_347_580_928),
     }
+
+
+PLACES = {
+    "a stage without a device": (
+        ["claims.stages=64"],
+        ["32 expert shards, 2048 devices in 64 stages", "leave 0 of the 32 devices"],
+        "one stage, or 2048 devices",
+    ),
+    "more experts a device than there are": (
+        ["claims.experts_per_device=1000", "claims.stages=64"],
+        ["1 expert shard, 64 devices in 64 stages"],
+        "one stage, or 64 devices",
+    ),
+    "experts that do not divide": (
+        ["claims.experts_per_device=5"],
+        ["26 expert shards, 104 devices in 4 stages", "leave 8 of the 32 devices a stage, so 16 experts a device"],
+        "one stage, or 104 devices, or 16 experts a device",
+    ),
+    "no single stage": (["claims.experts_per_device=1"], ["128 expert shards"], "512 devices, or 16 experts a device"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_experts_and_stages_that_do_not_go_together(call, name):
+    overrides, figures, remedy = PLACES[name]
+    code, report, _ = call("plan", "moe_175b_as_described", *overrides, "--json")
+    (found,) = [p for p in report["contradictions"] if p["key"] == "placement"]
+    assert code == 0 and all(f in found["reason"] for f in figures), found["reason"]
+    assert found["remedy"] == remedy
 
 
 def test_experts_are_not_all_that_is_active(call):
@@ -75,9 +107,11 @@ def test_experts_are_not_all_that_is_active(call):
     assert all(figure in found["reason"] for figure in ("60.0B", "40.0B", "20.0B"))
 
 
+@pytest.mark.parametrize("mesh", [[], ["mesh.expert=1", "mesh.data=32"]], ids=["split", "copied"])
 @pytest.mark.parametrize("name", ["moe_175b_wide", "moe_175b_deep"])
-def test_what_is_repaired_claims_nothing_and_needs_a_larger_cluster(call, name):
-    _, report, _ = call("plan", name, "--topology", "a100:4x8", "--json")
+def test_what_is_repaired_claims_nothing_and_needs_a_larger_cluster(call, name, mesh):
+    """The same cluster whatever the mesh of the config copies: its devices may be split otherwise."""
+    _, report, _ = call("plan", name, *mesh, "--topology", "a100:4x8", "--json")
     assert report["contradictions"] == [] and report["fits"] is False
     small = report["smallest_cluster"]
     assert small["devices"] == 64 and small["peak_bytes"] < report["hbm_bytes"]

@@ -284,3 +284,12 @@ def test_money_is_time_by_devices_by_price():
     assert run["device_hours"] == pytest.approx(run["steps"] * out["step_seconds"] * 64 / 3600)
     assert run["dollars"] == pytest.approx(3 * run["device_hours"])
     assert roofline.money(e.step, e.cluster, 1.0, 10**12, None).dollars is None
+
+
+@pytest.mark.parametrize("mesh", ["mesh.data=8", "mesh.fsdp=8"])
+def test_copies_of_the_state_need_no_devices(mesh):
+    """16 bytes a parameter over 84.9 GB, whatever the mesh of the config holds more than once."""
+    e = estimate("mixtral_8x7b", "h100:1x8", "mesh.fsdp=1", "mesh.expert=1", mesh)
+    (found,) = [p for p in advice.warnings(e) if p.key == "mesh.fsdp"]
+    assert "(all split, at least 9 devices)" in found.remedy
+    assert math.ceil(16 * e.step.count.total / 84.94e9) == 9

@@ -6,6 +6,7 @@ from moe_jax.cost import EINSUM_LIMIT, einsum_groups, matrices
 from moe_jax.plan import roofline
 from moe_jax.plan.estimate import Estimate
 from moe_jax.plan.leaves import expert_width
+from moe_jax.plan.memory import devices_at_least
 from moe_jax.schema import Problem
 
 WASTE = 2.0  # slots, or rows of a buffer, a choice in use
@@ -17,14 +18,14 @@ def memory(e: Estimate) -> Iterator[Problem]:
     """Too much for the device."""
     if e.cluster is None or e.memory.peak <= e.cluster.memory:
         return
-    m, train, mesh, room = e.cfg.model, e.cfg.train, e.cfg.mesh, e.cluster.memory
+    m, train, room = e.cfg.model, e.cfg.train, e.cluster.memory
     over = (e.memory.peak - room) / 1e9
     why = (
         f"{e.memory.peak / 1e9:,.1f} GB a device exceed the {room / 1e9:,.1f} GB of {e.cluster.name} by {over:,.1f} GB"
     )
     held = e.memory.kinds["parameters"] + e.memory.kinds["optimizer"] + e.memory.kinds["gradients"]
     if held > room:
-        need = -(-held * mesh.size // room)
+        need = devices_at_least(e.step, room, with_gradients=True)
         text = f"state and gradients alone take {held / 1e9:,.1f} GB: raise mesh.fsdp or mesh.expert"
         yield Problem("mesh.fsdp", why, f"{text} (all split, at least {need:,.0f} devices), or use adafactor")
     elif m.remat == "none":

@@ -4,12 +4,14 @@ The layers run in loops (`model.scan`), so that what each leaves for the backwar
 a single period, leave the compiler free to keep less with `remat=none`: there the plan is an upper bound.
 """
 
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
 from moe_jax.cost import matrices
 from moe_jax.plan.leaves import BATCH_AXES, Leaf, expert_width
 from moe_jax.plan.work import QUERY_BLOCK, QUERY_BLOCKS, Step
+from moe_jax.schema import MeshConfig
 
 FACTORED = 128  # optax.adafactor: least second-largest dimension of a parameter whose second moment is factored
 
@@ -40,6 +42,13 @@ def state(step: Step) -> dict[str, int]:
 def gradients(step: Step) -> int:
     """Bytes of the gradients, float32 like the parameters and split like them."""
     return sum(4 * leaf.shard(step.cfg.rules, step.cfg.mesh) for leaf in step.leaves)
+
+
+def devices_at_least(step: Step, room: int, *, with_gradients: bool = False) -> int:
+    """Devices of `room` bytes that hold the state together, and the gradients if asked, with nothing of it twice."""
+    one = Step(replace(step.cfg, mesh=MeshConfig()), step.platform)
+    held = sum(state(one).values()) + (gradients(one) if with_gradients else 0)
+    return -(-held // room)
 
 
 def cache(step: Step, length: int | None = None) -> int:

@@ -49,7 +49,7 @@ def report(e: Estimate, *, tokens: int | None = None, price: float | None = None
             for v in e.moves
         ],
         "warnings": said(advice.warnings(e)),
-        "contradictions": said(claims.contradictions(e.step, e.cluster)),
+        "contradictions": said(claims.contradictions(e.step)),
     }
     if e.cluster is None:
         return out

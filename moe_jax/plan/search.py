@@ -10,6 +10,7 @@ from moe_jax.conflicts import activations, conflicts
 from moe_jax.plan.estimate import Estimate
 from moe_jax.plan.hardware import Cluster, parse
 from moe_jax.plan.leaves import leaves
+from moe_jax.plan.memory import devices_at_least
 from moe_jax.schema import Config, MeshConfig, Problem, Refused
 
 MOST = 1024  # devices that a search for the smallest cluster goes to
@@ -69,8 +70,7 @@ def smallest(cfg: Config, cluster: Cluster) -> tuple[Cluster, Candidate] | None:
 
     It begins where the state alone would fit, and gives up after three sizes or at `MOST` devices.
     """
-    held = Estimate(cfg, cluster).memory.kinds
-    least = (held["parameters"] + held["optimizer"]) * cfg.mesh.size / cluster.memory
+    least = devices_at_least(Estimate(cfg, cluster).step, cluster.memory)
     sizes = [cluster.devices * 2**k for k in range(1, 20) if cluster.devices * 2**k >= least]
     for devices in sizes[:3]:
         if devices > MOST:
