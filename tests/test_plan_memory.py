@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax import config
+from moe_jax.plan import memory as plan_memory
 from moe_jax.plan.hardware import parse
 from moe_jax.plan.memory import memory, query_blocks, tiled
 from moe_jax.plan.work import Step
@@ -77,6 +78,14 @@ def test_microbatches_shrink_activations_and_double_gradients():
     whole, parts = peaks(), peaks("train.microbatches=4")
     assert parts.kinds["logits"] * 4 == whole.kinds["logits"]
     assert parts.kinds["gradients"] > whole.kinds["gradients"]
+
+
+def test_equal_layers_are_worked_out_once(monkeypatch):
+    """So that a search over a thousand meshes of a deep model answers at once."""
+    asked, saved = [], plan_memory.saved
+    monkeypatch.setattr(plan_memory, "saved", lambda step, kind: asked.append(kind) or saved(step, kind))
+    few, many = (peaks(f"model.layers={n}", "model.moe.every=2") for n in (4, 16))
+    assert asked == ["dense", "moe"] * 2 and many.kinds["activations"] == 4 * few.kinds["activations"]
 
 
 def test_query_blocks_cover_the_causal_half():

@@ -143,7 +143,7 @@ def test_a_torus_exchanges_in_the_root_of_its_size():
 
 def test_mesh_axes_share_out_the_torus():
     wires = Wiring(parse("v5p:8x8x4", 0), {"data": 8, "fsdp": 4, "expert": 8})
-    sides = wires.sides()
+    sides = wires.sides
     assert math.prod(sides["expert"]) == 8 and math.prod(sides["fsdp"]) == 4 and math.prod(sides["data"]) == 8
     slices = Wiring(parse("v5e:4x4*2", 0), {"data": 2, "expert": 16})
     assert slices.route(("data",)) == ((), 2, 2) and slices.route(("expert",))[1] == 1

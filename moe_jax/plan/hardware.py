@@ -5,6 +5,7 @@ All bandwidths are bytes a second in one direction; published figures that add u
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from moe_jax import topology
@@ -134,6 +135,7 @@ class Wiring:
     cluster: Cluster
     sizes: Mapping[str, int]  # mesh axis -> devices
 
+    @cached_property
     def sides(self) -> dict[str, tuple[int, ...]]:
         """TPU: the sides of the torus that each mesh axis takes, from the fastest axis on. What it cannot take from
         the torus lies between slices."""
@@ -155,8 +157,7 @@ class Wiring:
         axes = tuple(a for a in axes if self.sizes.get(a, 1) > 1)
         n = prod(self.sizes[a] for a in axes)
         if self.cluster.platform == "tpu":
-            sides = self.sides()
-            took = tuple(s for a in axes for s in sides[a])
+            took = tuple(s for a in axes for s in self.sides[a])
             return took, n // max(prod(took), 1), n
         stride, near = 1, 1  # members of the group among the devices of one host
         for axis in reversed(MESH_AXES):

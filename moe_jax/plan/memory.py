@@ -4,6 +4,7 @@ The layers run in loops (`model.scan`), so that what each leaves for the backwar
 a single period, leave the compiler free to keep less with `remat=none`: there the plan is an upper bound.
 """
 
+from collections import Counter
 from dataclasses import replace
 from math import prod
 from typing import NamedTuple
@@ -240,14 +241,15 @@ def memory(step: Step) -> Memory:
     logits = step.tokens * m.vocab * 4 // step.over("act_vocab")
     held = state(step) | {"batch": 5 * 4 * step.tokens * step.microbatches}
     layers: dict[str, int] = {}
-    for kind in m.layer_kinds:
+    kinds = Counter(m.layer_kinds)
+    for kind, times in kinds.items():
         for name, size in saved(step, kind).items():
-            layers[name] = layers.get(name, 0) + size
+            layers[name] = layers.get(name, 0) + times * size
     if m.remat == "none":
         layers["activations"] += cast_weights(step)
     stacks = sum(4 * x.shard(rules, mesh) for x in step.leaves if x.axes[0] == "layers")
     so_far = gradients(step) if step.microbatches > 1 else 0
-    work = max(working(step, kind) for kind in set(m.layer_kinds)) + gathered_layer(step)
+    work = max(working(step, kind) for kind in kinds) + gathered_layer(step)
     summed = {"gradients": stacks + so_far, "logits": logits}
     moments = {
         "the loss": layers | {"gradients": so_far, "logits": 2 * logits, "temporaries": gathered_head(step)},

@@ -88,5 +88,4 @@ def smallest(cfg: Config, cluster: Cluster) -> tuple[Cluster, Candidate] | None:
 def search(cfg: Config, cluster: Cluster) -> list[Candidate]:
     """Every mesh of the cluster's devices: those that fit by step time, then the too large, then the impossible."""
     found = [judge(on_mesh(cfg, sizes), cluster) for sizes in factorisations(cluster.devices)]
-    order = {True: 0, False: 1}
-    return sorted(found, key=lambda c: (order[not c.reason], c.estimate is None, c.seconds))
+    return sorted(found, key=lambda c: (bool(c.reason), c.estimate is None, c.seconds))
