@@ -129,6 +129,19 @@ def test_search(call):
     assert "meshes fit; the fastest" in out
 
 
+def test_no_cluster_is_large_enough(call):
+    """The state alone needs 1,868 devices, and the search ends at 1,024."""
+    _, report, _ = call("plan", "moe_175b_as_described", "--json")
+    assert report["no_mesh_up_to"] == 1024 and "smallest_cluster" not in report
+    _, out, _ = call("plan", "moe_175b_as_described")
+    assert "no mesh of up to 1,024 devices fits" in out
+
+
+def test_another_mesh_of_the_same_cluster_may_fit(call):
+    _, report, _ = call("plan", "mixtral_8x7b", "mesh.fsdp=1", "mesh.data=8", "--topology", "h100:8x8", "--json")
+    assert report["fits"] is False and report["smallest_cluster"]["topology"] == "h100:8x8"
+
+
 REFUSED = [
     (["tiny_switch", "--topology", "v5q:2x2"], ("v5q", "v5p")),
     (["tiny_switch", "--topology", "h100:2x2x2"], ("hosts x GPUs",)),
@@ -145,6 +158,10 @@ REFUSED = [
     (
         ["tiny_gshard", 'rules.act_exchange=["tensor"]', "rules.expert_mlp=[]", "mesh.tensor=2"],
         ("rules.act_exchange", "['tensor'] are not among the axes []"),
+    ),
+    (
+        ["moe_175b_as_described", "--topology", "h100:32x8"],
+        ("stops 84 of 495 meshes of h100:32x8, for example tensor=256", "rules.vocab=[]", "divisor of 512"),
     ),
     (["tiny_swich"], ("tiny_switch",)),
 ]

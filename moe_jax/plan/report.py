@@ -53,9 +53,11 @@ def report(e: Estimate, *, tokens: int | None = None, price: float | None = None
     }
     if e.cluster is None:
         return out
-    larger = None if e.fits else smallest(e.cfg, e.cluster)
-    if larger is not None:
-        machine, best = larger
+    small = None if e.fits else smallest(e.cfg, e.cluster)
+    if small is not None and small.found is None:
+        out["no_mesh_up_to"] = small.without
+    elif small is not None and small.found is not None:
+        machine, best = small.found
         where: dict[str, Any] = {"topology": str(machine), "devices": machine.devices, "mesh": best.mesh.sizes}
         out["smallest_cluster"] = where | {"peak_bytes": best.peak, "step_seconds": best.seconds}
     return out | clocked(e, tokens, price)

@@ -21,7 +21,12 @@ class Candidate(NamedTuple):
 
     mesh: MeshConfig
     estimate: Estimate | None  # None: it cannot be built
-    reason: str  # why it is out; empty for one that fits
+    problem: Problem | None = None  # why it is out; None for one that fits
+
+    @property
+    def reason(self) -> str:
+        """Why it is out, in one line; empty for one that fits."""
+        return "" if self.problem is None else f"{self.problem.key}: {self.problem.reason}"
 
     @property
     def seconds(self) -> float:
@@ -57,32 +62,53 @@ def on_mesh(cfg: Config, sizes: dict[str, int]) -> Config:
 def judge(cfg: Config, cluster: Cluster) -> Candidate:
     """One mesh: impossible, too large, or with a step time."""
     if problems := [*check(cfg), *misfits(cfg)]:
-        return Candidate(cfg.mesh, None, f"{problems[0].key}: {problems[0].reason}")
+        return Candidate(cfg.mesh, None, problems[0])
     estimate = Estimate(cfg, cluster)
     if not estimate.fits:
         over = f"{estimate.memory.peak / 1e9:,.1f} GB of {cluster.memory / 1e9:,.1f} GB"
-        return Candidate(cfg.mesh, estimate, f"memory: {over}")
-    return Candidate(cfg.mesh, estimate, "")
+        return Candidate(cfg.mesh, estimate, Problem("memory", over, "split more, or take more devices"))
+    return Candidate(cfg.mesh, estimate)
 
 
-def smallest(cfg: Config, cluster: Cluster) -> tuple[Cluster, Candidate] | None:
-    """The first of two, four, eight, ... times the devices on which some mesh fits, and the fastest such mesh.
+def obstacles(found: list[Candidate], cluster: Cluster, most: int = 3) -> list[Problem]:
+    """What stops the most meshes, each with its remedy and an example, the commonest first."""
+    stopped: dict[tuple[str, str], list[str]] = {}
+    for c in found:
+        if c.problem is not None:
+            stopped.setdefault((c.problem.key, c.problem.remedy), []).append(f"{c.mesh}: {c.problem.reason}")
+    common = sorted(stopped.items(), key=lambda item: -len(item[1]))[:most]
+    return [
+        Problem(key, f"stops {len(each)} of {len(found)} meshes of {cluster}, for example {each[0]}", remedy)
+        for (key, remedy), each in common
+    ]
 
-    It begins where the state alone would fit, and gives up after three sizes or at `MOST` devices.
+
+class Smallest(NamedTuple):
+    """The outcome of a search for the smallest cluster."""
+
+    found: tuple[Cluster, Candidate] | None  # with its fastest mesh
+    without: int  # devices, tried by doubling or too few for the state, of which no mesh fits
+
+
+def smallest(cfg: Config, cluster: Cluster) -> Smallest:
+    """The first of one, two, four, eight, ... times the devices on which some mesh fits, and the fastest such mesh.
+
+    It begins where the state alone would fit, and gives up after four sizes or at `MOST` devices.
     """
     least = devices_at_least(Estimate(cfg, cluster).step, cluster.memory)
-    sizes = [cluster.devices * 2**k for k in range(1, 20) if cluster.devices * 2**k >= least]
-    for devices in sizes[:3]:
-        if devices > MOST:
-            return None
+    sizes = [cluster.devices * 2**k for k in range(20)]
+    most = max(MOST, cluster.devices)
+    without = min(least - 1, most)
+    for devices in [n for n in sizes if least <= n <= most][:4]:
         try:
-            larger = parse(cluster.name, devices)
+            larger = cluster if devices == cluster.devices else parse(cluster.name, devices)
         except Refused:  # no such slice
-            return None
+            break
         best = search(cfg, larger)[0]
         if not best.reason:
-            return larger, best
-    return None
+            return Smallest((larger, best), without)
+        without = devices
+    return Smallest(None, without)
 
 
 def search(cfg: Config, cluster: Cluster) -> list[Candidate]:

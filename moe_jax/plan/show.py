@@ -39,6 +39,8 @@ def verdict(r: dict[str, Any]) -> list[str]:
             f"smallest by doubling that fits: {small['topology']}, mesh {mesh_words(small['mesh'])}, "
             f"peak {size(small['peak_bytes'])}"
         ]
+    if "no_mesh_up_to" in r:
+        lines += [f"no mesh of up to {r['no_mesh_up_to']:,} devices fits, by doubling"]
     wrong = len(r["contradictions"])
     return lines + [f"{wrong} contradiction{'s' * (wrong > 1)} in its description"] * bool(wrong)
 
