@@ -11,7 +11,7 @@ from moe_jax import cli
 
 call = pytest.fixture(calls)
 KEYS = {"params", "flops_per_token", "memory_per_device", "all_to_all_bytes", "warnings", "contradictions", "traffic"}
-TIMED = {"step_seconds", "mfu_ceiling", "dominant", "bubble", "run", "decode", "hbm_bytes", "fits"}
+TIMED = {"step_seconds", "mfu_ceiling", "dominant", "run", "decode", "hbm_bytes", "fits"}
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from moe_jax.plan import advice, roofline
 from moe_jax.plan.estimate import Estimate
 from moe_jax.plan.hardware import CHIPS, Wiring, parse, shaped
 from moe_jax.plan.report import report
-from moe_jax.plan.roofline import bubble, decode, times, utilisation
+from moe_jax.plan.roofline import decode, times, utilisation
 from moe_jax.plan.search import factorisations, search
 from moe_jax.plan.traffic import exchange_bytes, traffic
 from moe_jax.plan.work import Step
@@ -159,14 +159,6 @@ def test_a_chip_of_tpu7x_is_two_devices():
     assert parse("tpu7x:2x2x1", 0).devices == 8
     with pytest.raises(Refused, match="hosts hold 2x2 chips"):
         parse("tpu7x", 7)
-
-
-@pytest.mark.parametrize(
-    "stages,microbatches,rounds,want", [(1, 4, 1, 0), (4, 4, 1, 3 / 7), (4, 12, 1, 0.2), (4, 4, 2, 3 / 11)]
-)
-def test_bubble(stages, microbatches, rounds, want):
-    """(p - 1)/(m + p - 1) (GPipe, section 2.3), with v rounds (p - 1)/(v*m + p - 1)."""
-    assert bubble(stages, microbatches, rounds) == pytest.approx(want)
 
 
 def test_decoding_touches_the_experts_that_the_batch_draws():

@@ -10,7 +10,6 @@ from moe_jax.plan.memory import devices_at_least
 from moe_jax.schema import Problem
 
 WASTE = 2.0  # slots, or rows of a buffer, a choice in use
-BUBBLE = 0.1  # idle share of a pipeline
 MEGA = 1e6
 
 
@@ -98,11 +97,8 @@ def network(e: Estimate) -> Iterator[Problem]:
 
 
 def schedule(e: Estimate) -> Iterator[Problem]:
-    """Idle stages, idle devices, slow types."""
+    """Idle devices, slow types."""
     mesh, cfg = e.cfg.mesh, e.cfg
-    if e.times is not None and e.times.bubble > BUBBLE:
-        why = f"the pipeline is idle for {e.times.bubble:.0%} of a step"
-        yield Problem("train.microbatches", why, f"raise it above {9 * (getattr(mesh, 'stage', 1) - 1)}")
     if cfg.model.dtype == "float32" and e.cluster is not None and e.cluster.chip.f32 < e.cluster.chip.bf16:
         times = e.cluster.chip.bf16 / e.cluster.chip.f32
         why = f"is float32, and {e.cluster.name} multiplies bfloat16 {times:.0f} times as fast"

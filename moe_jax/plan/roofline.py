@@ -11,14 +11,6 @@ from moe_jax.plan.traffic import Move, traffic
 from moe_jax.plan.work import Step
 
 
-def bubble(stages: int, microbatches: int, rounds: int = 1) -> float:
-    """Idle share of a pipeline (GPipe, section 2.3; Narayanan et al. 2021, section 2.2: `rounds` of stages a device).
-
-    (p - 1) / (v*m + p - 1) for p stages, m microbatches and v rounds.
-    """
-    return (stages - 1) / (rounds * microbatches + stages - 1)
-
-
 class Timed(NamedTuple):
     """A kind of collective with its time in a step."""
 
@@ -35,13 +27,12 @@ class Times:
     memory: float  # weights, gradients and optimizer state through HBM
     exposed: float  # collectives that something waits for
     hidden: float  # collectives that can run beside computation
-    bubble: float  # idle share of the pipeline
     moves: tuple[Timed, ...]
 
     @property
     def step(self) -> float:
         busy = max(self.compute, self.memory)
-        return (busy + self.exposed + max(0.0, self.hidden - busy)) / (1 - self.bubble)
+        return busy + self.exposed + max(0.0, self.hidden - busy)
 
     @property
     def dominant(self) -> str:
@@ -74,13 +65,11 @@ def times(step: Step, cluster: Cluster) -> Times:
     held = sum(leaf.shard(rules, mesh) for leaf in step.leaves)
     passes = step.passes("attn") + 2  # the backward pass reads weights and writes gradients
     through = held * (step.width * passes * step.microbatches + 4 * 8)  # AdamW: 4 reads, 3 writes, and one gradient
-    stages = getattr(mesh, "stage", 1)
     return Times(
         sum(step.executed().values()) / peak(step, cluster),
         through / cluster.chip.hbm_speed,
         sum(t.seconds for t in timed if not t.move.hidden),
         sum(t.seconds for t in timed if t.move.hidden),
-        bubble(stages, step.microbatches),
         timed,
     )
 

@@ -99,7 +99,6 @@ def clock(r: dict[str, Any]) -> list[str]:
     rows = [("compute at the peak rate", seconds(s["compute"])), ("weights through HBM", seconds(s["hbm"]))]
     rows += [("collectives that are waited for", seconds(s["exposed"]))]
     rows += [("collectives beside computation", seconds(s["hidden"]))]
-    rows += [("pipeline bubble", f"{r['bubble']:.1%}")] * bool(r["bubble"])
     money = "no price is known: --price" if run["dollars"] is None else f"${run['dollars']:,.0f} at ${run['price']:g}"
     lines = table(("a step, at the least", "time"), rows, numbers=True)
     lines += [
