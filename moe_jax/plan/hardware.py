@@ -35,8 +35,8 @@ class Chip:
 #   Between hosts one network card a GPU: 200 Gb/s (DGX A100), 400 Gb/s (DGX H100, H200, B200). B200: 180 GB (DGX B200).
 # TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: peak, HBM, "bidirectional ICI bandwidth per chip" divided by
 #   links and directions, "DCN bandwidth per chip". A chip of TPU7x is two devices, each with half of it.
-# Prices: $2 a GPU-hour is the rental price that training reports assume (DeepSeek-V3, table 1, for an H800); for TPU
-#   cloud.google.com/tpu/pricing, on demand, US regions. `--price` overrides them.
+# Prices: $2 a GPU-hour is what DeepSeek-V3, table 1, assumes for an H800, an H100 with slower links; assumed for the
+#   A100 too. For TPU cloud.google.com/tpu/pricing, on demand, US regions. `--price` overrides them.
 CHIPS = {
     "a100": Chip(312e12, 156e12, 80 * GB, 2.039 * TERA, 300 * GB, 25 * GB, 2.0),
     "h100": Chip(989.4e12, 494.7e12, 80 * GB, 3.35 * TERA, 450 * GB, 50 * GB, 2.0),
