@@ -10,8 +10,9 @@ from math import prod
 from typing import NamedTuple
 
 from moe_jax.cost import matrices
+from moe_jax.pattern import query_blocks
 from moe_jax.plan.leaves import BATCH_AXES, Leaf, expert_width
-from moe_jax.plan.work import QUERY_BLOCK, QUERY_BLOCKS, Step
+from moe_jax.plan.work import Step
 from moe_jax.schema import MeshConfig
 
 FACTORED = 128  # optax.adafactor: least second-largest dimension of a parameter whose second moment is factored
@@ -70,16 +71,10 @@ def tiled(rows: int, columns: int, platform: str) -> int:
     return min(-(-rows // 8) * 8 * (-(-columns // 128) * 128), -(-rows // 128) * 128 * (-(-columns // 8) * 8))
 
 
-def query_blocks(L: int) -> list[tuple[int, int]]:
-    """Rows of each block of queries and the keys that it sees, as in layers/attention.py."""
-    size = max(QUERY_BLOCK, -(-L // QUERY_BLOCKS))
-    return [(min(size, L - begin), min(begin + size, L)) for begin in range(0, L, size)]
-
-
 def probabilities(step: Step) -> int:
     """Elements of a layer's attention probabilities."""
     heads = step.cfg.model.heads // step.over("act_heads")
-    each = sum(tiled(rows, end, step.platform) for rows, end in query_blocks(step.cfg.data.length))
+    each = sum(tiled(end - begin, end, step.platform) for begin, end in query_blocks(step.cfg.data.length))
     return step.rows * heads * each // step.over("length")
 
 
