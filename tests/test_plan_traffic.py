@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,77 @@ def test_following_a_remedy_ends_its_warning():
     after = estimate("tiny_switch", "v5e:2x4", "data.length=512", "model.moe.dispatch=gather")
     assert "model.moe.dispatch" in {p.key for p in advice.warnings(before)}
     assert "model.moe.dispatch" not in {p.key for p in advice.warnings(after)}
+
+
+FLAT = ["mesh.fsdp=1", "mesh.data=8", "mesh.expert=8", 'rules.experts=["data","expert"]', "model.moe.experts=64"]
+CROSSING = {  # overrides on 8 hosts of 8 GPUs, the traffic between hosts, the remedy
+    "too many experts' shards": (
+        ["model.moe.experts=32", "mesh.expert=32", "mesh.fsdp=2"],
+        "the exchange",
+        "lower mesh.expert to 8 or less",
+    ),
+    "tensor inside of expert": (
+        ["mesh.fsdp=1", "mesh.expert=8", "mesh.tensor=8"],
+        "the exchange",
+        "lower mesh.tensor to 1",
+    ),
+    "experts over neighbours of the tensor axis": (
+        ["mesh.fsdp=1", "mesh.expert=16", "mesh.tensor=4", "model.moe.experts=16"],
+        "the exchange",
+        "lower mesh.expert to 2 or less",
+    ),
+    "a tensor axis of more than a host": (
+        ["mesh.fsdp=1", "mesh.expert=4", "mesh.tensor=16", "model.kv_heads=16"],
+        "the exchange",
+        "lower mesh.tensor to 2 or less",
+    ),
+    "two axes in one exchange": (FLAT, "the exchange", "lower mesh.data to 1"),
+    "split sequences": (
+        [
+            "mesh.fsdp=1",
+            "mesh.context=16",
+            "mesh.expert=1",
+            "mesh.tensor=4",
+            "data.length=8192",
+            "model.moe.group_size=256",
+        ],
+        "the keys and values",
+        "lower mesh.context to 2 or less",
+    ),
+    "split heads": (
+        ["mesh.fsdp=4", "mesh.expert=1", "mesh.tensor=16", "model.kv_heads=16"],
+        "the attention sums",
+        "lower mesh.tensor to 8 or less",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CROSSING)
+def test_following_a_remedy_ends_the_traffic_between_hosts(name):
+    """The devices that a lowered axis sets free go to mesh.fsdp, whose traffic runs beside the computation."""
+    overrides, what, remedy = CROSSING[name]
+    before = estimate("mixtral_8x7b", "h100:8x8", *overrides)
+    found = [p for p in advice.warnings(before) if f"{what} between hosts" in p.reason]
+    assert found and {p.remedy for p in found} == {remedy}
+    (axis, size) = re.fullmatch(r"lower mesh\.(\w+) to (\d+)(?: or less)?", remedy).groups()
+    mesh = before.cfg.mesh
+    free = getattr(mesh, axis) // int(size)
+    after = [*overrides, f"mesh.{axis}={size}", f"mesh.fsdp={mesh.fsdp * free}"]
+    last = {o.partition("=")[0]: o for o in after}
+    again = estimate("mixtral_8x7b", "h100:8x8", *last.values())
+    assert again.cfg.mesh.size == 64 and all(p.key == f"mesh.{axis}" for p in found)
+    assert not [p for p in advice.warnings(again) if f"{what} between hosts" in p.reason]
+
+
+def test_hosts_of_one_device_hold_no_group():
+    found = advice.warnings(estimate("mixtral_8x7b", "h100:8x1", "mesh.fsdp=1"))
+    assert [p.remedy for p in found if "the exchange between hosts" in p.reason] == ["lower mesh.expert to 1"]
+
+
+def test_an_exchange_in_two_stages_is_meant_to_cross_hosts():
+    e = estimate("mixtral_8x7b", "h100:8x8", *FLAT, "model.moe.exchange=hierarchical")
+    assert any(t.far and t.move.what == "exchange" for t in times(e.step, e.cluster).moves)
+    assert not [p for p in advice.warnings(e) if "between hosts" in p.reason]
 
 
 def test_every_mesh_is_tried_once():
