@@ -173,6 +173,17 @@ def test_decoding_touches_the_experts_that_the_batch_draws():
     assert read == 2 * (c.active - c.components["embed"]), "bfloat16, and one row of the table is nothing"
 
 
+@pytest.mark.parametrize("name", ["mixtral_8x7b", "moe_175b_wide"])
+def test_split_widths_are_read_whole(name):
+    """Parameters split by mesh.fsdp are gathered for their products: nothing is decoded faster than with copies."""
+    each = ["mesh.expert=1", 'rules.embed=["fsdp"]', "data.batch=64", "train.microbatches=1"]
+    split, copied = (estimate(name, "h100:1x8", *each, *m) for m in (["mesh.fsdp=8"], ["mesh.fsdp=1", "mesh.data=8"]))
+    assert decode(split.step, split.cluster) == decode(copied.step, copied.cluster)
+    saved = 7 / 8 * 32 / copied.cluster.chip.hbm_speed  # seconds a parameter, of AdamW alone
+    less = times(copied.step, copied.cluster).memory - times(split.step, split.cluster).memory
+    assert less == pytest.approx(saved * split.step.count.total, rel=1e-3)
+
+
 def test_a_roofline_of_compute_alone():
     """One device, no recomputation, capacity factor 1: model FLOPs at the peak rate but for attention's squares."""
     e = estimate(
