@@ -42,6 +42,7 @@ def test_people_read_the_important_line_first(call, argv):
     assert lines[0].startswith(f"{argv[0]}, mesh ")
     assert "peak" in lines[1] and ("fit" in lines[1].lower() or "--topology" in lines[1])
     assert max(map(len, lines)) <= 100
+    assert ("the whole card, of which" in out) == ("h100" in lines[0] or "a100" in lines[0])
 
 
 def test_the_description_contradicts_itself(call):
@@ -51,7 +52,7 @@ def test_the_description_contradicts_itself(call):
     assert list(found) == ["parameters", "weights", "placement", "optimizer", "cost"]
     for key, figures in {
         "parameters": ("9,935,005,913,088", "9.94T", "194.0B", "175.0B", "22.0B"),
-        "weights": ("19.87 TB", "2.56 TB"),
+        "weights": ("19.87 TB", "2.72 TB"),
         "placement": ("32 expert shards", "4 stages leave 8", "16 experts"),
         "optimizer": ("87.5 GB", "40 GB", "7.3 bytes"),
         "cost": ("$4.6M", "2.3M hours", "8.2 years", "555B tokens"),

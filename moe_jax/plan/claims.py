@@ -38,11 +38,10 @@ def weights(c: ClaimConfig, step: Step, cluster: Cluster | None) -> Iterator[Pro
     """The weights alone against the memory of the cluster."""
     if cluster is None:
         return
-    size, hbm = BF16 * step.count.total, cluster.chip.hbm
-    room = cluster.devices * hbm
+    size, room = BF16 * step.count.total, cluster.devices * cluster.memory
     if size > room:
         why = f"bfloat16 weights alone take {size / 1e12:,.2f} TB; {cluster} has {room / 1e12:,.2f} TB in all"
-        yield Problem("weights", why, f"{ceil(size / hbm):,} such devices would hold them, and nothing else")
+        yield Problem("weights", why, f"{ceil(size / cluster.memory):,} such devices would hold them, and nothing else")
 
 
 def placement(c: ClaimConfig, step: Step, cluster: Cluster | None) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ from typing import Any
 from moe_jax.inspect.show import collectives
 from moe_jax.plan.leaves import COMPONENTS
 from moe_jax.terminal import mesh_words, size, table
+from moe_jax.topology import GPUS
 
 WIDTH = 100  # columns
 MOST = 15  # rows of a table of collectives
@@ -30,6 +31,8 @@ def verdict(r: dict[str, Any]) -> list[str]:
         left = f"{size(abs(hbm - peak))} {'to spare' if r['fits'] else 'too much'}"
         fit = f"{'fits' if r['fits'] else 'DOES NOT FIT'}: peak {size(peak)} of {size(hbm)}, {left}"
         speed = f"step {seconds(r['step_seconds'])} at the least, MFU {r['mfu_ceiling']:.0%} at the most"
+        if r["topology"].partition(":")[0] in GPUS:
+            fit += " (the whole card, of which driver and libraries take some)"
         lines = [f"{where} on {r['topology']}", fit, f"{speed}; {r['dominant']} dominates"]
     if "search" in r:
         lines[0] += f": the best of {len(r['search']['refused']) + r['search']['fitting']} meshes"
