@@ -1,4 +1,13 @@
-"""How the layers of a model are put into loops. No arrays, no JAX."""
+"""How a model's work is cut: layers into loops, the queries of a sequence into blocks. No arrays, no JAX."""
+
+QUERY_BLOCK = 64  # least rows of a query block
+QUERY_BLOCKS = 8  # most blocks, so that compile time does not grow with the length
+
+
+def query_blocks(L: int) -> list[tuple[int, int]]:
+    """Where the blocks of L queries begin and end; each sees the keys up to its end, and skips the future."""
+    size = max(QUERY_BLOCK, -(-L // QUERY_BLOCKS))
+    return [(begin, min(begin + size, L)) for begin in range(0, L, size)]
 
 
 def pattern(kinds: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:

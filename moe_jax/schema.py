@@ -302,7 +302,6 @@ class ClaimConfig:
     stages: Count | None = key(None, "pipeline stages")
     experts_per_device: Count | None = key(None, "experts of a layer on one device")
     state_bytes: Positive | None = key(None, "bytes a device holds of weights, gradients and optimizer state")
-    activation_bytes: Positive | None = key(None, "bytes a device holds of activations")
     mfu: Fractional | None = key(None, "model FLOPs utilisation of the run")
     price: Positive | None = key(None, "US dollars a device-hour")
     cost: Positive | None = key(None, "US dollars of the run")

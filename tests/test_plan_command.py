@@ -11,7 +11,7 @@ from moe_jax import cli
 
 call = pytest.fixture(calls)
 KEYS = {"params", "flops_per_token", "memory_per_device", "all_to_all_bytes", "warnings", "contradictions", "traffic"}
-TIMED = {"step_seconds", "mfu_ceiling", "dominant", "bubble", "run", "decode", "hbm_bytes", "fits"}
+TIMED = {"step_seconds", "mfu_ceiling", "dominant", "run", "decode", "hbm_bytes", "fits"}
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,7 @@ def test_people_read_the_important_line_first(call, argv):
     assert lines[0].startswith(f"{argv[0]}, mesh ")
     assert "peak" in lines[1] and ("fit" in lines[1].lower() or "--topology" in lines[1])
     assert max(map(len, lines)) <= 100
+    assert ("the whole card, of which" in out) == ("h100" in lines[0] or "a100" in lines[0])
 
 
 def test_the_description_contradicts_itself(call):
@@ -51,18 +52,50 @@ def test_the_description_contradicts_itself(call):
     assert list(found) == ["parameters", "weights", "placement", "optimizer", "cost"]
     for key, figures in {
         "parameters": ("9,935,005,913,088", "9.94T", "194.0B", "175.0B", "22.0B"),
-        "weights": ("19.87 TB", "2.56 TB"),
+        "weights": ("19.87 TB", "2.72 TB"),
         "placement": ("32 expert shards", "4 stages leave 8", "16 experts"),
         "optimizer": ("87.5 GB", "40 GB", "7.3 bytes"),
         "cost": ("$4.6M", "2.3M hours", "8.2 years", "555B tokens"),
     }.items():
         assert all(f in found[key] for f in figures), found[key]
     assert all(p["remedy"] for p in report["contradictions"]) and report["fits"] is False
+    large = ["mesh.data=128", "mesh.expert=32", "data.batch=65536", "--topology", "h100:512x8"]
+    _, elsewhere, _ = call("plan", "moe_175b_as_described", *large, "--json")
+    assert elsewhere["contradictions"] == report["contradictions"], "held against its own cluster, whatever is asked"
     totals = {c["config"]: (c["params_total"], c["params_active"]) for c in report["repaired"]}
     assert totals == {
         "moe_175b_wide": (174_640_828_416, 22_437_924_864),
         "moe_175b_deep": (175_078_966_784, 22_347_580_928),
     }
+
+
+PLACES = {
+    "a stage without a device": (
+        ["claims.stages=64"],
+        ["32 expert shards, 2048 devices in 64 stages", "leave 0 of the 32 devices"],
+        "one stage, or 2048 devices",
+    ),
+    "more experts a device than there are": (
+        ["claims.experts_per_device=1000", "claims.stages=64"],
+        ["1 expert shard, 64 devices in 64 stages"],
+        "one stage, or 64 devices",
+    ),
+    "experts that do not divide": (
+        ["claims.experts_per_device=5"],
+        ["26 expert shards, 104 devices in 4 stages", "leave 8 of the 32 devices a stage, so 16 experts a device"],
+        "one stage, or 104 devices, or 16 experts a device",
+    ),
+    "no single stage": (["claims.experts_per_device=1"], ["128 expert shards"], "512 devices, or 16 experts a device"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_experts_and_stages_that_do_not_go_together(call, name):
+    overrides, figures, remedy = PLACES[name]
+    code, report, _ = call("plan", "moe_175b_as_described", *overrides, "--json")
+    (found,) = [p for p in report["contradictions"] if p["key"] == "placement"]
+    assert code == 0 and all(f in found["reason"] for f in figures), found["reason"]
+    assert found["remedy"] == remedy
 
 
 def test_experts_are_not_all_that_is_active(call):
@@ -75,9 +108,11 @@ def test_experts_are_not_all_that_is_active(call):
     assert all(figure in found["reason"] for figure in ("60.0B", "40.0B", "20.0B"))
 
 
+@pytest.mark.parametrize("mesh", [[], ["mesh.expert=1", "mesh.data=32"]], ids=["split", "copied"])
 @pytest.mark.parametrize("name", ["moe_175b_wide", "moe_175b_deep"])
-def test_what_is_repaired_claims_nothing_and_needs_a_larger_cluster(call, name):
-    _, report, _ = call("plan", name, "--topology", "a100:4x8", "--json")
+def test_what_is_repaired_claims_nothing_and_needs_a_larger_cluster(call, name, mesh):
+    """The same cluster whatever the mesh of the config copies: its devices may be split otherwise."""
+    _, report, _ = call("plan", name, *mesh, "--topology", "a100:4x8", "--json")
     assert report["contradictions"] == [] and report["fits"] is False
     small = report["smallest_cluster"]
     assert small["devices"] == 64 and small["peak_bytes"] < report["hbm_bytes"]
@@ -95,6 +130,19 @@ def test_search(call):
     assert "meshes fit; the fastest" in out
 
 
+def test_no_cluster_is_large_enough(call):
+    """The state alone needs 1,868 devices, and the search ends at 1,024."""
+    _, report, _ = call("plan", "moe_175b_as_described", "--json")
+    assert report["no_mesh_up_to"] == 1024 and "smallest_cluster" not in report
+    _, out, _ = call("plan", "moe_175b_as_described")
+    assert "no mesh of up to 1,024 devices fits" in out
+
+
+def test_another_mesh_of_the_same_cluster_may_fit(call):
+    _, report, _ = call("plan", "mixtral_8x7b", "mesh.fsdp=1", "mesh.data=8", "--topology", "h100:8x8", "--json")
+    assert report["fits"] is False and report["smallest_cluster"]["topology"] == "h100:8x8"
+
+
 REFUSED = [
     (["tiny_switch", "--topology", "v5q:2x2"], ("v5q", "v5p")),
     (["tiny_switch", "--topology", "h100:2x2x2"], ("hosts x GPUs",)),
@@ -105,6 +153,17 @@ REFUSED = [
     (["tiny_switch", "--topology", "v5e:4x4", "mesh.expert=4"], ("mesh of 8", "16 devices")),
     (["tiny_switch", "mesh.expert=3"], ("8 experts do not divide",)),
     (["tiny_mixtral", "mesh.data=1", "mesh.expert=1", "mesh.tensor=8"], ("does not divide over tensor=8",)),
+    (["tiny_gshard", 'rules.mlp=["tensors"]'], ("rules.mlp", "unknown mesh axis 'tensors'")),
+    (["tiny_gshard", 'rules.experts=["tensor"]', "mesh.tensor=2"], ("rules.experts", "not among the token axes")),
+    (["tiny_gshard", 'rules.act_mlp=["data"]'], ("act_mlp", "mesh axis 'data' holds two dimensions")),
+    (
+        ["tiny_gshard", 'rules.act_exchange=["tensor"]', "rules.expert_mlp=[]", "mesh.tensor=2"],
+        ("rules.act_exchange", "['tensor'] are not among the axes []"),
+    ),
+    (
+        ["moe_175b_as_described", "--topology", "h100:32x8"],
+        ("stops 84 of 495 meshes of h100:32x8, for example tensor=256", "rules.vocab=[]", "divisor of 512"),
+    ),
     (["tiny_swich"], ("tiny_switch",)),
 ]
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from moe_jax import config
+from moe_jax.pattern import query_blocks
+from moe_jax.plan import memory as plan_memory
 from moe_jax.plan.hardware import parse
-from moe_jax.plan.memory import memory, query_blocks, tiled
+from moe_jax.plan.memory import memory, tiled
 from moe_jax.plan.work import Step
 
 FOLDER = Path(__file__).parent / "golden"
@@ -79,11 +81,19 @@ def test_microbatches_shrink_activations_and_double_gradients():
     assert parts.kinds["gradients"] > whole.kinds["gradients"]
 
 
+def test_equal_layers_are_worked_out_once(monkeypatch):
+    """So that a search over a thousand meshes of a deep model answers at once."""
+    asked, saved = [], plan_memory.saved
+    monkeypatch.setattr(plan_memory, "saved", lambda step, kind: asked.append(kind) or saved(step, kind))
+    few, many = (peaks(f"model.layers={n}", "model.moe.every=2") for n in (4, 16))
+    assert asked == ["dense", "moe"] * 2 and many.kinds["activations"] == 4 * few.kinds["activations"]
+
+
 def test_query_blocks_cover_the_causal_half():
     for L in (64, 97, 512, 4096):
         blocks = query_blocks(L)
-        assert sum(rows for rows, _ in blocks) == L and blocks[-1][1] == L and len(blocks) <= 8
-        assert all(rows <= end for rows, end in blocks)
+        assert [begin for begin, _ in blocks] == [0, *(end for _, end in blocks[:-1])] and blocks[-1][1] == L
+        assert len(blocks) <= 8 and all(begin < end for begin, end in blocks)
 
 
 @pytest.mark.parametrize(

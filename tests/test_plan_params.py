@@ -11,7 +11,9 @@ from moe_jax import config
 from moe_jax.axes import MESH_AXES
 from moe_jax.plan.leaves import count, leaves
 from moe_jax.plan.memory import optimizer_elements
+from moe_jax.plan.search import misfits
 from moe_jax.plan.work import Step
+from moe_jax.rules import RulesError
 from moe_jax.train.state import Model
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "models.json").read_text())
@@ -76,10 +78,10 @@ def test_published_counts_to_the_unit(name):
 
 
 def test_mixtral_8x22b():
-    """140,620,634,112 parameters on its model card; active by the two of eight experts."""
+    """281,241,268,224 bytes of bfloat16 in the 59 published safetensors files; active by the two of eight experts."""
     counted = count(config.load("mixtral_8x22b").model)
     experts = 56 * 3 * 6144 * 16384
-    assert counted.total == 140_620_634_112
+    assert counted.total == 281_241_268_224 // 2 == 140_620_634_112
     assert counted.active == counted.total - 6 * experts
 
 
@@ -95,3 +97,22 @@ def test_optimizer_state_is_that_of_the_real_one(name, kind):
     arrays = [x for path, x in state if x.ndim and "ns_coeffs" not in jax.tree_util.keystr(path)]
     real = sum(prod(x.sharding.shard_shape(x.shape)) for x in arrays)
     assert sum(optimizer_elements(kind, leaf, step) for leaf in step.leaves) == real
+
+
+UNFIT = {
+    "of size 257 does not divide": ["model.vocab=257", "rules.vocab=[]"],
+    "act_heads of size 1 does not divide": ["model.kv_heads=1", "rules.kv_heads=[]"],
+    "unknown mesh axis 'tensors'": ['rules.mlp=["tensors"]'],
+    "holds two dimensions": ['rules.act_mlp=["data"]'],
+    "are not among the token axes": ['rules.experts=["tensor"]'],
+}
+
+
+@pytest.mark.parametrize("reason", UNFIT)
+def test_the_plan_refuses_what_a_run_refuses(reason):
+    """The same conflicts of rules and mesh, before any model is made."""
+    cfg = config.load("tiny_gshard", ["mesh.data=1", "mesh.tensor=2", "train.sample=unset", *UNFIT[reason]])
+    with pytest.raises(RulesError) as e:
+        Model.of(cfg).validate()
+    planned = {p.reason for p in misfits(cfg)}
+    assert planned == {p.reason for p in e.value.problems} and any(reason in r for r in planned)

@@ -12,7 +12,7 @@ from moe_jax import mesh as meshes
 from moe_jax.bench.timing import by_turns, cpu_ratio, machine, ratio
 from moe_jax.capacity import capacity
 from moe_jax.config import Config, ModelConfig, Problem, Refused
-from moe_jax.layers.attention import QUERY_BLOCK, QUERY_BLOCKS
+from moe_jax.pattern import query_blocks
 from moe_jax.rules import sharding
 from moe_jax.train.state import Model
 from moe_jax.train.step import lower_train_step
@@ -41,9 +41,7 @@ def layer_products(m: ModelConfig, kind: str, B: int, L: int) -> list[Product]:
     """The products of one layer, without those that move tokens to experts and back."""
     D, H, J, N, T = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim, B * L
     out = [Product(1, T, D, H * N), Product(1, T, H * N, D), *[Product(1, T, D, J * N)] * 2]
-    size = max(QUERY_BLOCK, -(-L // QUERY_BLOCKS))
-    for begin in range(0, L, size):  # the causal blocks of queries
-        end = min(begin + size, L)
+    for begin, end in query_blocks(L):  # the causal blocks of queries
         out += [Product(B * H, end - begin, N, end), Product(B * H, end - begin, end, N)]
     if kind == "dense" or m.moe is None:
         return out + ffn_products(T, 1, D, m.d_ff, m.ffn)

@@ -10,10 +10,8 @@ from moe_jax.config import ModelConfig
 from moe_jax.layers.common import fan_in, lay, param, product
 from moe_jax.layers.context import split_attention
 from moe_jax.layers.positions import rotary
+from moe_jax.pattern import query_blocks
 from moe_jax.sequence import shards
-
-QUERY_BLOCK = 64  # least rows of a query block
-QUERY_BLOCKS = 8  # most blocks, so that compile time does not grow with the length
 
 
 def weighted_values(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -33,11 +31,8 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Arr
     Args:
         q: [B, J, R, L, N]; k, v: [B, J, L, N]; segments: [B, L] int32, 0 for padding.
     """
-    L = q.shape[-2]
-    size = max(QUERY_BLOCK, -(-L // QUERY_BLOCKS))
     out = []
-    for begin in range(0, L, size):
-        end = min(begin + size, L)
+    for begin, end in query_blocks(q.shape[-2]):
         causal = jnp.arange(begin, end)[:, None] >= jnp.arange(end)[None]
         mask = causal[None] & (segments[:, begin:end, None] == segments[:, None, :end])  # [B, rows, end]
         out.append(weighted_values(q[..., begin:end, :], k[..., :end, :], v[..., :end, :], mask))

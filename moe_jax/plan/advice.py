@@ -1,15 +1,18 @@
 """Warnings: what will be slow, wasteful or impossible, with the key to change."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 
-from moe_jax.cost import EINSUM_LIMIT, einsum_groups
+from moe_jax.axes import MESH_AXES, Axes
+from moe_jax.cost import EINSUM_LIMIT, einsum_groups, matrices
 from moe_jax.plan import roofline
 from moe_jax.plan.estimate import Estimate
-from moe_jax.plan.leaves import expert_width, matrices
+from moe_jax.plan.leaves import expert_width
+from moe_jax.plan.memory import devices_at_least
 from moe_jax.schema import Problem
 
 WASTE = 2.0  # slots, or rows of a buffer, a choice in use
-BUBBLE = 0.1  # idle share of a pipeline
+FAR = 0.05  # share of a step, of traffic between hosts or slices
 MEGA = 1e6
 
 
@@ -17,14 +20,14 @@ def memory(e: Estimate) -> Iterator[Problem]:
     """Too much for the device."""
     if e.cluster is None or e.memory.peak <= e.cluster.memory:
         return
-    m, train, mesh, room = e.cfg.model, e.cfg.train, e.cfg.mesh, e.cluster.memory
+    m, train, room = e.cfg.model, e.cfg.train, e.cluster.memory
     over = (e.memory.peak - room) / 1e9
     why = (
         f"{e.memory.peak / 1e9:,.1f} GB a device exceed the {room / 1e9:,.1f} GB of {e.cluster.name} by {over:,.1f} GB"
     )
     held = e.memory.kinds["parameters"] + e.memory.kinds["optimizer"] + e.memory.kinds["gradients"]
     if held > room:
-        need = -(-held * mesh.size // room)
+        need = devices_at_least(e.step, room, with_gradients=True)
         text = f"state and gradients alone take {held / 1e9:,.1f} GB: raise mesh.fsdp or mesh.expert"
         yield Problem("mesh.fsdp", why, f"{text} (all split, at least {need:,.0f} devices), or use adafactor")
     elif m.remat == "none":
@@ -83,25 +86,40 @@ def network(e: Estimate) -> Iterator[Problem]:
     """Traffic that belongs on the fast network and crosses the slow one."""
     if e.times is None or e.cluster is None:
         return
-    where = "hosts" if e.cluster.platform == "gpu" else "slices"
-    keys = {"exchange": "expert", "attention sums": "tensor", "feed-forward sums": "tensor", "expert sums": "tensor"}
-    for timed in e.times.moves:
-        axis = keys.get(timed.move.what)
-        share = timed.seconds / e.times.step
-        if axis is None or not timed.far or share < 0.05:
+    where, moe = "hosts" if e.cluster.platform == "gpu" else "slices", e.cfg.model.moe
+    meant = e.cfg.rules.experts[:1] if moe is not None and moe.exchange == "hierarchical" else None
+    for move, seconds, far in e.times.moves:
+        share = seconds / e.times.step
+        if move.hidden or not far or share < FAR or (move.what == "exchange" and move.axes == meant):
             continue
-        size = f"{timed.move.count} x {timed.move.sent / MEGA:,.1f} MB"
-        why = f"the {timed.move.what} cross {where}, {size} a step and device: {share:.0%} of the step"
-        remedy = f"lower mesh.{axis} to {e.cluster.topology.fast} or less, which one of the {where} holds"
-        yield Problem(f"mesh.{axis}", why, remedy)
+        sent = f"{move.count} x {move.sent / MEGA:,.1f} MB a device"
+        why = f"{share:.0%} of a step goes to the {move.what} between {where}, {sent} ({move.op})"
+        yield nearer(e.cfg.mesh.sizes, move.axes, e.cluster.topology.fast, why)
+
+
+def nearer(sizes: Mapping[str, int], axes: Axes, fast: int, why: str) -> Problem:
+    """The mesh axis to lower so that groups along `axes` lie inside the `fast` neighbours of the fast network.
+
+    The fastest axes are neighbours: the slowest one of the group spans all the faster ones.
+    """
+    axis = min(axes, key=MESH_AXES.index)
+    inner = [a for a in MESH_AXES[MESH_AXES.index(axis) + 1 :] if sizes.get(a, 1) > 1]
+    most = min(fast // prod(sizes[a] for a in inner), sizes[axis] - 1)
+    if not inner or most > 1 or (most == 1 and len(axes) > 1):
+        return Problem(f"mesh.{axis}", why, f"lower mesh.{axis} to {at_most(most)}")
+    together = " x ".join(f"mesh.{a}" for a in inner)
+    first = f"lower mesh.{axis} to {at_most(fast)} and " if sizes[axis] > fast else "lower "
+    return Problem(f"mesh.{inner[-1]}", why, f"{first}{together} to {at_most(fast // min(fast, sizes[axis]))}")
+
+
+def at_most(n: int) -> str:
+    """A limit in words."""
+    return f"{n} or less" if n > 1 else "1"
 
 
 def schedule(e: Estimate) -> Iterator[Problem]:
-    """Idle stages, idle devices, slow types."""
+    """Idle devices, slow types."""
     mesh, cfg = e.cfg.mesh, e.cfg
-    if e.times is not None and e.times.bubble > BUBBLE:
-        why = f"the pipeline is idle for {e.times.bubble:.0%} of a step"
-        yield Problem("train.microbatches", why, f"raise it above {9 * (getattr(mesh, 'stage', 1) - 1)}")
     if cfg.model.dtype == "float32" and e.cluster is not None and e.cluster.chip.f32 < e.cluster.chip.bf16:
         times = e.cluster.chip.bf16 / e.cluster.chip.f32
         why = f"is float32, and {e.cluster.name} multiplies bfloat16 {times:.0f} times as fast"

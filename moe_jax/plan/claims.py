@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from math import ceil
 
-from moe_jax.plan.hardware import Cluster
+from moe_jax.plan.hardware import Cluster, parse
 from moe_jax.plan.work import Step
 from moe_jax.schema import ClaimConfig, Problem
 
@@ -38,11 +38,10 @@ def weights(c: ClaimConfig, step: Step, cluster: Cluster | None) -> Iterator[Pro
     """The weights alone against the memory of the cluster."""
     if cluster is None:
         return
-    size, hbm = BF16 * step.count.total, cluster.chip.hbm
-    room = cluster.devices * hbm
+    size, room = BF16 * step.count.total, cluster.devices * cluster.memory
     if size > room:
         why = f"bfloat16 weights alone take {size / 1e12:,.2f} TB; {cluster} has {room / 1e12:,.2f} TB in all"
-        yield Problem("weights", why, f"{ceil(size / hbm):,} such devices would hold them, and nothing else")
+        yield Problem("weights", why, f"{ceil(size / cluster.memory):,} such devices would hold them, and nothing else")
 
 
 def placement(c: ClaimConfig, step: Step, cluster: Cluster | None) -> Iterator[Problem]:
@@ -50,12 +49,20 @@ def placement(c: ClaimConfig, step: Step, cluster: Cluster | None) -> Iterator[P
     moe = step.cfg.model.moe
     if cluster is None or moe is None or c.stages is None or c.experts_per_device is None:
         return
-    shards = moe.experts // c.experts_per_device
-    left = cluster.devices // c.stages
-    if shards > left:
-        why = f"{c.experts_per_device} experts a device need {shards} expert shards; {c.stages} stages leave {left} of "
-        why += f"the {cluster.devices} devices a stage, so {moe.experts // left} experts a device"
-        yield Problem("placement", why, f"one stage, or {shards * c.stages} devices, or {moe.experts // left} experts")
+    shards = ceil(moe.experts / c.experts_per_device)
+    need, left = shards * c.stages, cluster.devices // c.stages
+    if need <= cluster.devices:
+        return
+    split = "1 expert shard" if shards == 1 else f"{shards} expert shards"
+    why = f"{c.experts_per_device} experts a device need {split}, {need} devices in {c.stages} stages; "
+    why += f"{c.stages} stages leave {left} of the {cluster.devices} devices a stage"
+    remedies = ["one stage"] if shards <= cluster.devices else []
+    remedies.append(f"{need} devices")
+    if left:
+        each = ceil(moe.experts / left)
+        why += f", so {each} experts a device"
+        remedies.append(f"{each} experts a device")
+    yield Problem("placement", why, ", or ".join(remedies))
 
 
 def optimizer(c: ClaimConfig, step: Step, cluster: Cluster | None) -> Iterator[Problem]:
@@ -100,7 +107,10 @@ def cost(c: ClaimConfig, step: Step, cluster: Cluster | None) -> Iterator[Proble
 CHECKS = (counts, weights, placement, optimizer, cost)
 
 
-def contradictions(step: Step, cluster: Cluster | None) -> list[Problem]:
-    """What a config's claims and its figures contradict each other in."""
+def contradictions(step: Step) -> list[Problem]:
+    """What a config's claims and its figures contradict each other in, on the cluster that they name."""
     claims = step.cfg.claims
-    return [] if claims is None else [p for check in CHECKS for p in check(claims, step, cluster)]
+    if claims is None:
+        return []
+    cluster = None if claims.topology is None else parse(claims.topology, step.cfg.mesh.size)
+    return [p for check in CHECKS for p in check(claims, step, cluster)]

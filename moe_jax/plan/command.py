@@ -49,7 +49,7 @@ def settle(cfg: Any, args: argparse.Namespace) -> tuple[Any, Any, list | None]:
     the config's mesh and no override names one.
     """
     from moe_jax.plan.hardware import parse
-    from moe_jax.plan.search import misfits, search
+    from moe_jax.plan.search import misfits, obstacles, search
     from moe_jax.schema import Problem, Refused
 
     named = args.topology or (cfg.claims.topology if cfg.claims is not None else None)
@@ -67,7 +67,7 @@ def settle(cfg: Any, args: argparse.Namespace) -> tuple[Any, Any, list | None]:
     found = search(cfg, cluster)
     built = [c for c in found if c.estimate is not None]
     if not built:
-        raise Refused(*(Problem(f"mesh {c.mesh}", c.reason, "change that, or --devices") for c in found[:5]))
+        raise Refused(*obstacles(found, cluster))
     best = built[0] if not built[0].reason else min(built, key=lambda c: c.peak)
     return dataclasses.replace(cfg, mesh=best.mesh), cluster, found
 

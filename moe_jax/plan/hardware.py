@@ -5,13 +5,14 @@ All bandwidths are bytes a second in one direction; published figures that add u
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from moe_jax import topology
 from moe_jax.axes import MESH_AXES
 from moe_jax.files import nearest
 from moe_jax.schema import Problem, Refused
-from moe_jax.topology import Topology
+from moe_jax.topology import GPUS, Topology
 
 GB, TERA = 1e9, 1e12
 
@@ -22,7 +23,6 @@ class Chip:
 
     bf16: float  # FLOP/s of dense bfloat16 products
     f32: float  # of float32 products at JAX's default precision: TF32 on GPU, bfloat16 passes on TPU
-    hbm: float  # bytes, as sold; a program may use `Topology.memory`
     hbm_speed: float  # bytes/s
     link: float  # bytes/s one way: of a GPU into its host's switch, of a TPU through one of its links
     slow: float  # bytes/s one way a device: between hosts (GPU), between slices (TPU)
@@ -31,21 +31,22 @@ class Chip:
 
 
 # GPU: NVIDIA's data sheets, dense rates without sparsity. Links: NVLink 3, 4 and 5 of 600, 900 and 1800 GB/s both ways.
-#   Between hosts one network card a GPU: 200 Gb/s (DGX A100), 400 Gb/s (DGX H100, H200, B200). B200: 180 GB (DGX B200).
-# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: peak, HBM, "bidirectional ICI bandwidth per chip" divided by
-#   links and directions, "DCN bandwidth per chip". A chip of TPU7x is two devices, each with half of it.
-# Prices: $2 a GPU-hour is the rental price that training reports assume (DeepSeek-V3, table 1, for an H800); for TPU
-#   cloud.google.com/tpu/pricing, on demand, US regions. `--price` overrides them.
+#   Between hosts one network card a GPU: 200 Gb/s (DGX A100), 400 Gb/s (DGX H100, H200, B200). Memory and its speed:
+#   topology.py, from XLA's target configurations.
+# TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: peak, HBM bandwidth, "bidirectional ICI bandwidth per chip"
+#   divided by links and directions, "DCN bandwidth per chip". A chip of TPU7x is two devices, each with half of it.
+# Prices: $2 a GPU-hour is what DeepSeek-V3, table 1, assumes for an H800, an H100 with slower links; assumed for the
+#   A100 too. For TPU cloud.google.com/tpu/pricing, on demand, US regions. `--price` overrides them.
 CHIPS = {
-    "a100": Chip(312e12, 156e12, 80 * GB, 2.039 * TERA, 300 * GB, 25 * GB, 2.0),
-    "h100": Chip(989.4e12, 494.7e12, 80 * GB, 3.35 * TERA, 450 * GB, 50 * GB, 2.0),
-    "h200": Chip(989.4e12, 494.7e12, 141 * GB, 4.8 * TERA, 450 * GB, 50 * GB, None),
-    "b200": Chip(2250e12, 1125e12, 180 * GB, 8.0 * TERA, 900 * GB, 50 * GB, None),
-    "v4": Chip(275e12, 275e12, 32 * GB, 1.228 * TERA, 50 * GB, 6.25 * GB, 3.22, ring=4),
-    "v5e": Chip(197e12, 197e12, 16 * GB, 0.819 * TERA, 50 * GB, 3.125 * GB, 1.20, ring=16),
-    "v5p": Chip(459e12, 459e12, 95 * GB, 2.765 * TERA, 100 * GB, 6.25 * GB, 4.20, ring=4),
-    "v6e": Chip(918e12, 918e12, 32 * GB, 1.638 * TERA, 100 * GB, 12.5 * GB, 2.70, ring=16),
-    "tpu7x": Chip(1153.5e12, 1153.5e12, 96 * GB, 3.69 * TERA, 50 * GB, 6.25 * GB, None, ring=4),
+    "a100": Chip(312e12, 156e12, GPUS["a100"].bandwidth, 300 * GB, 25 * GB, 2.0),
+    "h100": Chip(989.4e12, 494.7e12, GPUS["h100"].bandwidth, 450 * GB, 50 * GB, 2.0),
+    "h200": Chip(989.4e12, 494.7e12, GPUS["h200"].bandwidth, 450 * GB, 50 * GB, None),
+    "b200": Chip(2250e12, 1125e12, GPUS["b200"].bandwidth, 900 * GB, 50 * GB, None),
+    "v4": Chip(275e12, 275e12, 1.228 * TERA, 50 * GB, 6.25 * GB, 3.22, ring=4),
+    "v5e": Chip(197e12, 197e12, 0.819 * TERA, 50 * GB, 3.125 * GB, 1.20, ring=16),
+    "v5p": Chip(459e12, 459e12, 2.765 * TERA, 100 * GB, 6.25 * GB, 4.20, ring=4),
+    "v6e": Chip(918e12, 918e12, 1.638 * TERA, 100 * GB, 12.5 * GB, 2.70, ring=16),
+    "tpu7x": Chip(1153.5e12, 1153.5e12, 3.69 * TERA, 50 * GB, 6.25 * GB, None, ring=4),
 }
 PER_HOST = 8  # GPUs of one NVLink domain, where only a number of devices is given
 # Seconds before the first byte of one step of a collective. ICI: about 1 us a hop (jax-ml.github.io/scaling-book, part
@@ -79,7 +80,7 @@ class Cluster:
 
     @property
     def memory(self) -> int:
-        """Bytes that a program may use on one device."""
+        """Bytes of one device, as in `Topology.memory`."""
         return self.topology.memory
 
     def __str__(self) -> str:
@@ -106,7 +107,7 @@ def parse(text: str, devices: int) -> Cluster:
 def shaped(name: str, devices: int) -> tuple[int, ...]:
     """The most even shape of so many devices: hosts of eight GPUs, or sides of a torus as equal as can be, the first
     two even, as hosts of 2x2 chips ask for."""
-    if name in topology.GPUS:
+    if name in GPUS:
         host = max(n for n in range(1, PER_HOST + 1) if devices % n == 0)
         return devices // host, host
     kind = topology.TPUS[name]
@@ -134,6 +135,7 @@ class Wiring:
     cluster: Cluster
     sizes: Mapping[str, int]  # mesh axis -> devices
 
+    @cached_property
     def sides(self) -> dict[str, tuple[int, ...]]:
         """TPU: the sides of the torus that each mesh axis takes, from the fastest axis on. What it cannot take from
         the torus lies between slices."""
@@ -155,8 +157,7 @@ class Wiring:
         axes = tuple(a for a in axes if self.sizes.get(a, 1) > 1)
         n = prod(self.sizes[a] for a in axes)
         if self.cluster.platform == "tpu":
-            sides = self.sides()
-            took = tuple(s for a in axes for s in sides[a])
+            took = tuple(s for a in axes for s in self.sides[a])
             return took, n // max(prod(took), 1), n
         stride, near = 1, 1  # members of the group among the devices of one host
         for axis in reversed(MESH_AXES):

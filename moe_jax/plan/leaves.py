@@ -1,6 +1,6 @@
 """Every parameter of a model, from its config: name, shape, logical axes and component, as the model makes them.
 
-`tests/test_plan_leaves.py` holds this list against the leaves of the real model, name by name.
+`tests/test_plan_params.py` holds this list against the leaves of the real model, name by name.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,6 @@ from math import prod
 from typing import NamedTuple
 
 from moe_jax.axes import Rules
-from moe_jax.cost import matrices as matrices
 from moe_jax.schema import MeshConfig, ModelConfig, MoEConfig
 
 COMPONENTS = {  # component -> what it is called in tables

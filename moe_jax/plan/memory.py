@@ -4,11 +4,16 @@ The layers run in loops (`model.scan`), so that what each leaves for the backwar
 a single period, leave the compiler free to keep less with `remat=none`: there the plan is an upper bound.
 """
 
+from collections import Counter
+from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
-from moe_jax.plan.leaves import BATCH_AXES, Leaf, expert_width, matrices
-from moe_jax.plan.work import QUERY_BLOCK, QUERY_BLOCKS, Step
+from moe_jax.cost import matrices
+from moe_jax.pattern import query_blocks
+from moe_jax.plan.leaves import BATCH_AXES, Leaf, expert_width
+from moe_jax.plan.work import Step
+from moe_jax.schema import MeshConfig
 
 FACTORED = 128  # optax.adafactor: least second-largest dimension of a parameter whose second moment is factored
 
@@ -41,6 +46,13 @@ def gradients(step: Step) -> int:
     return sum(4 * leaf.shard(step.cfg.rules, step.cfg.mesh) for leaf in step.leaves)
 
 
+def devices_at_least(step: Step, room: int, *, with_gradients: bool = False) -> int:
+    """Devices of `room` bytes that hold the state together, and the gradients if asked, with nothing of it twice."""
+    one = Step(replace(step.cfg, mesh=MeshConfig()), step.platform)
+    held = sum(state(one).values()) + (gradients(one) if with_gradients else 0)
+    return -(-held // room)
+
+
 def cache(step: Step, length: int | None = None) -> int:
     """Bytes of keys and values that generation holds for the batch, at `length` places a sequence."""
     m = step.cfg.model
@@ -59,16 +71,10 @@ def tiled(rows: int, columns: int, platform: str) -> int:
     return min(-(-rows // 8) * 8 * (-(-columns // 128) * 128), -(-rows // 128) * 128 * (-(-columns // 8) * 8))
 
 
-def query_blocks(L: int) -> list[tuple[int, int]]:
-    """Rows of each block of queries and the keys that it sees, as in layers/attention.py."""
-    size = max(QUERY_BLOCK, -(-L // QUERY_BLOCKS))
-    return [(min(size, L - begin), min(begin + size, L)) for begin in range(0, L, size)]
-
-
 def probabilities(step: Step) -> int:
     """Elements of a layer's attention probabilities."""
     heads = step.cfg.model.heads // step.over("act_heads")
-    each = sum(tiled(rows, end, step.platform) for rows, end in query_blocks(step.cfg.data.length))
+    each = sum(tiled(end - begin, end, step.platform) for begin, end in query_blocks(step.cfg.data.length))
     return step.rows * heads * each // step.over("length")
 
 
@@ -230,14 +236,15 @@ def memory(step: Step) -> Memory:
     logits = step.tokens * m.vocab * 4 // step.over("act_vocab")
     held = state(step) | {"batch": 5 * 4 * step.tokens * step.microbatches}
     layers: dict[str, int] = {}
-    for kind in m.layer_kinds:
+    kinds = Counter(m.layer_kinds)
+    for kind, times in kinds.items():
         for name, size in saved(step, kind).items():
-            layers[name] = layers.get(name, 0) + size
+            layers[name] = layers.get(name, 0) + times * size
     if m.remat == "none":
         layers["activations"] += cast_weights(step)
     stacks = sum(4 * x.shard(rules, mesh) for x in step.leaves if x.axes[0] == "layers")
     so_far = gradients(step) if step.microbatches > 1 else 0
-    work = max(working(step, kind) for kind in set(m.layer_kinds)) + gathered_layer(step)
+    work = max(working(step, kind) for kind in kinds) + gathered_layer(step)
     summed = {"gradients": stacks + so_far, "logits": logits}
     moments = {
         "the loss": layers | {"gradients": so_far, "logits": 2 * logits, "temporaries": gathered_head(step)},

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from moe_jax.cost import matrices
 from moe_jax.plan import advice, claims, roofline
 from moe_jax.plan.estimate import Estimate
-from moe_jax.plan.leaves import matrices
 from moe_jax.plan.search import Candidate, smallest
 from moe_jax.plan.traffic import exchange_bytes
 from moe_jax.schema import Problem
@@ -49,13 +49,15 @@ def report(e: Estimate, *, tokens: int | None = None, price: float | None = None
             for v in e.moves
         ],
         "warnings": said(advice.warnings(e)),
-        "contradictions": said(claims.contradictions(e.step, e.cluster)),
+        "contradictions": said(claims.contradictions(e.step)),
     }
     if e.cluster is None:
         return out
-    larger = None if e.fits else smallest(e.cfg, e.cluster)
-    if larger is not None:
-        machine, best = larger
+    small = None if e.fits else smallest(e.cfg, e.cluster)
+    if small is not None and small.found is None:
+        out["no_mesh_up_to"] = small.without
+    elif small is not None and small.found is not None:
+        machine, best = small.found
         where: dict[str, Any] = {"topology": str(machine), "devices": machine.devices, "mesh": best.mesh.sizes}
         out["smallest_cluster"] = where | {"peak_bytes": best.peak, "step_seconds": best.seconds}
     return out | clocked(e, tokens, price)
@@ -93,7 +95,6 @@ def clocked(e: Estimate, tokens: int | None, price: float | None) -> dict[str, A
         "step_seconds": t.step,
         "mfu_ceiling": roofline.utilisation(e.step, e.cluster, t.step),
         "dominant": t.dominant,
-        "bubble": t.bubble,
         "seconds": {"compute": t.compute, "hbm": t.memory, "exposed": t.exposed, "hidden": t.hidden}
         | {"collectives": [{"what": x.move.what, "op": x.move.op, "seconds": x.seconds} for x in t.moves]},
         "tokens_per_second": data.batch * data.length / t.step,

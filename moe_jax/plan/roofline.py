@@ -1,22 +1,15 @@
 """From work and traffic to seconds, utilisation and money; and the decode roofline."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moe_jax.cost import einsum_overhead
+from moe_jax.cost import einsum_overhead, matrices
 from moe_jax.plan.hardware import Cluster, Wiring
-from moe_jax.plan.leaves import expert_width, matrices
+from moe_jax.plan.leaves import Leaf, expert_width
 from moe_jax.plan.memory import cache
-from moe_jax.plan.traffic import Move, traffic
+from moe_jax.plan.traffic import Move, gathered, traffic
 from moe_jax.plan.work import Step
-
-
-def bubble(stages: int, microbatches: int, rounds: int = 1) -> float:
-    """Idle share of a pipeline (GPipe, section 2.3; Narayanan et al. 2021, section 2.2: `rounds` of stages a device).
-
-    (p - 1) / (v*m + p - 1) for p stages, m microbatches and v rounds.
-    """
-    return (stages - 1) / (rounds * microbatches + stages - 1)
 
 
 class Timed(NamedTuple):
@@ -35,13 +28,12 @@ class Times:
     memory: float  # weights, gradients and optimizer state through HBM
     exposed: float  # collectives that something waits for
     hidden: float  # collectives that can run beside computation
-    bubble: float  # idle share of the pipeline
     moves: tuple[Timed, ...]
 
     @property
     def step(self) -> float:
         busy = max(self.compute, self.memory)
-        return (busy + self.exposed + max(0.0, self.hidden - busy)) / (1 - self.bubble)
+        return busy + self.exposed + max(0.0, self.hidden - busy)
 
     @property
     def dominant(self) -> str:
@@ -64,6 +56,12 @@ def wiring(step: Step, cluster: Cluster) -> Wiring:
     return Wiring(cluster, step.cfg.mesh.sizes)
 
 
+def whole(step: Step, leaves: Iterable[Leaf]) -> int:
+    """Elements of parameters that a product reads on a device: its shards, and what is gathered of split widths."""
+    rules, mesh = step.cfg.rules, step.cfg.mesh
+    return sum(leaf.shard(rules, mesh) * mesh.over(gathered(step, leaf)) for leaf in leaves)
+
+
 def times(step: Step, cluster: Cluster) -> Times:
     """Predicted times of one train step."""
     wires = wiring(step, cluster)
@@ -73,14 +71,13 @@ def times(step: Step, cluster: Cluster) -> Times:
     rules, mesh = step.cfg.rules, step.cfg.mesh
     held = sum(leaf.shard(rules, mesh) for leaf in step.leaves)
     passes = step.passes("attn") + 2  # the backward pass reads weights and writes gradients
-    through = held * (step.width * passes * step.microbatches + 4 * 8)  # AdamW: 4 reads, 3 writes, and one gradient
-    stages = getattr(mesh, "stage", 1)
+    read = whole(step, step.leaves) * step.width * passes * step.microbatches
+    through = read + held * 4 * 8  # AdamW: 4 reads, 3 writes, and one gradient
     return Times(
         sum(step.executed().values()) / peak(step, cluster),
         through / cluster.chip.hbm_speed,
         sum(t.seconds for t in timed if not t.move.hidden),
         sum(t.seconds for t in timed if t.move.hidden),
-        bubble(stages, step.microbatches),
         timed,
     )
 
@@ -109,7 +106,10 @@ def utilisation(step: Step, cluster: Cluster, seconds: float) -> float:
 
 
 class Decode(NamedTuple):
-    """One decoding step of the whole batch: a token each."""
+    """One decoding step of the whole batch: a token each.
+
+    Weights of split widths (`mesh.fsdp`) are read whole; the time to gather them over the network is not counted.
+    """
 
     experts: float  # distinct experts of a layer that the batch touches
     weights: float  # bytes of weights that a device reads
@@ -126,15 +126,14 @@ def decode(step: Step, cluster: Cluster) -> Decode:
     """
     m, moe, mesh, batch = step.cfg.model, step.cfg.model.moe, step.cfg.mesh, step.cfg.data.batch
     rules, touched, seconds = step.cfg.rules, 0.0, 0.0
-    read = sum(x.shard(rules, mesh) for x in step.leaves if x.component not in ("experts", "embed", "pos"))
-    read += step.count.components["embed"] // mesh.over((*rules.vocab, *rules.embed)) if m.tied_head else 0
+    read: float = whole(step, (x for x in step.leaves if x.component not in ("experts", "embed", "pos")))
+    read += step.count.components["embed"] // mesh.over(rules.vocab) if m.tied_head else 0
     if moe is not None:
         replicas = mesh.over(
             tuple(a for a in rules.tokens if a not in rules.experts)
         )  # each serves a part of the batch
         touched = moe.experts * (1 - (1 - moe.top_k / moe.experts) ** max(1.0, batch / replicas))
-        held = sum(x.shard(rules, mesh) for x in step.leaves if x.component == "experts")
-        read += held * touched / moe.experts
+        read += whole(step, (x for x in step.leaves if x.component == "experts")) * touched / moe.experts
         rows = max(1, batch // step.shards) * moe.top_k
         one = wiring(step, cluster).seconds("all-to-all", rules.experts, rows * m.d_model * step.width)
         seconds = 2 * step.moe_layers * one

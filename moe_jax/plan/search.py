@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 from moe_jax.axes import MESH_AXES
 from moe_jax.checks import check
+from moe_jax.conflicts import activations, conflicts
 from moe_jax.plan.estimate import Estimate
 from moe_jax.plan.hardware import Cluster, parse
-from moe_jax.plan.leaves import Leaf, leaves
+from moe_jax.plan.leaves import leaves
+from moe_jax.plan.memory import devices_at_least
 from moe_jax.schema import Config, MeshConfig, Problem, Refused
 
 MOST = 1024  # devices that a search for the smallest cluster goes to
@@ -19,7 +21,12 @@ class Candidate(NamedTuple):
 
     mesh: MeshConfig
     estimate: Estimate | None  # None: it cannot be built
-    reason: str  # why it is out; empty for one that fits
+    problem: Problem | None = None  # why it is out; None for one that fits
+
+    @property
+    def reason(self) -> str:
+        """Why it is out, in one line; empty for one that fits."""
+        return "" if self.problem is None else f"{self.problem.key}: {self.problem.reason}"
 
     @property
     def seconds(self) -> float:
@@ -43,19 +50,9 @@ def factorisations(n: int, axes: tuple[str, ...] = MESH_AXES) -> Iterator[dict[s
 
 
 def misfits(cfg: Config) -> list[Problem]:
-    """Parameters and activations with a dimension that its mesh axes do not divide, one for each rule."""
-    out: dict[tuple[str, int], Problem] = {}
-    activations = [Leaf("logits", (cfg.model.vocab,), ("act_vocab",), "")]
-    activations += [Leaf("heads", (n,), ("act_heads",), "") for n in (cfg.model.heads, cfg.model.resolved_kv_heads)]
-    for leaf in [*leaves(cfg.model), *activations]:
-        for size, name in zip(leaf.shape, leaf.axes, strict=True):
-            over = getattr(cfg.rules, name)
-            shards = cfg.mesh.over(over)
-            if size % shards:
-                why = f"{name} of size {size} does not divide over {'x'.join(over)}={shards}"
-                remedy = f"set rules.{name}=[], another size, or mesh.{over[-1]} to a divisor"
-                out.setdefault((name, size), Problem(f"{leaf.name} {list(leaf.shape)}", why, remedy))
-    return list(out.values())
+    """Conflicts of rules and mesh, with one another and with parameters and activations."""
+    arrays = [*(leaf[:3] for leaf in leaves(cfg.model)), *activations(cfg.model)]
+    return list(dict.fromkeys(conflicts(cfg.rules, cfg.mesh.sizes, arrays)))
 
 
 def on_mesh(cfg: Config, sizes: dict[str, int]) -> Config:
@@ -65,37 +62,56 @@ def on_mesh(cfg: Config, sizes: dict[str, int]) -> Config:
 def judge(cfg: Config, cluster: Cluster) -> Candidate:
     """One mesh: impossible, too large, or with a step time."""
     if problems := [*check(cfg), *misfits(cfg)]:
-        return Candidate(cfg.mesh, None, f"{problems[0].key}: {problems[0].reason}")
+        return Candidate(cfg.mesh, None, problems[0])
     estimate = Estimate(cfg, cluster)
     if not estimate.fits:
         over = f"{estimate.memory.peak / 1e9:,.1f} GB of {cluster.memory / 1e9:,.1f} GB"
-        return Candidate(cfg.mesh, estimate, f"memory: {over}")
-    return Candidate(cfg.mesh, estimate, "")
+        return Candidate(cfg.mesh, estimate, Problem("memory", over, "split more, or take more devices"))
+    return Candidate(cfg.mesh, estimate)
 
 
-def smallest(cfg: Config, cluster: Cluster) -> tuple[Cluster, Candidate] | None:
-    """The first of two, four, eight, ... times the devices on which some mesh fits, and the fastest such mesh.
+def obstacles(found: list[Candidate], cluster: Cluster, most: int = 3) -> list[Problem]:
+    """What stops the most meshes, each with its remedy and an example, the commonest first."""
+    stopped: dict[tuple[str, str], list[str]] = {}
+    for c in found:
+        if c.problem is not None:
+            stopped.setdefault((c.problem.key, c.problem.remedy), []).append(f"{c.mesh}: {c.problem.reason}")
+    common = sorted(stopped.items(), key=lambda item: -len(item[1]))[:most]
+    return [
+        Problem(key, f"stops {len(each)} of {len(found)} meshes of {cluster}, for example {each[0]}", remedy)
+        for (key, remedy), each in common
+    ]
 
-    It begins where the state alone would fit, and gives up after three sizes or at `MOST` devices.
+
+class Smallest(NamedTuple):
+    """The outcome of a search for the smallest cluster."""
+
+    found: tuple[Cluster, Candidate] | None  # with its fastest mesh
+    without: int  # devices, tried by doubling or too few for the state, of which no mesh fits
+
+
+def smallest(cfg: Config, cluster: Cluster) -> Smallest:
+    """The first of one, two, four, eight, ... times the devices on which some mesh fits, and the fastest such mesh.
+
+    It begins where the state alone would fit, and gives up after four sizes or at `MOST` devices.
     """
-    held = Estimate(cfg, cluster).memory.kinds
-    least = (held["parameters"] + held["optimizer"]) * cfg.mesh.size / cluster.memory
-    sizes = [cluster.devices * 2**k for k in range(1, 20) if cluster.devices * 2**k >= least]
-    for devices in sizes[:3]:
-        if devices > MOST:
-            return None
+    least = devices_at_least(Estimate(cfg, cluster).step, cluster.memory)
+    sizes = [cluster.devices * 2**k for k in range(20)]
+    most = max(MOST, cluster.devices)
+    without = min(least - 1, most)
+    for devices in [n for n in sizes if least <= n <= most][:4]:
         try:
-            larger = parse(cluster.name, devices)
+            larger = cluster if devices == cluster.devices else parse(cluster.name, devices)
         except Refused:  # no such slice
-            return None
+            break
         best = search(cfg, larger)[0]
         if not best.reason:
-            return larger, best
-    return None
+            return Smallest((larger, best), without)
+        without = devices
+    return Smallest(None, without)
 
 
 def search(cfg: Config, cluster: Cluster) -> list[Candidate]:
     """Every mesh of the cluster's devices: those that fit by step time, then the too large, then the impossible."""
     found = [judge(on_mesh(cfg, sizes), cluster) for sizes in factorisations(cluster.devices)]
-    order = {True: 0, False: 1}
-    return sorted(found, key=lambda c: (order[not c.reason], c.estimate is None, c.seconds))
+    return sorted(found, key=lambda c: (bool(c.reason), c.estimate is None, c.seconds))

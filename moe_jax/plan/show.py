@@ -6,6 +6,7 @@ from typing import Any
 from moe_jax.inspect.show import collectives
 from moe_jax.plan.leaves import COMPONENTS
 from moe_jax.terminal import mesh_words, size, table
+from moe_jax.topology import GPUS
 
 WIDTH = 100  # columns
 MOST = 15  # rows of a table of collectives
@@ -30,6 +31,8 @@ def verdict(r: dict[str, Any]) -> list[str]:
         left = f"{size(abs(hbm - peak))} {'to spare' if r['fits'] else 'too much'}"
         fit = f"{'fits' if r['fits'] else 'DOES NOT FIT'}: peak {size(peak)} of {size(hbm)}, {left}"
         speed = f"step {seconds(r['step_seconds'])} at the least, MFU {r['mfu_ceiling']:.0%} at the most"
+        if r["topology"].partition(":")[0] in GPUS:
+            fit += " (the whole card, of which driver and libraries take some)"
         lines = [f"{where} on {r['topology']}", fit, f"{speed}; {r['dominant']} dominates"]
     if "search" in r:
         lines[0] += f": the best of {len(r['search']['refused']) + r['search']['fitting']} meshes"
@@ -39,6 +42,8 @@ def verdict(r: dict[str, Any]) -> list[str]:
             f"smallest by doubling that fits: {small['topology']}, mesh {mesh_words(small['mesh'])}, "
             f"peak {size(small['peak_bytes'])}"
         ]
+    if "no_mesh_up_to" in r:
+        lines += [f"no mesh of up to {r['no_mesh_up_to']:,} devices fits, by doubling"]
     wrong = len(r["contradictions"])
     return lines + [f"{wrong} contradiction{'s' * (wrong > 1)} in its description"] * bool(wrong)
 
@@ -97,7 +102,6 @@ def clock(r: dict[str, Any]) -> list[str]:
     rows = [("compute at the peak rate", seconds(s["compute"])), ("weights through HBM", seconds(s["hbm"]))]
     rows += [("collectives that are waited for", seconds(s["exposed"]))]
     rows += [("collectives beside computation", seconds(s["hidden"]))]
-    rows += [("pipeline bubble", f"{r['bubble']:.1%}")] * bool(r["bubble"])
     money = "no price is known: --price" if run["dollars"] is None else f"${run['dollars']:,.0f} at ${run['price']:g}"
     lines = table(("a step, at the least", "time"), rows, numbers=True)
     lines += [

@@ -103,10 +103,10 @@ def weights(step: Step) -> list[Move]:
     rules, mesh = step.cfg.rules, step.cfg.mesh
     for leaf in step.leaves:
         axes = live(step, gathered(step, leaf))
-        if not axes or leaf.component in ("norms", "router"):
+        if not axes:
             continue
         layers = leaf.shape[0] if leaf.axes[0] == "layers" else 1
-        passes = step.passes("attn") + 1 if layers > 1 or leaf.component not in ("embed", "pos") else 1
+        passes = step.passes("attn") + 1 if leaf.component not in ("embed", "pos") else 1
         size = leaf.shard(rules, mesh) * mesh.over(axes) * step.width / layers
         entry = out.setdefault(axes, [0.0, 0.0])
         entry[0] += passes * step.microbatches * layers

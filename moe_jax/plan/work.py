@@ -5,11 +5,12 @@ from functools import cached_property
 from typing import NamedTuple
 
 from moe_jax import cost
-from moe_jax.plan.leaves import Count, Leaf, count, expert_width, leaves, matrices
+from moe_jax.cost import matrices
+from moe_jax.pattern import query_blocks
+from moe_jax.plan.leaves import Count, Leaf, count, expert_width, leaves
 from moe_jax.schema import Config
 
 BYTES = {"float32": 4, "bfloat16": 2}
-QUERY_BLOCK, QUERY_BLOCKS = 64, 8  # as in layers/attention.py
 
 
 class Flops(NamedTuple):
@@ -159,8 +160,7 @@ class Step:
         """FLOPs that a device executes in a step, by part; empty slots, recomputation and dispatch among them."""
         m, moe = self.cfg.model, self.cfg.model.moe
         heads, D, L = m.heads * m.resolved_head_dim, m.d_model, self.cfg.data.length
-        size = max(QUERY_BLOCK, -(-L // QUERY_BLOCKS))
-        seen = sum((min(b + size, L) - b) * min(b + size, L) for b in range(0, L, size)) / L / L  # of the square
+        seen = sum((end - begin) * end for begin, end in query_blocks(L)) / L / L  # of the square
         once = {c: 2 * n * self.tokens / self.over(axis) for c, n, axis in self.parts()}  # FLOPs of a forward pass
         once["scores"] = seen * 4 * L * heads / self.over("act_heads") * m.layers * self.tokens
         once["head"] = 2 * m.vocab * D / self.over("act_vocab") * self.tokens

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.axes import MESH_AXES
 from moe_jax.config import Config
+from moe_jax.conflicts import activations
 from moe_jax.layers.moe import SelectionBias
 from moe_jax.model import Transformer
 from moe_jax.rules import sharding, validate
@@ -91,12 +92,13 @@ class Model:
         return [(".".join(optimizer.names_of(p)), s.shape, a) for (p, s), a in zip(shapes, axes, strict=True)]
 
     def validate(self) -> None:
-        """Hold the mesh and the rules against the parameters.
+        """Hold the mesh and the rules against parameters and activations.
 
         Raises:
             RulesError: one table of all conflicts.
         """
-        validate(self.cfg.rules, dict(zip(MESH_AXES, self.cfg.mesh.shape, strict=True)), self.leaves())
+        arrays = [*self.leaves(), *activations(self.cfg.model)]
+        validate(self.cfg.rules, dict(zip(MESH_AXES, self.cfg.mesh.shape, strict=True)), arrays)
 
     def count(self) -> tuple[int, int]:
         """Parameters in total, and active: those that one token touches."""
