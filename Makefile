@@ -1,5 +1,5 @@
 # make demo   set up, then train a sharded mixture of experts on real text on 8 fake CPU devices
-# make test   set up, then run the tests; make test-fast leaves the slow ones out; make sweep runs what takes an hour
+# make test   set up, then run the tests; make test-fast leaves the slow ones out; make sweep runs the cells that it leaves out
 # make battery   the invariance battery alone: one answer to a train step on every mesh, schedule and dispatcher
 # A second run reuses the set-up. PYTHON=python3.12 chooses another interpreter (3.11 or newer).
 

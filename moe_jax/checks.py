@@ -292,6 +292,12 @@ def _check_context(cfg: Config) -> list[Problem]:
     over = " x ".join(f"mesh.{axis}" for axis in cfg.rules.length)
     if n == 1:
         return []
+    m, heads = cfg.model, cfg.mesh.over(cfg.rules.act_heads)
+    J, R = m.resolved_kv_heads, m.heads // m.resolved_kv_heads
+    if m.heads % heads == 0 and J % heads and R % heads:
+        why = f"{J} heads of keys and values for {R} queries each: neither divides over {heads} shards of the heads"
+        remedy = f"with {over} above 1, set it to a multiple of {heads}, or rules.act_heads=[]"
+        return [Problem("model.kv_heads", why, remedy)]
     if length % (2 * n):
         why = f"{length} tokens do not split into two pieces for each of {n} shards ({over})"
         return [
@@ -307,7 +313,8 @@ def _check_context(cfg: Config) -> list[Problem]:
         return []  # no group is ever full
     size = length if moe.group_size is None else moe.group_size
     if size == "auto" or piece % size:
-        groups = "'auto' cuts groups of whole rows, which" if size == "auto" else f"groups of {size} tokens"
+        groups = f"groups of {size} tokens" if moe.group_size else "unset: groups of one sequence, which"
+        groups = "'auto' cuts groups of whole rows, which" if size == "auto" else groups
         why = f"{groups} do not fit into the pieces of {piece} tokens that {over}={n} makes of a row"
         return [Problem("model.moe.group_size", why, f"set it to a divisor of {piece}, which changes who competes")]
     return []
@@ -354,10 +361,11 @@ def check(cfg: Config) -> list[Problem]:
         out += _check_groups(cfg)
     out += [] if moe is None else check_exchange(moe, cfg.rules)
     if moe is not None and moe.experts % mesh.over(cfg.rules.experts):
-        n = mesh.over(cfg.rules.experts)
+        over = {a: n for a, n in mesh.sizes.items() if a in cfg.rules.experts}
+        n, axes = mesh.over(cfg.rules.experts), " x ".join(f"mesh.{a}" for a in over)
         why = f"{moe.experts} experts do not divide over {n} expert shards"
-        no("mesh.expert", why, f"use a divisor of {moe.experts}, or set model.moe.experts to a multiple of {n}")
-    if moe is None and mesh.expert > 1 and "expert" not in cfg.rules.batch:
+        no(axes, why, f"use a divisor of {moe.experts}, or set model.moe.experts to a multiple of {n}")
+    if moe is None and mesh.expert > 1 and "expert" not in cfg.rules.tokens:
         no("mesh.expert", "a dense model has no experts to split", "set mesh.expert=1")
     if train.sample is not None and check_decoding(cfg.model):
         no("train.sample", "asks for text, and expert_choice cannot decode a token at a time", "set train.sample= ")

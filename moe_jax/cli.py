@@ -163,11 +163,21 @@ def quiet_libraries() -> None:
     """Libraries log to standard error what no user can act on."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # With a compiler for accelerators installed and none of them here, JAX would try them all and complain at length.
-    compilers = any(Path(folder, name).exists() for folder in sys.path for name in ("libtpu", "jax_plugins"))
-    places = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "nvidiactl", "dxg", "kfd")
-    if compilers and not any(any(Path("/dev").glob(name)) for name in places):
+    if only_compilers(sys.path, Path("/dev")):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def only_compilers(folders: Sequence[str], devices: Path) -> bool:
+    """Whether the accelerators that JAX has packages for, TPUs or NVIDIA's, are none here: it would try and complain.
+
+    Other hardware has other device files: where a package for it is installed, JAX looks for itself.
+    """
+    plugins = {p.name for f in folders for p in Path(f, "jax_plugins").glob("*") if not p.name.startswith("__")}
+    known = {name for name in plugins if name.startswith("xla_cuda")}
+    if plugins - known or not (known or any(Path(f, "libtpu").exists() for f in folders)):
+        return False
+    places = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "nvidiactl", "dxg")
+    return not any(any(devices.glob(name)) for name in places)
 
 
 def keep_programs() -> None:

@@ -16,7 +16,8 @@ Leaf = tuple[str, tuple[int, ...], tuple[str, ...]]  # name, shape, logical axes
 def clashes(rules: Rules) -> list[Problem]:
     """Activations of which two dimensions would lie on one mesh axis, whatever its size."""
     names = ("batch", "length", "act_embed"), ("batch", "length", "act_mlp"), ("batch", "length", "act_vocab")
-    layouts = {f"activation ({', '.join(n)})": rules.layout(*n) for n in (*names, ("batch", "length", "act_heads"))}
+    names += ("batch", "length", "act_heads"), ("batch", "length", "kv_heads")
+    layouts = {f"activation ({', '.join(n)})": rules.layout(*n) for n in names}
     for name in ("vocab", "position"):
         layouts[f"rows of the embedding ({name}, act_embed)"] = rules.layout(name, "act_embed")
     layouts["cache (batch, kv_heads)"] = rules.by_rows().layout("batch", "kv_heads")
@@ -74,9 +75,9 @@ def grouped(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def activations(m: ModelConfig) -> list[Leaf]:
-    """Activations that a model's own sizes split: logits by vocabulary, queries, keys and values by heads."""
-    heads = dict.fromkeys((m.heads, m.resolved_kv_heads))
-    return [("logits", (m.vocab,), ("act_vocab",)), *(("heads", (n,), ("act_heads",)) for n in heads)]
+    """Activations that are split otherwise than the weights that make them: logits, queries, and tokens by width."""
+    width = ("tokens", (m.d_model,), ("act_embed",))
+    return [width, ("logits", (m.vocab,), ("act_vocab",)), ("queries", (m.heads,), ("act_heads",))]
 
 
 def conflicts(rules: Rules, mesh: Mapping[str, int], leaves: Iterable[Leaf]) -> list[Problem]:

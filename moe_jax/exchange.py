@@ -13,7 +13,7 @@ from moe_jax.axes import Axes, Rules
 from moe_jax.rules import current_mesh, platform, spec
 
 
-def blocks(x: jax.Array, axes: Axes, kind: str = "shard_map") -> jax.Array:
+def blocks(x: jax.Array, axes: Axes, kind: str) -> jax.Array:
     """Send block j of x [n, ...] to shard j; block i of the result came from shard i. Its own inverse and transpose.
 
     `hierarchical` sends in two stages, over the fast axis and then over the slow one of `axes`: across the slow axis a

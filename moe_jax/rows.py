@@ -1,7 +1,7 @@
 """Moving rows between tokens and slots: two gathers, each the other's adjoint. Pure functions on arrays.
 
-JAX would differentiate a gather into a scatter-add, several times slower than a gather on every platform. Both tables
-are known here, so that the backward pass of either direction is the other one.
+JAX would differentiate a gather into a scatter-add, which has to mind that rows may repeat. Both tables are known here,
+so that the backward pass of either direction is the other one.
 """
 
 from typing import NamedTuple

@@ -111,7 +111,8 @@ class MoEConfig:
     exchange: Literal["compiler", "shard_map", "hierarchical", "ragged"] = key(
         "compiler",
         "tokens travel by constraints, by a hand-placed all-to-all, by two over the slow and the fast axis of "
-        "rules.experts; dispatch=ragged places its own: these rows padded, or ragged: as many as there are",
+        "rules.experts. With dispatch=ragged always by hand: in buffers of one size (compiler and shard_map alike), or "
+        "ragged, as many rows as there are",
     )
     overflow: Literal["drop", "error", "fallback"] = key(
         "drop",
@@ -176,7 +177,7 @@ class ModelConfig:
     remat: Literal["none", "full", "dots", "exchange"] = key(
         "exchange",
         "recompute in the backward pass: nothing; all; all but products; all but the exchanged tensors, so that no "
-        "token travels again",
+        "token travels to an expert again (keys and values of split rows do)",
     )
     moe: MoEConfig | None = key(None, "the mixture of experts; unset: a dense model")
 

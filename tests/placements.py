@@ -172,17 +172,32 @@ def exchanges(cell: Cell) -> list[tuple[Axes, int]]:
 
 
 def stray(cell: Cell, found: list[Collective]) -> list[Collective]:
-    """Collectives of a cell that neither sum something up nor are meant to move anything."""
-    meant = {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")}  # weights and their gradients
-    if cell.attention == "gather":
-        meant |= {("all-gather", "context"), ("reduce-scatter", "context")}
-    else:
-        meant |= {("collective-permute", "context")}
-    if cell.share:
-        meant |= {("all-gather", "tensor"), ("reduce-scatter", "tensor")}
-    return [
-        c for c in found if c.op not in ("all-reduce", "all-to-all") and any((c.op, a) not in meant for a in c.axes)
-    ]
+    """Collectives of a cell that neither sum something up nor are meant to move anything.
+
+    Meant are: weights that are gathered over `fsdp`; the keys and values of whole rows, or pieces of them that go
+    round, once a layer and pass; and the shares of what tensor shards sent.
+    """
+    cfg = config(cell)
+    n, runs = cfg.mesh.context, cfg.model.layers * cell.microbatches
+    rows = 2 * 4 * D * L * B // cfg.mesh.over(cfg.rules.batch) // cell.microbatches // cfg.mesh.tensor  # k and v
+    groups = B * L // GROUP // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches
+
+    def meant(c: Collective) -> bool:
+        if c.axes == ("fsdp",):
+            return c.op == "reduce-scatter" or (c.op == "all-gather" and only_weights(c))
+        if c.axes == ("context",) and c.modules == ("attention",):
+            if cell.attention == "ring":
+                return c.op == "collective-permute" and c.bytes == rows // n and c.times in (runs, runs * (n - 1))
+            return (c.op, c.bytes, c.times) in (("all-gather", rows, runs), ("reduce-scatter", rows // n, runs))
+        if c.axes == ("tensor",) and cell.share and c.op in ("all-gather", "reduce-scatter"):
+            return {"attention", "embed", "head"}.isdisjoint(c.modules) and c.bytes <= 4 * 8 * groups * SLOTS * D
+        return False
+
+    return [c for c in found if c.op not in ("all-reduce", "all-to-all") and not meant(c)]
+
+
+def only_weights(c: Collective) -> bool:
+    return bool(c.arguments) and all(argument.startswith("params[") for argument in c.arguments)
 
 
 @functools.cache

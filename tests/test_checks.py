@@ -121,7 +121,17 @@ IMPOSSIBLE = [  # settings of model.moe, the key that is refused, words of the m
         ({"model": {"layers": None}}, "model.layers", "None"),
         ({"mesh": {"context": 3}}, "data.length", "128 tokens do not split into two pieces for each of 3 shards"),
         (split(length=18, group_size=1), "data.length", "set it to a multiple of 4"),
-        (split(), "model.moe.group_size", "groups of 16 tokens do not fit into the pieces of 4 tokens"),
+        (split(), "model.moe.group_size", "groups of one sequence, which do not fit into the pieces of 4 tokens"),
+        (
+            {"mesh": {"context": 2, "tensor": 4}, "model": {"heads": 4, "kv_heads": 2}},
+            "model.kv_heads",
+            "2 heads of keys and values for 2 queries each: neither divides over 4",
+        ),
+        (
+            moe(experts=8) | {"mesh": {"context": 3}, "rules": {"experts": ["context"]}, "data": {"length": 36}},
+            "mesh.context",
+            "8 experts do not divide over 3 expert shards",
+        ),
         (split(group_size=8), "model.moe.group_size", "set it to a divisor of 4"),
         (split(group_size="auto"), "model.moe.group_size", "'auto' cuts groups of whole rows"),
         (split(group_size=32), "model.moe.group_size", "groups of 32 tokens do not fit"),

@@ -224,6 +224,28 @@ def test_help_needs_no_jax(command):
         assert word in out.stdout
 
 
+@pytest.mark.parametrize(
+    "packages, devices, alone",
+    [
+        ([], [], False),
+        (["libtpu"], [], True),
+        (["jax_plugins/xla_cuda13", "jax_plugins/__pycache__"], [], True),
+        (["libtpu", "jax_plugins/xla_cuda12"], ["nvidia0"], False),
+        (["libtpu"], ["accel0"], False),
+        (["libtpu", "jax_plugins/xla_rocm7"], [], False),  # whose device files are not known here
+        (["jax_plugins/metal_plugin"], [], False),
+    ],
+)
+def test_compilers_without_their_devices(tmp_path, packages, devices, alone):
+    """Only then is JAX told to look for no accelerator."""
+    for name in packages:
+        (tmp_path / "packages" / name).mkdir(parents=True)
+    (tmp_path / "dev").mkdir()
+    for name in devices:
+        (tmp_path / "dev" / name).touch()
+    assert cli.only_compilers([str(tmp_path / "packages")], tmp_path / "dev") == alone
+
+
 def test_version(capfd):
     with pytest.raises(SystemExit) as e:
         cli.main(["--version"])

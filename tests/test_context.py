@@ -22,7 +22,7 @@ from moe_jax.rules import spec
 from moe_jax.sequence import Cut, balanced, places, restored
 from moe_jax.train.state import Model, Weights
 
-B, J, R, L, N = 2, 2, 2, 24, 4
+B, J, R, L, N = 2, 2, 3, 24, 4
 
 
 def close(got, want, name=""):
@@ -191,6 +191,8 @@ MESHES = [
     (MeshConfig(data=2, context=2, tensor=2), Rules()),
     (MeshConfig(data=2, context=3), Rules()),
     (MeshConfig(data=2, context=2), Rules(batch=("expert",), length=("data", "context"))),  # over two axes
+    # J=2 keys and values for R=3 queries each: too few for the shards, which split the queries
+    (MeshConfig(context=2, tensor=3), Rules(kv_heads=())),
 ]
 
 
@@ -210,6 +212,30 @@ def test_split_attention_is_exact(config, rules, kind):
         (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
     for name, got, want in zip(("out", "q", "k", "v"), (out, *grads), expected(), strict=True):
         close(got, want, name)
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_one_head_of_keys_on_every_tensor_shard(context):
+    """Multi-query attention: its queries are split, its keys and values copied, with whole rows and with split ones."""
+    base = tiny()
+    model = dataclasses.replace(base.model, kv_heads=1)
+    state = Model.of(dataclasses.replace(base, model=model)).create(meshes.build_mesh(MeshConfig(), jax.devices()[:1]))
+    numbers = jax.tree.map(lambda p: 1.5 * np.asarray(p), state.params)
+    tokens = np.random.default_rng(0).integers(0, 40, (4, 16)).astype(np.int32)
+    results = []
+    for cfg in (base, tiny(context=context, tensor=2, expert=2)):
+        cfg = dataclasses.replace(cfg, model=model, rules=Rules(kv_heads=()))
+        made, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[: cfg.mesh.size])
+        made.validate()
+
+        def loss(weights, made=made):
+            logits = made.module(weights)(tokens, train=True).logits
+            return (logits**2).mean(), logits
+
+        with jax.set_mesh(mesh):
+            weights = jax.device_put(numbers, made.weight_shardings(mesh).params)
+            results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(weights))
+    jax.tree.map(close, *(jax.tree.map(np.asarray, r) for r in reversed(results)))
 
 
 @pytest.mark.parametrize("kind", ["gather", "ring"])

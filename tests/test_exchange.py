@@ -14,6 +14,7 @@ from programs import collectives
 from moe_jax import exchange
 from moe_jax import mesh as meshes
 from moe_jax.axes import MESH_AXES, Rules
+from moe_jax.collectives import Collective
 from moe_jax.config import ConfigError, MeshConfig, MoEConfig, RouterConfig
 
 # The battery
@@ -64,6 +65,29 @@ def test_a_step_is_that_of_one_device(name):
         (c.axes, c.bytes) for c in found if c.op == "all-to-all" and c.bytes > counts
     ) == placements.exchanges(cell)
     assert not placements.stray(cell, found)
+
+
+GATHERED = {
+    "tokens over the parameters' axis": ("all-gather", ("fsdp",), 2**20, 2, ("ffn",)),
+    "tokens over that of the length": ("all-gather", ("context",), 2**20, 2, ("attention",)),
+    "tokens of that size, elsewhere": ("all-gather", ("context",), 8192, 2, ("ffn",)),
+    "keys once too often": ("all-gather", ("context",), 8192, 4, ("attention",)),
+    "a permutation that is no ring": ("collective-permute", ("context",), 8192, 2, ("attention",)),
+    "tokens over the experts' axis": ("all-gather", ("expert",), 512, 2, ("dispatch",)),
+}
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_what_should_not_travel_is_seen(name):
+    """Beside keys and values of 4 rows on two tensor shards: 2*4*32*16 numbers of 4 bytes, of which each has half."""
+    cell = placements.Cell((1, 2, 1, 2, 2), "einsum", "compiler", "gather", ("expert",), False)
+
+    def found(op, axes, size, times, modules):
+        source = f"jit(f)/{modules[0]}/{op}"
+        return Collective(op, axes, size, source, times=times, parts=((source, size),))
+
+    keys, more = found("all-gather", ("context",), 16384 // 2, 2, ("attention",)), found(*GATHERED[name])
+    assert placements.stray(cell, [keys]) == [] and placements.stray(cell, [keys, more]) == [more]
 
 
 # What is sent

@@ -101,7 +101,14 @@ def test_optimizer_state_is_that_of_the_real_one(name, kind):
 
 UNFIT = {
     "of size 257 does not divide": ["model.vocab=257", "rules.vocab=[]"],
-    "act_heads of size 1 does not divide": ["model.kv_heads=1", "rules.kv_heads=[]"],
+    "act_heads of size 3 does not divide": [
+        "model.heads=3",
+        "model.kv_heads=3",
+        "model.head_dim=4",
+        "rules.heads=[]",
+        "rules.kv_heads=[]",
+    ],
+    "act_embed of size 15 does not divide": ['rules.act_embed=["tensor"]', "model.d_model=15", "model.head_dim=4"],
     "unknown mesh axis 'tensors'": ['rules.mlp=["tensors"]'],
     "holds two dimensions": ['rules.act_mlp=["data"]'],
     "are not among the token axes": ['rules.experts=["tensor"]'],

@@ -25,7 +25,7 @@ class Windows:
         if length < 1:
             raise ValueError(f"length is {length}; a window holds at least 1 token")
         self.file, self.length, self.packing = file, length, packing
-        # Plain arrays over the same mapped memory: indexing a memmap costs several times as much.
+        # Plain arrays over the same mapped memory: indexing a memmap makes another one each time.
         self._tokens, self._ends = np.asarray(file.tokens), np.asarray(file.ends)
         self._span = kinds[packing]
         if packing == "pack":

@@ -50,10 +50,10 @@ class Attention(nnx.Module):
         self.w_value = param(rngs, (D, J, N), ("embed", "kv_heads", "head"), fan_in(D))
         self.w_out = param(rngs, (H, N, D), ("heads", "head", "embed"), fan_in(H * N))
 
-    def heads(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """x [B, L, D] -> [B, heads, L, N]."""
+    def heads(self, x: jax.Array, w: jax.Array, name: str) -> jax.Array:
+        """x [B, L, D] -> [B, heads, L, N], heads split as `name` says."""
         h = product(x, w.reshape(w.shape[0], -1), self.rules).reshape(*x.shape[:-1], *w.shape[1:])  # [B,L,heads,N]
-        h = lay(h, self.rules, names=("batch", "length", "act_heads", None))
+        h = lay(h, self.rules, names=("batch", "length", name, None))
         return h.transpose(0, 2, 1, 3)
 
     def __call__(
@@ -74,7 +74,8 @@ class Attention(nnx.Module):
         """
         m = self.m
         B, L, _ = x.shape
-        q, k, v = (self.heads(x, w[...]) for w in (self.w_query, self.w_key, self.w_value))
+        q = self.heads(x, self.w_query[...], "act_heads")
+        k, v = (self.heads(x, w[...], "kv_heads") for w in (self.w_key, self.w_value))
         if m.positions == "rotary":
             q, k = rotary(q, positions, m.rope_theta), rotary(k, positions, m.rope_theta)
         J = k.shape[1]

@@ -8,6 +8,7 @@ scores than one block's (Liu et al. 2023, Ring Attention; Dao 2023, FlashAttenti
 """
 
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -166,11 +167,16 @@ def split_attention(
 ) -> jax.Array:
     """Attention of each token to the earlier ones of its segment, rows split over `rules.length` and `balanced`.
 
+    Heads are split over `rules.act_heads` by groups that share keys and values, or, where those are too few, within
+    each group, whose keys and values are then on every shard.
+
     Args:
         q: [B, J, R, L, N]; k, v: [B, J, L, N]; segments: [B, L] int32, 0 for padding.
         kind: `gather` or `ring`.
     """
-    axes = tuple(a for a in rules.length if current_mesh().shape[a] > 1)
+    mesh, heads = current_mesh(), rules.act_heads
+    axes = tuple(a for a in rules.length if mesh.shape[a] > 1)
+    shared = k.shape[1] % prod(mesh.shape[a] for a in heads) > 0
 
     def halves(x: jax.Array) -> jax.Array:
         return jnp.stack(jnp.split(x, 2, axis=-2))  # [..., 2c, N] -> [2, ..., c, N]
@@ -178,11 +184,13 @@ def split_attention(
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
         B, c = q.shape[0], q.shape[-2] // 2
         pieces = segments.reshape(B, -1, 2, c).transpose(1, 2, 0, 3)  # [n,2,B,c]
-        out = attend(halves(q), jnp.stack([halves(k), halves(v)], 1), pieces, axes, kind)
+        kv = jnp.stack([halves(k), halves(v)], 1)
+        kv = jax.lax.pcast(kv, heads, to="varying") if shared else kv
+        out = attend(halves(q), kv, pieces, axes, kind)
         return jnp.concatenate([out[0], out[1]], axis=-2)
 
-    heads = rules.act_heads
-    queries = spec((rules.batch, heads, (), rules.length, ()))
-    keys = spec((rules.batch, heads, rules.length, ()))
+    groups, within = ((), heads) if shared else (heads, ())
+    queries = spec((rules.batch, groups, within, rules.length, ()))
+    keys = spec((rules.batch, groups, rules.length, ()))
     specs = (queries, keys, keys, spec((rules.batch, ())))
     return jax.shard_map(local, in_specs=specs, out_specs=queries)(q, k, v, segments)
