@@ -536,6 +536,25 @@ def test_choices_survive_underflow(kind):
     assert routing.expert.tolist() == [[0, 2]] and bool(jnp.isfinite(routing.gate).all())
 
 
+def test_small_scores_are_shares_all_the_same():
+    """Sigmoids of logits about -60 are 1e-26: gates, probabilities and gradients are still those of their quotients."""
+    moe = MoEConfig(experts=4, top_k=2, router=RouterConfig("deepseek_v3"), balance_loss=1e-2)
+    logits = np.array([[-60.0, -61.0, -59.5, -63.0], [-80.0, -79.0, -80.5, -78.0]])
+
+    def numbers(x):
+        routing = route(x, moe)
+        return routing.gate, routing.prob
+
+    gate, prob = numbers(jnp.asarray(logits, jnp.float32))
+    score = np.exp(logits)  # the sigmoid there, to 1e-26
+    np.testing.assert_allclose(prob, score / score.sum(-1, keepdims=True), rtol=1e-5)
+    best = -np.sort(-score, -1)[:, :2]
+    np.testing.assert_allclose(gate, best / best.sum(-1, keepdims=True), rtol=1e-5)
+    slopes = jax.jacobian(lambda x: numbers(x)[1])(jnp.asarray(logits[:1], jnp.float32))[0, :, 0]
+    p = score[0] / score[0].sum()
+    np.testing.assert_allclose(slopes, np.diag(p) - np.outer(p, p), atol=1e-6)  # those of a softmax
+
+
 @pytest.mark.parametrize("experts", [3, 2**30])
 def test_sorting_in_one_integer_or_two(experts):
     """Equal experts keep their order, whether expert and place fit into 32 bits together or not."""

@@ -5,9 +5,10 @@
 Forward, loss with balance loss, backward, clipping and AdamW in both; SwiGLU, rotary attention and float32 in both, so
 that both have the same parameters. Each program is a process of its own that waits on a pipe for its turn, so that no
 two share a thread pool. Ours runs at the capacity of the config, dropless, as Mixtral is, and with the experts of the
-config, of two matrices, which transformers does not have; transformers with each of its experts implementations, and
-each again with the allocator settings that `moe-jax` gives itself, since they would help any program. Neither torch nor
-transformers is a dependency of moe_jax: ENV/bin/python has both. Linux only.
+config, of two matrices, which transformers does not have; and the matrix products of our step run alone, which bound
+how fast it can be. transformers runs with each of its experts implementations, and each again with the allocator
+settings that `moe-jax` gives itself, since they would help any program. Neither torch nor transformers is a dependency
+of moe_jax: ENV/bin/python has both. Linux only.
 
 On a busy machine torch's threads spin at their barriers, in wall and in CPU seconds: two threads then flatter us by a
 factor of several. Compare with --threads 1 there, or on a quiet machine.
@@ -26,13 +27,14 @@ from typing import Any
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # the others that transformers has need a GPU
 ALLOCATOR = "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647"
 KEPT = ", memory kept"
+ALONE = "moe_jax, its products alone"
 SERVE = "--serve"  # the first argument of a process that is a program
 REMEDY = """they are no dependencies of moe_jax; make an environment that has both, and name its interpreter:
         python -m venv ENV
         ENV/bin/pip install torch transformers
         python tools/bench_transformers.py --python ENV/bin/python"""
 Step = Callable[[], float]
-"""Runs one more step and returns its loss."""
+"""Runs one more step and returns its loss, or how many groups of products it ran."""
 
 
 class Missing(Exception):
@@ -43,7 +45,7 @@ class Missing(Exception):
 
 
 def ours(spec: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
-    """The compiled train step of moe_jax, and what there is to say of it."""
+    """The compiled train step of moe_jax, or its products alone, and what there is to say of it."""
     from moe_jax import cli
 
     cli.keep_memory()  # before jax is imported
@@ -51,9 +53,14 @@ def ours(spec: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
 
     cfg = config.load("bench_small", spec["overrides"])
     mesh.prepare_devices(cfg.mesh, None)
-    from moe_jax.bench.step import Trainer
+    import jax
+
+    from moe_jax.bench.step import Trainer, products_alone
     from moe_jax.bench.timing import machine
 
+    if spec["alone"]:
+        run = products_alone(cfg)
+        return lambda: len(jax.block_until_ready(run())), {"machine": machine()}
     trainer = Trainer(cfg)
     total, active = trainer.model.count()
     return lambda: float(trainer()["loss"]), {"params_total": total, "params_active": active, "machine": machine()}
@@ -108,10 +115,10 @@ def serve(build: Callable[[dict[str, Any]], tuple[Step, dict[str, Any]]]) -> Non
         for _ in sys.stdin:
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             cpu, wall = time.process_time(), time.perf_counter()
-            loss = step()
+            returned = step()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-            answer(wall=wall, cpu=cpu, faults=faults, loss=loss)
+            answer(wall=wall, cpu=cpu, faults=faults, returned=returned)
     except Missing as e:
         answer(missing=str(e))
     except Exception as e:
@@ -176,7 +183,7 @@ def report(programs: Sequence[Program], tokens: int, **more: Any) -> dict[str, A
             t = times[p.name]
             row |= {"seconds": t.seconds, "cpu_seconds": t.cpu_seconds, "tokens_per_second": tokens / t.seconds}
             row |= {"ratio_to_ours": ratio(t, reference), "ratio_to_ours_cpu": cpu_ratio(t, reference)}
-            row |= {"page_faults": sorted(t.faults)[len(t.faults) // 2], "loss": p.times[-1]["loss"]}
+            row |= {"page_faults": sorted(t.faults)[len(t.faults) // 2], "returned": p.times[-1]["returned"]}
         rows.append(row | ({"failed": p.failed} if p.failed else {}))
     out = {"bench": "transformers", **more, "rows": rows}
     others = [r for r in rows if r["program"].startswith("transformers") and "failed" not in r]
@@ -253,8 +260,10 @@ def specifications(args: argparse.Namespace, cfg: Any, given: list[str]) -> list
     here, out = {"JAX_PLATFORMS": "cpu"}, []
     ours = [("moe_jax", []), ("moe_jax, dropless", ["model.moe.capacity_factor=unset"])]
     ours += [("moe_jax, two matrices", ["model.ffn=relu"])] if not any(o.startswith("model.ffn=") for o in own) else []
+    ours += [(ALONE, [])]
     for name, more in ours:
-        out.append((name, [sys.executable, __file__, SERVE, "ours"], both | {"overrides": given + more}, here))
+        spec = both | {"overrides": given + more, "alone": name == ALONE}
+        out.append((name, [sys.executable, __file__, SERVE, "ours"], spec, here))
     there = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(args.threads)}
     for experts in args.experts.split(","):
         for kept, tunables in (("", {}), (KEPT, {"GLIBC_TUNABLES": ALLOCATOR})):

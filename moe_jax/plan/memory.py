@@ -96,7 +96,7 @@ def widths(step: Step, kind: str) -> Widths:
     m, T, moe = step.cfg.model, step.tokens, step.cfg.model.moe
     tokens, heads = T * m.d_model // step.over("act_embed"), step.over("act_heads")
     query = T * m.heads * m.resolved_head_dim // heads
-    key = max(T * m.resolved_head_dim, T * m.resolved_kv_heads * m.resolved_head_dim // heads)
+    key = T * m.resolved_kv_heads * m.resolved_head_dim // step.over("kv_heads")
     dense = T * m.d_ff // step.over("act_mlp")
     if kind == "dense" or moe is None:
         return Widths(tokens, query, key, probabilities(step), dense, 0, 0, 0)
