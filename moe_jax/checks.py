@@ -354,7 +354,8 @@ def check(cfg: Config) -> list[Problem]:
         )
     elif (data.batch // train.microbatches) % shards:
         why = f"{data.batch} sequences in {train.microbatches} microbatches do not divide over {shards} token shards"
-        no("data.batch", f"{why} (mesh {mesh})", f"set it to a multiple of {shards * train.microbatches}")
+        remedy = f"set it to a multiple of {shards * train.microbatches}, or mesh sizes that divide it"
+        no("data.batch", f"{why} (mesh {mesh})", remedy)
     elif context := _check_context(cfg):
         out += context
     elif moe is not None:
@@ -368,7 +369,7 @@ def check(cfg: Config) -> list[Problem]:
     if moe is None and mesh.expert > 1 and "expert" not in cfg.rules.tokens:
         no("mesh.expert", "a dense model has no experts to split", "set mesh.expert=1")
     if train.sample is not None and check_decoding(cfg.model):
-        no("train.sample", "asks for text, and expert_choice cannot decode a token at a time", "set train.sample= ")
+        no("train.sample", "asks for text, and expert_choice cannot decode a token at a time", "set train.sample=unset")
     if data.length > cfg.model.max_length:
         no("data.length", f"{data.length} exceeds model.max_length={cfg.model.max_length}", "raise model.max_length")
     return out

@@ -219,7 +219,8 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
     report = Run(cfg, workdir, started=STARTED, quiet=args.quiet)()
     if report.get("eval_loss") is not None:
         loss = f"{report['eval_loss']:.4f} nats a token, {report['eval_bits_per_byte']:.4f} bits a byte"
-        result(args, f"held-out loss {loss}, after step {report['eval_step']}", f"workdir {workdir}")
+        later = f"; moe-jax eval has that of step {report['step']}" if report["eval_step"] < report["step"] else ""
+        result(args, f"held-out loss {loss}, after step {report['eval_step']}{later}", f"workdir {workdir}")
     if "sample" in report:
         result(args, f"sample:\n{report['sample']}")
     return report
@@ -357,6 +358,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_programs()
     from moe_jax.config import Refused
 
+    for text in args.overrides:
+        if text.endswith("="):  # also what `train.steps=$STEPS` is without the variable
+            say(args, f"{text[:-1]}: no value given, so at the default of the key, whatever the config says")
     try:
         report = args.run(args)
     except Refused as e:
@@ -400,6 +404,7 @@ def entry() -> None:
         code = main()
     except KeyboardInterrupt:  # in the imports
         code = 130
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done and said
     if code == 130:
         sys.stdout.flush()
         sys.stderr.flush()

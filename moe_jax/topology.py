@@ -132,7 +132,7 @@ def parse(name: str) -> Topology:
 def gpus(name: str, chip: str, shape: tuple[int, ...], slices: int) -> Topology:
     """A cluster of hosts with as many GPUs each."""
     if len(shape) != 2:
-        raise refused(name, f"has {len(shape)} numbers", f"give hosts x GPUs a host, for example {chip}:1x8")
+        raise refused(name, f"has {len(shape)} of two numbers", f"give hosts x GPUs a host, for example {chip}:1x8")
     if slices > 1:
         hosts, each = shape
         raise refused(name, "counts slices, and GPUs have none", f"count the hosts: {chip}:{hosts * slices}x{each}")

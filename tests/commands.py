@@ -38,7 +38,7 @@ TINY = [  # its mesh is data=2 x expert=4; every test trains the same program, w
     "data.batch=8",
     "train.eval_batches=1",
     "train.optimizer.warmup=2",
-    "train.sample=",
+    "train.sample=unset",
     "train.tensorboard=false",
 ]
 

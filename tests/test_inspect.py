@@ -323,19 +323,24 @@ MORE = {
         32 / (1.1 * 16),
         "model.moe.group_size",
     ),
-    "ragged": (["model.moe.dispatch=ragged"], 2, "model.moe.dispatch=gather"),
 }
 
 
 @pytest.mark.parametrize("name", MORE)
 def test_more_than_the_least_is_flagged(name):
     """Dropless buffers hold S slots for each of E experts where K*S are used; 8 tokens of 2 choices at a factor of 1.1
-    need 2.2 slots an expert and get the least of 4; ragged ones have room for both choices at one of four shards."""
+    need 2.2 slots an expert and get the least of 4."""
     overrides, times, remedy = MORE[name]
     found = report(small(*overrides, mesh=QUICK[0]), forward=True)
     assert found["exchange"]["times_least"] == pytest.approx(times, rel=0.01)
     (flag,) = found["flags"]
     assert flag["kind"] == "the exchange moves more than it must" and remedy in flag["remedy"]
+
+
+def test_sorted_rows_of_a_capacity_travel_at_the_least():
+    """Nobody sends an expert more than its slots, so that no buffer of sorted rows is larger than theirs."""
+    found = report(small("model.moe.dispatch=ragged", mesh=QUICK[0]), forward=True)
+    assert found["exchange"]["times_least"] == pytest.approx(1, rel=0.01) and found["flags"] == []
 
 
 def test_both_branches_of_a_fallback_are_no_flag():

@@ -8,6 +8,8 @@ import pytest
 from commands import ENV, ROOT, calls, check_refusal
 
 from moe_jax import cli
+from moe_jax.plan.roofline import Timed, Times
+from moe_jax.plan.traffic import Move
 
 call = pytest.fixture(calls)
 KEYS = {"params", "flops_per_token", "memory_per_device", "all_to_all_bytes", "warnings", "contradictions", "traffic"}
@@ -43,6 +45,21 @@ def test_people_read_the_important_line_first(call, argv):
     assert "peak" in lines[1] and ("fit" in lines[1].lower() or "--topology" in lines[1])
     assert max(map(len, lines)) <= 100
     assert ("the whole card, of which" in out) == ("h100" in lines[0] or "a100" in lines[0])
+
+
+def test_what_dominates_is_the_longest():
+    """Also of what goes on side by side: faster products would not shorten a step that waits for weights."""
+    timed = Timed(Move("exchange", "all-to-all", ("expert",), 8, 1, 1, False), 0.5, False)
+    assert Times(1.0, 0.8, 0.5, 0.9, (timed,)).dominant == "compute"
+    assert Times(1.0, 1.2, 0.5, 0.9, (timed,)).dominant == "HBM"
+    assert Times(1.0, 0.8, 0.5, 1.3, (timed,)).dominant == "traffic of weights and gradients"
+    assert Times(0.2, 0.1, 0.5, 0.3, (timed,)).dominant == "exchange"
+
+
+def test_a_key_without_a_value_is_told_of(call):
+    """Such as `train.steps=$STEPS` without the variable."""
+    code, _, err = call("plan", "tiny_dense", "train.steps=")
+    assert code == 0 and err == "train.steps: no value given, so at the default of the key, whatever the config says\n"
 
 
 def test_the_description_contradicts_itself(call):

@@ -46,7 +46,7 @@ REFUSED_TRAIN = {
     "unknown axis of a rule": (['rules.vocab=["model"]'], "rules.vocab", "'model'"),
     "sequence too long": (["data.length=128"], "data.length", "model.max_length=64"),
     "overflow without capacity": (
-        ["model.moe.overflow=error", "model.moe.capacity_factor="],
+        ["model.moe.overflow=error", "model.moe.capacity_factor=unset"],
         "model.moe.overflow",
         "drop",
     ),
@@ -202,7 +202,7 @@ REFUSED_RUN = {
     "generate, negative seed": ("", ["generate", "run", "--prompt", "a", "--seed", "-1"], "--seed", "4294967295"),
     "generate, expert choice": (
         "",
-        ["generate", "run", *EXPERT_CHOICE, "train.sample=", "--prompt", "a"],
+        ["generate", "run", *EXPERT_CHOICE, "train.sample=unset", "--prompt", "a"],
         "model.moe.router.kind",
         "one token at a time",
     ),

@@ -173,7 +173,10 @@ def test_a_finished_run_does_nothing_and_reports(train, whole, tmp_path, call):
     workdir = copy(whole, tmp_path)
     before = listing(workdir)
     code, report, log = call(*train, workdir)
-    assert code == 0 and f"nothing to do: the checkpoint is at step {STEPS} of {STEPS}\n" in log
+    assert (
+        code == 0
+        and f"nothing to do: the checkpoint is at step {STEPS} of {STEPS}; raise train.steps to go on\n" in log
+    )
     after = listing(workdir)
     del before["run.png"], after["run.png"], before["metrics.jsonl"], after["metrics.jsonl"]
     assert after == before
@@ -183,7 +186,11 @@ def test_a_finished_run_does_nothing_and_reports(train, whole, tmp_path, call):
     assert (report["loss"], report["eval_loss"]) == (steps[-1]["loss"], evals[-1]["eval_loss"])
     assert report["compile_seconds"] is None and report["time_to_first_step_seconds"] is None
     code, report, log = call(*train, workdir, "train.steps=30")
-    assert code == 0 and f"nothing to do: the checkpoint is at step {STEPS}, beyond train.steps=30\n" in log
+    assert (
+        code == 0
+        and f"nothing to do: the checkpoint is at step {STEPS}, beyond train.steps=30; raise train.steps to go on\n"
+        in log
+    )
 
 
 def test_more_steps(train, whole, tmp_path, call, monkeypatch):
@@ -204,7 +211,7 @@ def test_more_steps(train, whole, tmp_path, call, monkeypatch):
         ("model.d_model=32", "model.d_model: is 32, and that run began with 16"),
         ("model.moe.capacity_factor=1.25", "model.moe.capacity_factor"),
         ("model.moe.experts=4", "model.moe.experts"),
-        ("model.moe=", "model.moe: is unset, and that run began with a table of keys\n"),
+        ("model.moe=unset", "model.moe: is unset, and that run began with a table of keys\n"),
         ("data.batch=16", "data.batch"),
         ("data.seed=1", "data.seed"),
         ("data.path=builtin:prose", "data.path"),

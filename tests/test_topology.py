@@ -55,7 +55,7 @@ WRONG = {
     "v5p:4x4": "has 2 dimensions, and v5p slices have 3",
     "v5e:3x4": "does not divide into hosts of 2x2 chips: 3x4",
     "v5e:32x32": "1024 chips, and the largest v5e slice 256\n    remedy: use several slices, for example v5e:SHAPE*4",
-    "h100:8": "has 1 numbers\n    remedy: give hosts x GPUs a host, for example h100:1x8",
+    "h100:8": "has 1 of two numbers\n    remedy: give hosts x GPUs a host, for example h100:1x8",
     "h100:2x8*4": "GPUs have none\n    remedy: count the hosts: h100:8x8",
 }
 

@@ -219,7 +219,7 @@ TINY = [
     "train.steps=2",
     "train.eval_batches=1",
     "train.log_every=1",
-    "train.sample=",
+    "train.sample=unset",
     "train.tensorboard=false",
     "train.optimizer.warmup=2",
     "model.layers=3",
@@ -339,7 +339,7 @@ def test_the_same_on_every_mesh(dense, alone, tmp_path, call, axes):
 
 # id: arguments after the config, and what the message must say
 REFUSED = {
-    "dense config": (["model.moe="], "model.moe", "dense"),
+    "dense config": (["model.moe=unset"], "model.moe", "dense"),
     "another model": (["model.d_ff=64", "model.norm=layer"], "model.d_ff", "is 64", "has 32", "model.norm"),
     "more heads": (["model.kv_heads=1"], "model.kv_heads", "has 2"),
     "another tokenizer": (["data.tokenizer=tokenizer.json"], "data.tokenizer", "'bytes'"),
@@ -369,7 +369,7 @@ REFUSED = {
     ),
     "experts choose slices": (
         ["model.moe.router.kind=expert_choice", "model.moe.router.lookahead=true"]
-        + ["model.moe.capacity_factor=1", "model.moe.balance_loss="],
+        + ["model.moe.capacity_factor=1", "model.moe.balance_loss=0"],
         "model.moe.router.kind",
         "copy",
     ),

@@ -175,8 +175,6 @@ def too_much(seen: Seen) -> Iterator[Flag]:
     what = f"{moved:,} bytes, {moved / bound:.2f} times the least of {bound:,}"
     if moe.capacity_factor is None and moe.router.kind != "expert_choice":
         remedy = "dropless buffers hold the worst case: set model.moe.capacity_factor"
-    elif moe.dispatch == "ragged":
-        remedy = "ragged buffers hold the worst case: set model.moe.dispatch=gather, whose slots are limited"
     elif sum(c.times for c in found) > sum(least.count.values()):
         remedy = "more all-to-alls than needed: set model.remat=exchange, or fewer train.microbatches"
     else:

@@ -37,13 +37,14 @@ class Times:
 
     @property
     def dominant(self) -> str:
-        """What takes the most of it."""
+        """What takes the most of it. Of what goes on side by side, that is the longest."""
         busy = max(self.compute, self.memory)
-        parts = {"compute": self.compute, "HBM": self.memory} if self.compute >= self.memory else {"HBM": self.memory}
+        parts = {"HBM" if self.memory > self.compute else "compute": busy}
+        if self.hidden > busy:
+            parts = {"traffic of weights and gradients": self.hidden}
         for timed in self.moves:
             if not timed.move.hidden:
                 parts[timed.move.what] = parts.get(timed.move.what, 0.0) + timed.seconds
-        parts["weights and gradients over the network"] = max(0.0, self.hidden - busy)
         return max(parts, key=lambda name: parts[name])
 
 

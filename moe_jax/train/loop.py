@@ -102,7 +102,7 @@ class Run:
             self.evaluate(state, 0)
         if first >= train.steps:
             goal = f"{first} of {first}" if first == train.steps else f"{first}, beyond train.steps={train.steps}"
-            self.screen.note(f"nothing to do: the checkpoint is at step {goal}")
+            self.screen.note(f"nothing to do: the checkpoint is at step {goal}; raise train.steps to go on")
             return state, first
         seed = jax.random.key(train.seed)
         pending: list[tuple[int, dict[str, jax.Array]]] = []
