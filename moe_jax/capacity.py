@@ -49,7 +49,7 @@ def in_order(keys: list[jax.Array], entry: jax.Array) -> jax.Array:
 def by_expert(expert: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
     """Experts [..., n] sorted, and where each stood, equals in their order.
 
-    Where they fit, expert and place are one integer: a CPU sorts one array faster than two.
+    Where they fit, expert and place are one integer, and one array is sorted instead of two.
     """
     n = expert.shape[-1]
     place = jax.lax.broadcasted_iota(jnp.int32, expert.shape, expert.ndim - 1)

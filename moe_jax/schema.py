@@ -171,7 +171,7 @@ class ModelConfig:
     dropout: Rate = key(0.0, "dropout on the output of each sub-layer and of the embedding, in training")
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and router stay float32")
     stacked: bool = key(
-        True, "keep equal layers in one array; off, each layer has its own: no slices, faster where layers are small"
+        True, "keep equal layers in one array; off, each layer has its own, without slices of it: `moe-jax bench step`"
     )
     scan: bool = key(True, "run stacked layers in a loop: compile time near-flat in depth")
     remat: Literal["none", "full", "dots", "exchange"] = key(

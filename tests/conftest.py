@@ -1,6 +1,7 @@
 """Eight fake CPU devices for every test, set before JAX starts; strict promotion; one compile cache."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,6 +21,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 from commands import TINY, finish, start, write_text
+
+# A shell lets its background jobs ignore Ctrl-C, and so would what tests start in order to interrupt it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

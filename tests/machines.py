@@ -7,17 +7,19 @@ import pytest
 
 from moe_jax.topology import missing_compiler, parse
 
-# Where both compilers have packages the development extra installs them. A case never skips there: without its
-# compiler it fails, with what to install, so that no skip can hide that a proof was not made.
-PACKAGED = sys.platform == "linux" and platform.machine() == "x86_64"
+# Where the development extra installs both compilers. A case never skips there: without its compiler it fails, with
+# what to install, so that no skip can hide that a proof was not made.
+INSTALLED = sys.platform == "linux" and platform.machine() == "x86_64"
 
 
 def compilable(*names):
-    """A case for each topology, skipped with the reason only on systems that its compiler is not made for."""
-    reasons = {name: None if PACKAGED else missing_compiler(parse(name).platform) for name in names}
-    return [
-        name
-        if why is None
-        else pytest.param(name, marks=pytest.mark.skip(f"{why}, and has no package for this system"))
-        for name, why in reasons.items()
-    ]
+    """A case for each topology; elsewhere one whose compiler is missing is skipped, with why and what to install."""
+    reasons = {name: None if INSTALLED else missing_compiler(parse(name).platform) for name in names}
+    return [name if why is None else pytest.param(name, marks=skipped(name, why)) for name, why in reasons.items()]
+
+
+def skipped(name, why):
+    """Not proved here: the summary of a run says which program, why, and how to have it proved."""
+    here = f"{sys.platform} {platform.machine()}"
+    remedy = "install that extra if it has a package for it, or run the tests on Linux x86_64, where none is skipped"
+    return pytest.mark.skip(f"{name} is not compiled: {why}, which make test does not install on {here}: {remedy}")

@@ -184,7 +184,7 @@ def stray(cell: Cell, found: list[Collective]) -> list[Collective]:
 
     def meant(c: Collective) -> bool:
         if c.axes == ("fsdp",):
-            return c.op == "reduce-scatter" or (c.op == "all-gather" and only_weights(c))
+            return c.op == "all-gather" and only_weights(c)
         if c.axes == ("context",) and c.modules == ("attention",):
             if cell.attention == "ring":
                 return c.op == "collective-permute" and c.bytes == rows // n and c.times in (runs, runs * (n - 1))

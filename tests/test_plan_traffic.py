@@ -220,52 +220,32 @@ def test_one_hot_products_cost_what_the_formula_says():
     assert {k: v for k, v in onehot.items() if k != "dispatch"} == plain
 
 
-WARNED = [  # key, a word of the reason, config, cluster, overrides
-    ("model.moe.dispatch", "costs 1.33", "tiny_switch", "v5e:2x4", ["model.moe.dispatch=einsum", "data.length=512"]),
-    ("mesh.fsdp", "exceed the 85.1 GB of a100", "moe_175b_as_described", "a100:4x8", []),
-    ("model.remat", "exceed", "mixtral_8x7b", "h100:8x8", ["model.remat=none", "data.batch=1024"]),
-    ("train.microbatches", "exceed", "mixtral_8x7b", "h100:8x8", ["data.batch=2048"]),
-    ("data.batch", "an expert gets 160 rows", "mixtral_8x7b", "v5p:4x4x4", ["data.length=64", "data.batch=64"]),
-    ("data.batch", "weights and gradients move", "mixtral_8x7b", "h100:8x8", ["mesh.fsdp=64", "mesh.expert=1"]),
-    (
-        "mesh.expert",
-        "exchange",
-        "mixtral_8x7b",
-        "h100:8x8",
-        ["model.moe.experts=32", "mesh.expert=32", "mesh.fsdp=2", "mesh.tensor=1"],
-    ),
-    ("model.moe.capacity_factor", "50% of the choices", "tiny_switch", "v5e:2x4", ["model.moe.capacity_factor=0.5"]),
-    (
-        "model.moe.capacity_factor",
-        "worst case, 4.0 times",
-        "tiny_mixtral",
-        "v5e:2x4",
-        ["model.moe.experts=64", "model.moe.dispatch=ragged"],
-    ),
-    ("model.moe.group_size", "4.0 times the choices", "mixtral_8x7b", "h100:8x8", ["model.moe.group_size=4"]),
-    (
-        "model.moe.router.groups",
-        "4 groups of experts do not lie on 3 shards",
-        "tiny_deepseek",
-        "h100:1x6",
-        ["model.moe.experts=24", "mesh.data=2", "mesh.expert=3", "data.batch=36"],
-    ),
-    ("model.dtype", "is float32", "mixtral_8x7b", "h100:8x8", ["model.dtype=float32"]),
-    (
-        "rules.expert_mlp",
-        "slices of 64 columns",
-        "tiny_switch",
-        "v5e:2x4",
-        ["mesh.expert=2", "mesh.tensor=4", "mesh.data=1"],
-    ),
-]
+WARNED = """
+model.moe.dispatch        | costs 1.33                 | tiny_switch v5e:2x4 model.moe.dispatch=einsum data.length=512
+mesh.fsdp                 | exceed the 85.1 GB of a100 | moe_175b_as_described a100:4x8
+model.remat               | exceed                     | mixtral_8x7b h100:8x8 model.remat=none data.batch=1024
+train.microbatches        | exceed                     | mixtral_8x7b h100:8x8 data.batch=2048
+data.batch                | an expert gets 160 rows    | mixtral_8x7b v5p:4x4x4 data.length=64 data.batch=64
+data.batch                | weights and gradients move | mixtral_8x7b h100:8x8 mesh.fsdp=64 mesh.expert=1
+mesh.expert               | exchange                   | mixtral_8x7b h100:8x8 EXPERTS
+model.moe.capacity_factor | 50% of the choices         | tiny_switch v5e:2x4 model.moe.capacity_factor=0.5
+model.moe.capacity_factor | worst case, 4.0 times      | tiny_mixtral v5e:2x4 SORTED
+model.moe.group_size      | 4.0 times the choices      | mixtral_8x7b h100:8x8 model.moe.group_size=4
+model.moe.router.groups   | do not lie on 3 shards     | tiny_deepseek h100:1x6 GROUPS
+model.dtype               | is float32                 | mixtral_8x7b h100:8x8 model.dtype=float32
+rules.expert_mlp          | slices of 64 columns       | tiny_switch v5e:2x4 mesh.expert=2 mesh.tensor=4 mesh.data=1
+"""  # the key, words of the reason, and config, cluster and overrides
+LONG = {
+    "EXPERTS": "model.moe.experts=32 mesh.expert=32 mesh.fsdp=2 mesh.tensor=1",
+    "SORTED": "model.moe.experts=64 model.moe.dispatch=ragged",
+    "GROUPS": "model.moe.experts=24 mesh.data=2 mesh.expert=3 data.batch=36",
+}
 
 
-@pytest.mark.parametrize(
-    "key,word,name,topology,overrides", WARNED, ids=[f"{k}-{w}".replace(" ", "_") for k, w, _, _, _ in WARNED]
-)
-def test_warnings_name_the_key_to_change(key, word, name, topology, overrides):
-    found = advice.warnings(estimate(name, topology, *overrides))
+@pytest.mark.parametrize("line", WARNED.strip().splitlines(), ids=lambda line: line.partition("|")[0].strip())
+def test_warnings_name_the_key_to_change(line):
+    key, word, call = (part.strip() for part in line.split("|"))
+    found = advice.warnings(estimate(*(w for part in call.split() for w in LONG.get(part, part).split())))
     assert [p.key for p in found if word in p.reason] == [key], found
     assert all(p.reason and p.remedy for p in found)
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from subprocess import PIPE
 
 import jax
 import numpy as np
@@ -323,6 +324,16 @@ def test_ctrl_c_before_the_run(train, tmp_path):
     code, out, err = finish(child)
     assert code == 130 and out == "" and err.count("\n") <= 1 and not NOISE.search(err), err
     assert steps_of(tmp_path / "run") == []
+
+
+def test_a_background_job_ignores_ctrl_c():
+    """As its shell wants it: Ctrl-C is then meant for another job."""
+    plan = [sys.executable, "-m", "moe_jax", "plan", "moe_64x128", "--topology", "v5p", "--devices", "256"]
+    child = subprocess.Popen(["sh", "-c", 'trap "" INT; exec "$@"', "sh", *plan], env=ENV, stdout=PIPE, stderr=PIPE)
+    time.sleep(0.5)
+    child.send_signal(signal.SIGINT)
+    code, out, err = finish(child)
+    assert code == 0 and out.startswith("moe_64x128, mesh ") and err == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)

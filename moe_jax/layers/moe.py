@@ -209,13 +209,13 @@ class MoELayer(nnx.Module):
         """
         self.check_input(x)
         B, L, _ = x.shape
+        top_k, capacity_factor = plain(top_k), plain(capacity_factor)
         moe = self.settings(train, top_k, capacity_factor)
         check_mask(mask, (B, L))
         check_tokens(tokens, (B, L))
         check_replay(replay, (B, L), moe)
         if capacity_factor is FROM_CONFIG:
             capacity_factor = moe.capacity_factor if train else moe.eval_capacity_factor
-        capacity_factor = plain(capacity_factor)
         cut = self.cut(B, L, capacity_factor, balanced)
         S, C = cut.size, capacity(moe, cut.size, capacity_factor)
         self.check_key(train, key)
@@ -263,8 +263,8 @@ class MoELayer(nnx.Module):
         Raises:
             ConfigError: a `top_k` or capacity factor that the config's other settings do not admit.
         """
-        moe = self.moe if top_k is None else dataclasses.replace(self.moe, top_k=plain(top_k))
-        given = {} if capacity_factor is FROM_CONFIG else {"eval_capacity_factor": plain(capacity_factor)}
+        moe = self.moe if top_k is None else dataclasses.replace(self.moe, top_k=top_k)
+        given = {} if capacity_factor is FROM_CONFIG else {"eval_capacity_factor": capacity_factor}
         if top_k is not None or given:  # one gate of value 1 teaches the router nothing, which evaluation does not ask
             config.require(dataclasses.replace(moe, **given), "moe", learns=train)
         return moe

@@ -33,7 +33,7 @@ def verdict(r: dict[str, Any]) -> list[str]:
         speed = f"step {seconds(r['step_seconds'])} at the least, MFU {r['mfu_ceiling']:.0%} at the most"
         if r["topology"].partition(":")[0] in GPUS:
             fit += " (the whole card, of which driver and libraries take some)"
-        lines = [f"{where} on {r['topology']}", fit, f"{speed}; {r['dominant']} dominates"]
+        lines = [f"{where} on {r['topology']}", fit, f"{speed}; dominated by {r['dominant']}"]
     if "search" in r:
         lines[0] += f": the best of {len(r['search']['refused']) + r['search']['fitting']} meshes"
         lines += [f"the config's own mesh is {mesh_words(r['search']['mesh_of_config'])}"]

@@ -62,7 +62,7 @@ def exchange(step: Step) -> list[Move]:
 def keys_and_values(step: Step) -> list[Move]:
     """Keys and values of split sequences, gathered or passed round a ring, which moves as much; back as gradients."""
     m, axes = step.cfg.model, step.cfg.rules.length
-    heads = max(1, m.resolved_kv_heads // step.over("kv_heads"))
+    heads = m.resolved_kv_heads // step.over("kv_heads")
     size = 2 * step.rows * step.cfg.data.length * heads * m.resolved_head_dim * step.width
     hidden = m.attention_exchange == "ring"
     count = m.layers * step.microbatches
