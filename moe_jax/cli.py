@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for text in args.overrides:
         if text.endswith("="):  # also what `train.steps=$STEPS` is without the variable
             why = "no value given, so at the default of the key, whatever the config says"
-            say(args, f"{text[:-1]}: {why}\n    remedy: give one, or {text}unset for none")
+            say(args, f"{text[:-1]}: {why}\n    remedy: write {text}VALUE, or leave it out")
     try:
         report = args.run(args)
     except Refused as e:

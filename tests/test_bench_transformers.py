@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from moe_jax import config
+
 TOOL = Path(__file__).parent.parent / "tools" / "bench_transformers.py"
 
 
@@ -56,3 +58,21 @@ b.serve(build)
     assert log.read_text() == "abc" + "ab" * 2
     assert result["rows"][2]["failed"] == "MemoryError: too large" and "seconds" not in result["rows"][2]
     assert all(r["tokens_per_second"] > 0 for r in result["rows"][:2]) and result["ratio_ours_to_fastest"] > 0
+
+
+def test_the_programs_and_what_bounds_them(versus):
+    """Ours first, the reference; one runs the products alone, of the same config; each of theirs twice."""
+    args = versus.parser().parse_args(["--experts", "eager", "--threads", "1", "model.layers=1"])
+    given = ["model.ffn=swiglu", *args.overrides]
+    found = {name: spec for name, _, spec, _ in versus.specifications(args, config.load("bench_small", given), given)}
+    assert list(found) == [
+        "moe_jax",
+        "moe_jax, dropless",
+        "moe_jax, two matrices",
+        versus.ALONE,
+        "transformers eager",
+        "transformers eager, memory kept",
+    ]
+    ours = {name: spec for name, spec in found.items() if name.startswith("moe_jax")}
+    assert [name for name, spec in ours.items() if spec["alone"]] == [versus.ALONE]
+    assert found[versus.ALONE]["overrides"] == found["moe_jax"]["overrides"] == given

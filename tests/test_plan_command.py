@@ -60,7 +60,7 @@ def test_a_key_without_a_value_is_told_of(call):
     """Such as `train.steps=$STEPS` without the variable."""
     code, _, err = call("plan", "tiny_dense", "train.steps=")
     assert code == 0 and err.startswith("train.steps: no value given, so at the default of the key")
-    assert "\n    remedy: give one, or train.steps=unset for none\n" in err
+    assert "\n    remedy: write train.steps=VALUE, or leave it out\n" in err
 
 
 def test_the_description_contradicts_itself(call):
