@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Each process has 8 fake devices of its own and needs about 4 GB.
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
@@ -15,17 +17,17 @@ demo: $(VENV)/.run-ready
 	$(BIN)/moe-jax train tiny_switch
 
 test: $(VENV)/.dev-ready lint
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 	$(MAKE) --no-print-directory smoke
 
 test-fast: $(VENV)/.dev-ready lint
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 sweep: $(VENV)/.dev-ready
-	$(BIN)/python -m pytest -q -m sweep
+	$(PYTEST) -m sweep
 
 battery: $(VENV)/.dev-ready
-	$(BIN)/python -m pytest -q tests/test_invariance.py
+	$(PYTEST) tests/test_invariance.py
 
 lint: $(VENV)/.dev-ready
 	$(BIN)/ruff check .

@@ -170,8 +170,10 @@ class ModelConfig:
     )
     dropout: Rate = key(0.0, "dropout on the output of each sub-layer and of the embedding, in training")
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and router stay float32")
-    stacked: bool = key(
-        True, "keep equal layers in one array; off, each layer has its own, without slices of it: `moe-jax bench step`"
+    stack_above: Whole = key(
+        0,
+        "a model of more layers keeps equal layers in one array; in one of so many or fewer each layer has its own: "
+        "steps without slices of that array, but compile time that grows with depth",
     )
     scan: bool = key(True, "run stacked layers in a loop: compile time near-flat in depth")
     remat: Literal["none", "full", "dots", "exchange"] = key(
@@ -200,7 +202,8 @@ class ModelConfig:
     @property
     def runs(self) -> list[tuple[tuple[str, ...], int]]:
         """Kinds of the layers of a period, and its repeats: the parameters of a run's repeats are stacked."""
-        return pattern(self.layer_kinds) if self.stacked else [((kind,), 1) for kind in self.layer_kinds]
+        kinds = self.layer_kinds
+        return pattern(kinds) if len(kinds) > self.stack_above else [((kind,), 1) for kind in kinds]
 
 
 @dataclass(frozen=True)

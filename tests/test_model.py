@@ -61,7 +61,7 @@ def test_pattern_expands_to_the_layers(layers, every, first_dense):
     runs = m.runs
     assert sum((period * n for period, n in runs), ()) == kinds
     assert len(runs) <= 3
-    assert sum((period * n for period, n in replace(m, stacked=False).runs), ()) == kinds
+    assert sum((period * n for period, n in replace(m, stack_above=layers).runs), ()) == kinds
     # every layer after the first dense ones counts, and every n-th is MoE: the definition, counted
     places = [i for i, kind in enumerate(kinds) if kind == "moe"]
     assert places == list(range(first_dense + every - 1, layers, every))
@@ -125,7 +125,7 @@ def test_transformer_is_its_blocks(final_norm, settings, stacked):
     """Dense, dense, MoE, dense, MoE in several runs; settings and statistics of the MoE layers come bottom first."""
     options = [{k: v[i] if isinstance(v, list) else v for k, v in settings.items()} for i in range(2)]
     moe = replace(MOE, first_dense=1)
-    m = replace(TINY, layers=5, final_norm=final_norm, tied_head=False, moe=moe, stacked=stacked)
+    m = replace(TINY, layers=5, final_norm=final_norm, tied_head=False, moe=moe, stack_above=4 if stacked else 5)
     model = transformer(m)
     assert len(model.runs) == (2 if stacked else 5) and (model.final_norm is None) != final_norm
 

@@ -38,7 +38,7 @@ SETTINGS = [
     ["tiny_mixtral", "model.moe.shared_experts=3", "model.moe.first_dense=2", "model.moe.d_ff=unset"],
     ["tiny_deepseek", "model.moe.every=2", "model.ffn=relu"],
     ["tiny_gshard", "model.scan=false", "model.moe.every=1"],
-    ["tiny_deepseek", "model.stacked=false", "model.moe.every=2"],
+    ["tiny_deepseek", "model.stack_above=12", "model.moe.every=2"],
 ]
 
 

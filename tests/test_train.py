@@ -210,7 +210,7 @@ def biased():
 def test_each_layers_bias_moves_by_its_own_load(stacked):
     """Also of more than ten arrays of layers, whose names sort otherwise than the layers lie."""
     kinds = ["model.layers=24", "model.moe.every=2", "model.moe.first_dense=0"]
-    model = Model.of(small(*ONE, *BIASED, *kinds, f"model.stacked={str(stacked).lower()}"))
+    model = Model.of(small(*ONE, *BIASED, *kinds, f"model.stack_above={23 if stacked else 24}"))
     load = np.random.default_rng(0).permutation(12 * 4).reshape(12, 4).astype(np.int32)
     bias = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), model.bias_shapes)
     none = jnp.zeros(())

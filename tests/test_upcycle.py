@@ -182,7 +182,7 @@ def block(params, m: ModelConfig, layer: int):
 @pytest.mark.parametrize("layers, every, first", [(6, 2, 0), (5, 2, 1), (5, 1, 1), (7, 3, 1), (11, 2, 1)], ids=str)
 def test_every_layer_keeps_its_place(layers, every, first):
     m = sized(layers=layers, every=every, first_dense=first, d_ff=12, router=TOPK)
-    m = dataclasses.replace(m, stacked=layers != 11)
+    m = dataclasses.replace(m, stack_above=layers if layers == 11 else 0)
     dense = numbers(without(m))
     params, bias = jax.tree.map(np.asarray, upcycled(m, "split"))
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda s: s.shape, Model.of(Config(model=m)).shapes)
