@@ -259,10 +259,15 @@ class Checkpoints:
 
     def newest(self) -> int:
         """The newest step. Raises `Refused` when there is none."""
-        step = _agree(max(self.steps(), default=-1))
-        if step < 0:
+        step = self.last()
+        if step is None:
             raise _no_checkpoint(self.folder)
         return step
+
+    def last(self) -> int | None:
+        """The newest step, or None."""
+        step = _agree(max(self.steps(), default=-1))
+        return None if step < 0 else step
 
     def save(self, step: int, state: Any, info: dict) -> None:
         """Save in the background. The arrays may be donated or overwritten once this returns; a saved step stays.

@@ -9,7 +9,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_jax.axes import Rules
-from moe_jax.schema import Config, ConfigError, ModelConfig, MoEConfig, OptimizerConfig, Problem, RouterConfig
+from moe_jax.schema import (
+    Config,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    Problem,
+    RouterConfig,
+)
 
 
 def _idle(table: Any, prefix: str, names: Sequence[str], why: str, remedy: str) -> list[Problem]:
@@ -284,6 +293,22 @@ def check_exchange(moe: MoEConfig, rules: Rules, prefix: str = "model.moe") -> l
     return [
         Problem(f"{prefix}.exchange", why, 'set rules.experts to two axes such as ["data", "expert"], or shard_map')
     ]
+
+
+def check_devices(mesh: MeshConfig, fake_devices: int | None, processes: int = 1) -> list[Problem]:
+    """Processes, and fake devices in each of them, that do not fill the mesh."""
+    if fake_devices is not None and fake_devices < 1:
+        return [Problem("--fake-devices", f"is {fake_devices}", "give 1 or more")]
+    if mesh.size % processes:
+        why = f"is {processes}, and a mesh of {mesh.size} ({mesh}) does not split into as many equal parts"
+        return [Problem("--processes", why, "use a divisor of the mesh, or other mesh.<axis> sizes")]
+    if fake_devices is None or fake_devices * processes == mesh.size:
+        return []
+    total, here = fake_devices * processes, f"{fake_devices} fake devices"
+    if processes > 1:
+        here += f" in each of {processes} processes, {total} in all,"
+    remedy = f"use --fake-devices {mesh.size // processes}, or mesh sizes whose product is {total}"
+    return [Problem("--fake-devices", f"{here} for a mesh of {mesh.size} ({mesh})", remedy)]
 
 
 def _check_context(cfg: Config) -> list[Problem]:

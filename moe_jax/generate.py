@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from moe_jax.cache import Cache
 from moe_jax.config import Problem, Refused, require_decoding
+from moe_jax.mesh import fetch
 from moe_jax.rules import sharding
 from moe_jax.train.state import Model, Weights
 
@@ -122,9 +123,9 @@ class Generator:
             start = time.perf_counter()
             first, cache = jax.block_until_ready(prefill(*first_args))
             filled = time.perf_counter()
-            rest = np.asarray(decode(weights, first, cache))
+            rest = fetch(decode(weights, first, cache))
             end = time.perf_counter()
-        new = np.concatenate([np.asarray(first)[None], rest]).T[: len(prompts)]  # [prompts, new_tokens]
+        new = np.concatenate([fetch(first)[None], rest]).T[: len(prompts)]  # [prompts, new_tokens]
         texts = [row[: int((row == self.stop).argmax())] if (row == self.stop).any() else row for row in new]
         return Generated(
             [[int(t) for t in text] for text in texts],

@@ -3,31 +3,30 @@
 import contextlib
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from moe_jax.axes import MESH_AXES
+from moe_jax.checks import check_devices
 from moe_jax.config import MeshConfig, Problem, Refused
 
 
-def prepare_devices(mesh: MeshConfig, fake_devices: int | None) -> None:
-    """Set the number of fake CPU devices; call it before anything asks JAX for a device.
+def prepare_devices(mesh: MeshConfig, fake_devices: int | None, processes: int = 1) -> None:
+    """Set the number of fake CPU devices of this process; call it before anything asks JAX for a device.
 
-    Without `fake_devices` a CPU offers as many devices as the mesh has places; accelerators are untouched.
+    Without `fake_devices` the CPUs offer together as many devices as the mesh has places; accelerators are untouched.
     A process that has started JAX, such as a notebook, keeps its devices, and `build_mesh` counts them.
 
     Raises:
         Refused: the number of fake devices is not the number of places in the mesh, or JAX has started on real ones.
     """
-    if fake_devices is not None and fake_devices < 1:
-        raise Refused(Problem("--fake-devices", f"is {fake_devices}", "give 1 or more"))
-    if fake_devices is not None and fake_devices != mesh.size:
-        why = f"{fake_devices} fake devices for a mesh of {mesh.size} ({mesh})"
-        remedy = f"use --fake-devices {mesh.size}, or mesh sizes whose product is {fake_devices}"
-        raise Refused(Problem("--fake-devices", why, remedy))
+    if problems := check_devices(mesh, fake_devices, processes):
+        raise Refused(*problems)
     if fake_devices is not None:
         jax.config.update("jax_platforms", "cpu")
     with contextlib.suppress(RuntimeError):  # JAX has started
-        jax.config.update("jax_num_cpu_devices", mesh.size)
+        jax.config.update("jax_num_cpu_devices", -(-mesh.size // processes))
     # A JAX that has started ignores the platform, and where there are as many accelerators would run on those.
     if fake_devices is not None and (found := jax.default_backend()) != "cpu":
         why = f"JAX has started on {found} in this process"
@@ -48,3 +47,10 @@ def build_mesh(mesh: MeshConfig, devices: list | None = None) -> Mesh:
         remedy += f'{mesh.size}, or in Python jax.config.update("jax_num_cpu_devices", {mesh.size}) before JAX starts'
         raise Refused(Problem("mesh", why, remedy))
     return jax.make_mesh(mesh.shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """All of an array, on the host. Where no process has all of it, each sends its part: all of them must ask."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

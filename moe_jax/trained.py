@@ -23,6 +23,7 @@ class Trained:
         keep_batch: refuse a mesh that data.batch does not divide over; else the batch is rounded up, which changes no
             result of a whole text.
         decodes: refuse a model that cannot make text token by token, before its weights are read.
+        processes: how many of them JAX has joined; each holds a part of the weights.
     Attributes:
         cfg: the config with the overrides. mesh: of its devices. step: of the checkpoint.
         model: the model without its numbers. weights: the numbers, each on its devices.
@@ -39,6 +40,7 @@ class Trained:
         *,
         keep_batch: bool = False,
         decodes: bool = False,
+        processes: int = 1,
     ):
         self.workdir = Path(workdir)
         checkpoints = open_workdir(self.workdir)
@@ -54,7 +56,7 @@ class Trained:
             config.require_decoding(self.cfg.model)
         saved_cfg = config.from_dict(saved)
         self.other = None if self.cfg.data.path == saved_cfg.data.path else self.cfg.data.path
-        mesh.prepare_devices(self.cfg.mesh, fake_devices)
+        mesh.prepare_devices(self.cfg.mesh, fake_devices, processes)
         self.mesh = mesh.build_mesh(self.cfg.mesh)
         self.model = Model.of(self.cfg)
         self.model.validate()

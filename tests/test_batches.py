@@ -119,7 +119,9 @@ def test_batches_do_not_depend_on_processes_or_interruption(packing, processes):
     windows = Windows(token_file(13, 5, 41, 2, 17), 5, packing)
     whole = read(20, windows)
     assert whole[0]["tokens"].shape == (4, 5)
-    parts = [read(13, windows, process_index=p, process_count=processes, start_step=7) for p in range(processes)]
+    local = 4 // processes
+    each = [range(p * local, (p + 1) * local) for p in range(processes)]
+    parts = [read(13, windows, rows=rows, start_step=7) for rows in each]
     for n, local in enumerate(zip(*parts, strict=True)):
         assert local[0]["tokens"].shape == (4 // processes, 5)
         same(joined(local), whole[7 + n])
@@ -156,8 +158,9 @@ def test_epochs_and_seeds_are_shuffled_apart(prose):
 def test_batches_are_refused_at_the_call():
     windows = Windows(token_file(9), 2, "pack")
     for wrong, says in [
-        ({"batch": 3, "process_count": 2}, "batch of 3 does not split over 2"),
-        ({"process_index": 2, "process_count": 2}, "process 2 of 2"),
+        ({"batch": 0}, "a batch of 0"),
+        ({"rows": [0, 4]}, r"rows \[0, 4\] of a batch of 4"),
+        ({"rows": [-1]}, r"rows \[-1\] of a batch of 4"),
         ({"start_step": -1}, "start_step=-1"),
     ]:
         with pytest.raises(ValueError, match=says):
@@ -180,7 +183,7 @@ def test_held_out_batches_are_in_order_and_end_with_padding(packing, count, expe
             same(got, windows[i])
         else:
             assert not any(v.any() for v in got.values())
-    halves = [list(heldout_batches(windows, batch=4, count=count, process_index=p, process_count=2)) for p in (0, 1)]
+    halves = [list(heldout_batches(windows, batch=4, count=count, rows=rows)) for rows in ([0, 1], [2, 3])]
     for local, all_ in zip(zip(*halves, strict=True), whole, strict=True):
         same(joined(local), all_)
 

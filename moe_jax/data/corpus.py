@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from array import array
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -91,6 +92,13 @@ def prepare(cfg: DataConfig, folder: Path) -> Corpus:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return open_prepared(folder, cfg)
+
+
+def wait_prepared(folder: Path, cfg: DataConfig) -> Corpus:
+    """The corpus that another process prepares in `folder`, once it is there. Raises `Refused` as `open_prepared`."""
+    while not (folder / INDEX).exists():  # it is renamed into place when it is complete
+        time.sleep(0.1)
     return open_prepared(folder, cfg)
 
 

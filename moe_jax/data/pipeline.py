@@ -5,7 +5,7 @@ step.
 """
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import numpy as np
 
@@ -16,20 +16,23 @@ Batch = dict[str, np.ndarray]
 STEPS = 2**40  # as good as endless; grain wants a number
 
 
-def _rows(batch: int, process_index: int, process_count: int) -> range:
-    """The rows of the global batch that one process reads."""
-    if process_count < 1 or not 0 <= process_index < process_count:
-        raise ValueError(f"process {process_index} of {process_count}: the index runs from 0 to the count less one")
-    if batch < 1 or batch % process_count:
-        raise ValueError(f"a batch of {batch} does not split over {process_count} processes: use a multiple of them")
-    local = batch // process_count
-    return range(process_index * local, (process_index + 1) * local)
+def _rows(batch: int, rows: Sequence[int] | None) -> Sequence[int]:
+    """The rows of the global batch to read."""
+    if batch < 1:
+        raise ValueError(f"a batch of {batch}: it holds at least 1 row")
+    if rows is None:
+        return range(batch)
+    if not all(0 <= row < batch for row in rows):
+        raise ValueError(f"rows {list(rows)} of a batch of {batch}: they run from 0 to the batch less one")
+    return rows
 
 
 class _Steps:
-    """Random access to one process's part of the batches from `start` on."""
+    """Random access to some rows of the batches from `start` on."""
 
-    def __init__(self, windows: Windows, batch: int, rows: range, seed: int, start: int, shuffle: Callable[..., int]):
+    def __init__(
+        self, windows: Windows, batch: int, rows: Sequence[int], seed: int, start: int, shuffle: Callable[..., int]
+    ):
         self.windows, self.batch, self.rows, self.seed = windows, batch, rows, seed
         self.start, self.shuffle = start, shuffle
 
@@ -54,24 +57,24 @@ def batches(
     batch: int,
     seed: int,
     start_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     prefetch: int = 2,
 ) -> Generator[Batch]:
-    """Endless batches of a process from a step on, each a dict of arrays [B/P, L].
+    """Endless batches from a step on, each a dict of arrays [rows, L].
 
     Row r of step n is item n*B + r of an endless list that shuffles the windows anew in each epoch: every window once
-    an epoch, epochs joined without a gap. Process p of P gets rows p*B/P to (p+1)*B/P.
+    an epoch, epochs joined without a gap.
 
     Args:
-        batch: rows B over all processes.
+        batch: rows B of a step.
         start_step: the step of the first batch.
+        rows: those of them to read, in this order, such as those that the devices of a process hold; None: all.
         prefetch: batches read ahead in a thread; 0 reads in the caller's.
 
     Raises:
         ValueError: at the call, for numbers that do not fit together.
     """
-    rows = _rows(batch, process_index, process_count)
+    rows = _rows(batch, rows)
     if len(windows) == 0:
         raise ValueError("no windows: the token file is empty")
     if start_step < 0 or prefetch < 0:
@@ -79,7 +82,7 @@ def batches(
     return _read(windows, batch, rows, seed, start_step, prefetch)
 
 
-def _read(windows: Windows, batch: int, rows: range, seed: int, start: int, prefetch: int) -> Generator[Batch]:
+def _read(windows: Windows, batch: int, rows: Sequence[int], seed: int, start: int, prefetch: int) -> Generator[Batch]:
     import grain  # takes seconds, and the commands that only look at a corpus need none of it
     from grain.experimental import index_shuffle
 
@@ -92,10 +95,12 @@ def _read(windows: Windows, batch: int, rows: range, seed: int, start: int, pref
         iterator.close()
 
 
-def heldout_batches(
-    windows: Windows, *, batch: int, count: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """The first windows in order, at most `count` batches of B rows; what the last one lacks is padding of weight 0."""
-    rows = _rows(batch, process_index, process_count)
+def heldout_batches(windows: Windows, *, batch: int, count: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+    """The first windows in order, at most `count` batches of B rows; what the last one lacks is padding of weight 0.
+
+    Args:
+        rows: those of each batch to read; None: all.
+    """
+    chosen = _rows(batch, rows)
     total = min(count, -(-len(windows) // batch))
-    return (windows.gather([step * batch + row for row in rows]) for step in range(total))
+    return (windows.gather([step * batch + row for row in chosen]) for step in range(total))

@@ -9,15 +9,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.data import Corpus, Windows, heldout_batches
+from moe_jax.mesh import fetch
 from moe_jax.rules import sharding
 from moe_jax.train.state import Model, Weights
 from moe_jax.train.step import Sums, make_eval_step
 
 
+def local_rows(model: Model, mesh: Mesh) -> list[int]:
+    """The rows of a batch that the devices of this process hold, in order. Processes may share some."""
+    B, L = model.cfg.data.batch, model.cfg.data.length
+    held = sharding(mesh, (model.cfg.rules.batch, ())).addressable_devices_indices_map((B, L))
+    return sorted({row for index in held.values() if index is not None for row in range(B)[index[0]]})
+
+
 def to_devices(batch: dict[str, np.ndarray], model: Model, mesh: Mesh) -> dict[str, jax.Array]:
-    """The rows of this process [B_local, L] as arrays [B, L] sharded over the token axes."""
-    rows = sharding(mesh, (model.cfg.rules.batch, ()))
-    return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
+    """The `local_rows` of a batch [rows, L] as arrays [B, L] sharded over the token axes."""
+    rows, shape = sharding(mesh, (model.cfg.rules.batch, ())), (model.cfg.data.batch, model.cfg.data.length)
+    return {name: jax.make_array_from_process_local_data(rows, value, shape) for name, value in batch.items()}
 
 
 class Evaluator:
@@ -29,8 +37,8 @@ class Evaluator:
         self.steps: dict[float | None, Callable[[Weights, Any], Sums]] = {}
 
     def batches(self, count: int) -> Iterable[dict[str, np.ndarray]]:
-        place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        return heldout_batches(self.windows, batch=self.model.cfg.data.batch, count=count, **place)
+        rows = local_rows(self.model, self.mesh)
+        return heldout_batches(self.windows, batch=self.model.cfg.data.batch, count=count, rows=rows)
 
     def sums(self, weights: Weights, count: int, capacity_factor: float | None) -> Sums:
         """Sums over the first `count` batches of held-out text, on the host."""
@@ -41,7 +49,7 @@ class Evaluator:
             for batch in self.batches(count):
                 sums = self.steps[capacity_factor](weights, to_devices(batch, self.model, self.mesh))
                 # float64 and Python integers on the host: no count is rounded, whatever the number of batches
-                host = jax.tree.map(lambda x: np.asarray(x, np.int64 if x.dtype == np.int32 else np.float64), sums)
+                host = jax.tree.map(lambda x: fetch(x).astype(np.int64 if x.dtype == np.int32 else np.float64), sums)
                 total = host if total is None else jax.tree.map(np.add, total, host)
         assert total is not None
         return total

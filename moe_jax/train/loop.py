@@ -17,13 +17,14 @@ from moe_jax import mesh as meshes
 from moe_jax.checkpoint import Checkpoints, check_workdir
 from moe_jax.config import Config, Problem, Refused
 from moe_jax.cost import for_training
-from moe_jax.data import Windows, batches, bigram_loss, load_tokenizer, prepare
+from moe_jax.data import Windows, batches, bigram_loss, load_tokenizer, prepare, wait_prepared
 from moe_jax.generate import Generator
 from moe_jax.health import Watch
+from moe_jax.mesh import fetch
 from moe_jax.metrics import MetricsLog, Progress, load_max_over_mean, read_metrics
 from moe_jax.picture import draw_run
-from moe_jax.train.evaluate import Evaluator, to_devices
-from moe_jax.train.resume import Stop, changes, checkpoint_info, claimed, locked
+from moe_jax.train.evaluate import Evaluator, local_rows, to_devices
+from moe_jax.train.resume import AgreedStop, Stop, changes, checkpoint_info, claimed, locked
 from moe_jax.train.state import Model, State
 from moe_jax.train.step import lower_train_step
 
@@ -54,12 +55,12 @@ class Run:
         self.model.validate()
         check_workdir(workdir)
         self.checkpoints = Checkpoints(workdir / "checkpoints", cfg.train.keep)
-        self.resumed_at = self.checkpoints.newest() if self.checkpoints.steps() else None
+        self.resumed_at = self.checkpoints.last()
         self.changed: list[str] = []
         if self.resumed_at is not None:
             self.changed = changes(self.checkpoints.info(self.resumed_at)["config"], cfg)
         self.check_vocabulary()
-        if self.resumed_at is not None and (workdir / "metrics.jsonl").exists():
+        if self.main and self.resumed_at is not None and (workdir / "metrics.jsonl").exists():
             read_metrics(workdir / "metrics.jsonl")  # a damaged log is refused here, not after the data is read
         self.timing: dict[str, float] = {}
         self.watch = Watch(cfg.model.moe)
@@ -67,6 +68,9 @@ class Run:
 
     def __call__(self) -> dict[str, Any]:
         """Train, and return the report of the run."""
+        if not self.main:
+            self.corpus = wait_prepared(self.workdir / "tokens", self.cfg.data)
+            return self.run()
         with contextlib.ExitStack() as stack:
             with claimed(self.workdir):
                 stack.enter_context(locked(self.workdir))
@@ -81,7 +85,7 @@ class Run:
         self.bigram = bigram_loss(self.windows, self.evaluator.windows, self.cfg.model.vocab)
         state = self.start()
         try:
-            with self.open_screen() as self.screen, self.open_log() as self.log, Stop(self.screen.note) as stop:
+            with self.open_screen() as self.screen, self.open_log() as self.log, self.open_stop() as stop:
                 self.introduce()
                 state, step = self.train(state, self.resumed_at or 0, stop)
                 self.checkpoints.wait()  # a signal must not end the process while the last save is under way
@@ -90,12 +94,15 @@ class Run:
                     self.screen.note(f"{stop.signal}: saved at {where}; the same command goes on from there")
         finally:
             self.checkpoints.wait()
-        report = self.report(step)
-        if self.main:
-            self.finish(state, report)
+        report = self.report(step) if self.main else {}
+        if "loss" in report:
+            self.draw(report)
+        if self.cfg.train.sample and step >= self.cfg.train.steps:
+            text = self.sample(state, self.cfg.train.sample)
+            report |= {"sample": text} if "loss" in report else {}
         return report
 
-    def train(self, state: State, first: int, stop: Stop) -> tuple[State, int]:
+    def train(self, state: State, first: int, stop: Stop | AgreedStop) -> tuple[State, int]:
         """The loop. It dispatches a step ahead and reads the metrics of the step before, so it never waits for them."""
         train = self.cfg.train
         if first == 0:
@@ -112,7 +119,7 @@ class Run:
             for step in range(first + 1, train.steps + 1):
                 state, metrics = train_step(state, to_devices(next(rows), self.model, self.mesh), seed)
                 pending.append((step, metrics))
-                last = step == train.steps or stop.signal is not None
+                last = stop.at(step) or step == train.steps
                 saves = last or (train.checkpoint_every is not None and step % train.checkpoint_every == 0)
                 evaluates = step == train.steps or (train.eval_every is not None and step % train.eval_every == 0)
                 while len(pending) > (0 if saves or evaluates else IN_FLIGHT):
@@ -172,17 +179,21 @@ class Run:
             return contextlib.nullcontext()
         return MetricsLog(self.workdir, tensorboard=self.cfg.train.tensorboard, resume_step=self.resumed_at or None)
 
+    def open_stop(self) -> Stop | AgreedStop:
+        return Stop(self.screen.note) if jax.process_count() == 1 else AgreedStop()
+
     def rows(self, first: int) -> Yields[dict[str, np.ndarray]]:
         """The rows of this process from step `first` on."""
-        place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        return batches(self.windows, batch=self.cfg.data.batch, seed=self.cfg.data.seed, start_step=first, **place)
+        data, rows = self.cfg.data, local_rows(self.model, self.mesh)
+        return batches(self.windows, batch=data.batch, seed=data.seed, start_step=first, rows=rows)
 
     def introduce(self) -> None:
         """Say what is about to run, and where."""
         total, active = self.model.count()
         note = self.screen.note
         note(f"{self.cfg.name}: {total:,} parameters, {active:,} of them active for a token")
-        note(f"mesh {self.cfg.mesh}, on {jax.device_count()} {jax.devices()[0].platform} device(s)")
+        several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        note(f"mesh {self.cfg.mesh}, on {jax.device_count()} {jax.devices()[0].platform} device(s){several}")
         if self.cfg.model.moe is not None:
             note(self.dispatch())
         note(f"workdir {self.workdir}")
@@ -209,7 +220,7 @@ class Run:
 
     def record(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Write the numbers of one step. Waits for that step only."""
-        host = jax.tree.map(lambda x: np.asarray(x).tolist(), metrics)
+        host = jax.tree.map(lambda x: fetch(x).tolist(), metrics)
         now = time.perf_counter()
         self.timing.setdefault("time_to_first_step_seconds", now - self.started)
         seconds, tokens = now - self.clock, host.pop("tokens")
@@ -240,7 +251,7 @@ class Run:
 
     def report(self, step: int) -> dict[str, Any]:
         """The JSON of `moe-jax train`. Routing counts are sums over the last tenth of the steps."""
-        train, evals = read_metrics(self.workdir / "metrics.jsonl") if self.main else ([], [])
+        train, evals = read_metrics(self.workdir / "metrics.jsonl")
         if not train:
             return {"step": step, "workdir": str(self.workdir)}
         mine = [r for r in train if r["step"] > (self.resumed_at or 0)] or train
@@ -268,6 +279,7 @@ class Run:
             "dispatch": None if self.cfg.model.moe is None else self.dispatch(),
             "alarms": self.alarms,
             "devices": jax.device_count(),
+            "processes": jax.process_count(),
             "platform": jax.devices()[0].platform,
             "workdir": str(self.workdir),
         }
@@ -275,21 +287,20 @@ class Run:
         load = train[-1].get("load")
         return out | counts | {"load_max_over_mean": None if load is None else load_max_over_mean(load)}
 
-    def finish(self, state: State, report: dict[str, Any]) -> None:
-        """The picture, and a sample if the run is complete."""
-        if "loss" not in report:
-            return
+    def draw(self, report: dict[str, Any]) -> None:
+        """The picture."""
         train, evals = read_metrics(self.workdir / "metrics.jsonl")
         path = draw_run(train, evals, self.workdir / "run.png", title=self.cfg.name, bigram=self.bigram)
         report["picture"] = str(path)
         self.say(f"picture {path}")
-        prompt = self.cfg.train.sample
-        if prompt and report["finished"]:
-            tokenizer = self.corpus.tokenizer
-            generator = Generator(self.model, self.mesh, tokenizer.size, tokenizer.eos)
-            room = self.cfg.model.max_length - len(tokenizer.encode(prompt))
-            new = generator(state.weights, [tokenizer.encode(prompt)], min(self.cfg.train.sample_tokens, room))
-            report["sample"] = prompt + tokenizer.decode(new.tokens[0])
+
+    def sample(self, state: State, prompt: str) -> str:
+        """The prompt and how the model continues it. Every process computes a part."""
+        tokenizer = self.corpus.tokenizer
+        generator = Generator(self.model, self.mesh, tokenizer.size, tokenizer.eos)
+        room = self.cfg.model.max_length - len(tokenizer.encode(prompt))
+        new = generator(state.weights, [tokenizer.encode(prompt)], min(self.cfg.train.sample_tokens, room))
+        return prompt + tokenizer.decode(new.tokens[0])
 
     def say(self, text: str) -> None:
         if not self.quiet:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+from jax.experimental import multihost_utils
+
 from moe_jax import config
 from moe_jax.checkpoint import MARKER, check_workdir, claim_workdir
 from moe_jax.config import Config, Problem, Refused
@@ -78,6 +80,32 @@ class Stop:
             leave(f"{name}: quits without saving; the last complete checkpoint stays")
         self.signal = name
         self.say(f"{name}: stopping after this step and saving; Ctrl-C again quits without saving")
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step."""
+        return self.signal is not None
+
+
+class AgreedStop:
+    """The `Stop` of several processes: after the same step, whichever of them got the SIGTERM.
+
+    JAX carries it to all as its preemption notice; the supervisor of a process makes a SIGTERM of Ctrl-C.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def __enter__(self) -> "AgreedStop":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step. Every process asks at every step."""
+        if self.signal is None and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = "SIGTERM"
+        return self.signal is not None
 
 
 def leave(text: str) -> None:
