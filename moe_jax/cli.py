@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG")
     train.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=f"{OVERRIDES}train.steps=500")
     train.add_argument("--workdir", type=folder, metavar="DIR", help="default: a new folder runs/CONFIG-DATE-TIME")
+    add_processes(train)
     train.set_defaults(run=run_train)
 
     evaluate = add("eval", "loss of a trained model on held-out text, dropless and at capacity")
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     help = "for example mesh.expert=2; data.path=FILE: the whole of another text"
     evaluate.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=help)
     evaluate.add_argument("--batches", type=int, metavar="N", help="batches to read (default: all held-out text)")
+    add_processes(evaluate)
     evaluate.set_defaults(run=run_eval)
 
     generate = add("generate", "continue a prompt with a trained model")
@@ -128,6 +130,17 @@ def parser() -> argparse.ArgumentParser:
     text = "speed of one layer or of a train step, as a ratio to its matrix products"
     add_benchmarks(commands.add_parser("bench", help=text, description=text))
     return top
+
+
+def add_processes(command: argparse.ArgumentParser) -> None:
+    """The flags that say which of several processes this one is."""
+    group = command.add_argument_group("several processes", "each is started with the same command but for --process")
+    help = "how many run together; detect: SLURM, Kubernetes or the TPU says all three (default: this one alone)"
+    group.add_argument("--processes", metavar="N", help=help)
+    group.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, the same for all")
+    help = "how long to wait for the others to join (default 300)"
+    group.add_argument("--join-seconds", type=float, default=300.0, metavar="S", help=help)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -213,7 +226,10 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
 
     cfg = config.load(args.config, args.overrides)
     workdir = args.workdir or Path("runs") / f"{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    mesh.prepare_devices(cfg.mesh, args.fake_devices)
+    place = getattr(args, "place", None)
+    if place is not None:
+        place.start()
+    mesh.prepare_devices(cfg.mesh, args.fake_devices, 1 if place is None else place.count)
     from moe_jax.train.loop import Run
 
     report = Run(cfg, workdir, started=STARTED, quiet=args.quiet)()
@@ -234,7 +250,11 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
         raise Refused(Problem("--batches", f"is {args.batches}", "give 1 or more"))
     from moe_jax.trained import Trained
 
-    trained = Trained(args.workdir, args.overrides, args.fake_devices, keep_batch=args.batches is not None)
+    place, keep = getattr(args, "place", None), args.batches is not None
+    if place is not None:
+        place.start()
+    processes = 1 if place is None else place.count
+    trained = Trained(args.workdir, args.overrides, args.fake_devices, keep_batch=keep, processes=processes)
     from moe_jax.train.evaluate import Evaluator
 
     evaluator = Evaluator(trained.model, trained.mesh, trained.text())
@@ -351,19 +371,53 @@ def told(error: OSError) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. Refusals and failures are one message on standard error."""
+    """Run a command; returns the exit code."""
     args = parse(argv)
     keep_memory()
     quiet_libraries()
     keep_programs()
-    from moe_jax.config import Refused
-
     for text in args.overrides:
         if text.endswith("="):  # also what `train.steps=$STEPS` is without the variable
             why = "no value given, so at the default of the key, whatever the config says"
             say(args, f"{text[:-1]}: {why}\n    remedy: write {text}VALUE, or leave it out")
+    return checked(args, together)
+
+
+def together(args: argparse.Namespace) -> int:
+    """Run the command, in this process or as one of several; returns the exit code."""
+    if all(getattr(args, flag, None) is None for flag in ("processes", "process", "coordinator")):
+        return alone(args)
+    from moe_jax import processes, rendezvous, supervise
+
+    place = processes.find_place(args)
+    if place is None:
+        return alone(args)
+    place, links = rendezvous.meet(place, processes.asks(args, place), args.join_seconds)
+    args.place = place
+
+    def work() -> int:
+        if place.index != 0:
+            args.quiet, args.json = True, True  # process 0 tells the results
+        return checked(args, alone)
+
+    return supervise.Supervisor(place, links, lambda line: say(args, line))(work)
+
+
+def alone(args: argparse.Namespace) -> int:
+    """Run the command in this process."""
+    report = args.run(args)
+    place = getattr(args, "place", None)
+    if args.json and (place is None or place.index == 0):
+        print(json.dumps(finite(report), allow_nan=False), flush=True)
+    return 0
+
+
+def checked(args: argparse.Namespace, work: Callable[[argparse.Namespace], int]) -> int:
+    """The exit code of `work`; refusals and failures are one message on standard error."""
+    from moe_jax.config import Refused
+
     try:
-        report = args.run(args)
+        return work(args)
     except Refused as e:
         print(f"moe-jax {args.command}: refused\n{e}", file=sys.stderr)
         return 2
@@ -380,13 +434,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moe-jax {args.command}: failed\n{told(e)}", file=sys.stderr)
         return 1
     except Exception as e:
-        if type(e).__name__ not in ("CheckpointFailed", "Overflow", "TooLarge", "Unreadable"):
+        if type(e).__name__ not in ("CheckpointFailed", "Overflow", "ProcessDied", "TooLarge", "Unreadable"):
             raise
         print(f"moe-jax {args.command}: failed\n{e}", file=sys.stderr)
         return 1
-    if args.json:
-        print(json.dumps(finite(report), allow_nan=False), flush=True)
-    return 0
 
 
 def interrupt(number: int, frame: Any) -> None:

@@ -1,0 +1,154 @@
+"""The processes of one run: flags or a cluster say which one this is, and JAX joins them.
+
+`supervise` holds them together from outside; nothing here is touched where `--processes` is not given.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from moe_jax import config
+from moe_jax.checks import check_devices
+from moe_jax.schema import Problem, Refused
+
+DETECT = "detect"
+JAX_SECONDS = 60  # for JAX to connect what has come already
+HEARTBEAT_SECONDS = 50  # until JAX gives a process up that hangs; one that dies is seen at once, by its supervisor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the processes this one is.
+
+    Attributes:
+        index: from 0. count: of all. host, port: where process 0 listens.
+        detected: JAX read them from the cluster, and knows which devices of the machine are this process's.
+        service: port of JAX's own service on the same host, once process 0 has chosen it.
+    """
+
+    index: int
+    count: int
+    host: str
+    port: int
+    detected: bool = False
+    service: int | None = None
+
+    def __str__(self) -> str:
+        return f"process {self.index} of {self.count}"
+
+    @property
+    def local(self) -> bool:
+        """Whether all processes are on this machine."""
+        return self.host in ("localhost", "127.0.0.1", "::1")
+
+    def start(self) -> None:
+        """Join the processes in JAX; call it before anything asks JAX for a device.
+
+        From then on SIGTERM, in any process, is JAX's preemption notice, which `AgreedStop` answers.
+        """
+        import jax
+
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        address = f"{host}:{self.service}"
+        jax.distributed.initialize(
+            address,
+            self.count,
+            self.index,
+            cluster_detection_method=None if self.detected else "deactivate",
+            initialization_timeout=JAX_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            coordinator_bind_address=address if self.local else None,
+        )
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked by the supervisor until here
+
+
+def find_place(args: argparse.Namespace) -> Place | None:
+    """What the flags or the cluster say; None: this process is alone.
+
+    Raises:
+        Refused: flags that do not fit together, or no cluster.
+    """
+    given = getattr(args, "processes", None)
+    if given is None:
+        for flag in ("process", "coordinator"):
+            if getattr(args, flag, None) is not None:
+                why = f"is {getattr(args, flag)}, and --processes is not given"
+                raise Refused(Problem(f"--{flag}", why, f"give --processes N as well, or take --{flag} out"))
+        return None
+    if not args.join_seconds > 0:
+        raise Refused(Problem("--join-seconds", f"is {args.join_seconds:g}", "give more than 0"))
+    if given == DETECT:
+        return _from_cluster(args)
+    if not (given.isascii() and given.isdecimal() and int(given) >= 1):
+        raise Refused(Problem("--processes", f"is {given!r}", f"give a number from 1, or {DETECT}"))
+    count = int(given)
+    if args.process is None and count > 1:
+        raise Refused(Problem("--process", f"is missing, of {count} processes", f"give each its own, 0 to {count - 1}"))
+    if args.process is not None and not 0 <= args.process < count:
+        why = f"is {args.process}, of {count} processes"
+        raise Refused(Problem("--process", why, f"give each its own, 0 to {count - 1}, or raise --processes"))
+    if count == 1:
+        return None
+    return Place(args.process, count, *_address(args.coordinator))
+
+
+def asks(args: argparse.Namespace, place: Place) -> dict[str, str]:
+    """What all processes must have in common, under the names that a refusal uses.
+
+    Raises:
+        Refused: what cannot work in as many processes, before they meet.
+    """
+    out = {name: importlib.metadata.version(name) for name in ("moe-jax", "jax")}
+    if args.command == "eval":
+        return out | {"list of overrides": json.dumps([args.overrides, args.fake_devices, args.batches])}
+    if args.workdir is None:
+        why, remedy = "is missing, and each process would make a folder of its own", "give all of them the same folder"
+        raise Refused(Problem("--workdir", why, f"{remedy}, on a disk that all of them see"))
+    cfg = config.load(args.config, args.overrides)
+    if problems := check_devices(cfg.mesh, args.fake_devices, place.count):
+        raise Refused(*problems)
+    return out | {"config": json.dumps(config.to_dict(cfg)), "number of fake devices": str(args.fake_devices)}
+
+
+def _address(text: str | None) -> tuple[str, int]:
+    """Host and port of HOST:PORT."""
+    host, _, port = (text or "").rpartition(":")
+    if not host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        why = "is missing" if text is None else f"is {text!r}"
+        raise Refused(
+            Problem("--coordinator", why, "give HOST:PORT of process 0, such as node-0:12355, to all of them")
+        )
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _from_cluster(args: argparse.Namespace) -> Place | None:
+    for flag in ("process", "coordinator"):
+        if getattr(args, flag) is not None:
+            why = f"is {getattr(args, flag)}, and --processes {DETECT} asks the cluster for it"
+            raise Refused(Problem(f"--{flag}", why, f"take it out, or give --processes N in place of {DETECT}"))
+    # In a process of its own: JAX starts threads, and the supervisor is forked from this process later on.
+    code = "import json; from moe_jax.processes import detected; print(json.dumps(detected()))"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    remedy = "give --processes N --process I --coordinator HOST:PORT"
+    if done.returncode:
+        why = f"is {DETECT}, and asking the cluster failed: {(done.stderr.strip() or '?').splitlines()[-1]}"
+        raise Refused(Problem("--processes", why, f"mend that, or {remedy}"))
+    address, count, index = json.loads(done.stdout.splitlines()[-1])
+    if address is None or count is None or index is None:
+        why = f"is {DETECT}, and JAX finds no SLURM step, Kubernetes job, TPU pod or other cluster around this process"
+        raise Refused(Problem("--processes", why, f"start it in one, or {remedy}"))
+    return None if count == 1 else Place(index, count, *_address(address), detected=True)
+
+
+def detected() -> tuple[str | None, int | None, int | None]:
+    """Address of process 0, number of processes and index of this one, by JAX's own detection; None: no cluster."""
+    # JAX offers it only as a part of `jax.distributed.initialize`, which needs the others to be there already.
+    from jax._src.clusters import ClusterEnv
+
+    return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, JAX_SECONDS)[:3]

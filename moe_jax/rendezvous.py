@@ -1,0 +1,194 @@
+"""The processes of a run meet at the address of `--coordinator`, where process 0 listens, before anything else runs."""
+
+import contextlib
+import json
+import select
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from moe_jax.processes import Place
+from moe_jax.schema import Problem, Refused
+
+RETRY_SECONDS = 0.3
+CLOSE_SECONDS = 3.0  # for the other end to read what has been sent
+LONGEST = 1 << 20  # bytes of a message
+KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # a machine that is off is noticed in 30 s
+
+
+class Link:
+    """A connection to another supervisor: JSON objects, one a line."""
+
+    def __init__(self, sock: socket.socket):
+        self.sock, self.buffer, self.host = sock, b"", ""
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEP_ALIVE.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send, if there is anyone left to read it."""
+        with contextlib.suppress(OSError):
+            self.sock.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[dict] | None:
+        """What has come since; None once the other end is closed, or is none of ours."""
+        try:
+            piece = self.sock.recv(65536)
+            *lines, self.buffer = (self.buffer + piece).split(b"\n")
+            messages = [json.loads(line) for line in lines]
+        except (OSError, ValueError):
+            return None
+        if not piece or len(self.buffer) > LONGEST or not all(isinstance(m, dict) for m in messages):
+            return None
+        return messages
+
+    def close(self) -> None:
+        """Say that nothing more comes, and let the other end read what has been sent."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+            self.sock.settimeout(CLOSE_SECONDS)
+            while self.sock.recv(65536):
+                pass
+        self.sock.close()
+
+
+def meet(place: Place, asks: Mapping[str, str], seconds: float) -> tuple[Place, dict[int, Link]]:
+    """Wait until all processes are here. Returns the place with the port of JAX's service, and the links.
+
+    Args:
+        asks: what all of them must have in common, by the names that a refusal uses.
+        seconds: how long to wait.
+    Raises:
+        Refused: some did not come, process 0 is not there, or they do not fit together.
+    """
+    if place.index == 0:
+        links, service = gather(place, asks, seconds)
+    else:
+        link, service = join(place, asks, seconds)
+        links = {0: link}
+    return replace(place, service=service), links
+
+
+def refuse_all(links: Mapping[int, Link], *problem: str) -> Refused:
+    """Tell everyone who has come, and return what to raise here."""
+    for link in links.values():
+        link.send({"refused": problem})
+        link.close()
+    return Refused(Problem(*problem))
+
+
+def numbers(processes: list[int]) -> str:
+    """process 3; processes 1, 2 and 5."""
+    *most, last = map(str, processes)
+    return f"processes {', '.join(most)} and {last}" if most else f"process {last}"
+
+
+def gather(place: Place, asks: Mapping[str, str], seconds: float) -> tuple[dict[int, Link], int]:
+    """Process 0: wait for all others. Returns their links and the port that JAX's service is to have."""
+    deadline = time.monotonic() + seconds
+    links: dict[int, Link] = {}
+    unknown: list[Link] = []
+    with listen(place) as server:
+        while len(links) < place.count - 1:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                missing = [i for i in range(1, place.count) if i not in links]
+                why = f"{numbers(missing)} of {place.count} did not join within {seconds:g} s at port {place.port}"
+                remedy = "start every process with the same --coordinator, --processes and its own --process, "
+                raise refuse_all(links, "--processes", why, remedy + "see whether one failed, or raise --join-seconds")
+            ready = select.select([server, *unknown, *links.values()], [], [], left)[0]
+            if server in ready:
+                unknown.append(Link(server.accept()[0]))
+            for index in [i for i, link in links.items() if link in ready and link.receive() is None]:
+                del links[index]  # it may start again and come back
+            for link in [link for link in unknown if link in ready]:
+                messages = link.receive()
+                if messages is None:
+                    unknown.remove(link)
+                elif messages:
+                    unknown.remove(link)
+                    admit(place, asks, links, link, messages[0])
+        with socket.create_server(("localhost" if place.local else "", 0)) as free:
+            service = free.getsockname()[1]
+    for link in unknown:
+        link.sock.close()
+    for link in links.values():
+        link.send({"start": service})
+    return links, service
+
+
+def listen(place: Place) -> socket.socket:
+    """The socket at which process 0 waits for the others; for those of this machine alone where all are here."""
+    try:
+        if place.local:
+            return socket.create_server((place.host, place.port), family=family(place.host))
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", place.port), family=socket.AF_INET6, dualstack_ipv6=True)
+        return socket.create_server(("", place.port))
+    except OSError as e:
+        why = f"process 0 cannot listen at port {place.port} of this machine: {e.strerror}"
+        raise Refused(Problem("--coordinator", why, "give all processes another port, or end what holds it")) from None
+
+
+def family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def admit(place: Place, asks: Mapping[str, str], links: dict[int, Link], link: Link, hello: dict) -> None:
+    """Take a process in, or refuse it: alone where its number is taken, all together where it runs something else."""
+    index, count, theirs = hello.get("process"), hello.get("processes"), hello.get("asks")
+    if not isinstance(index, int) or not isinstance(theirs, dict):
+        link.sock.close()
+        return
+    everyone = {**links, -1: link}
+    if count != place.count:
+        why = f"is {count} for process {index}, and {place.count} for process 0"
+        raise refuse_all(everyone, "--processes", why, "give all processes the same number")
+    if different := [name for name in asks if theirs.get(name) != asks[name]]:
+        why = f"process {index} was started with another {' and another '.join(different)} than process 0"
+        raise refuse_all(everyone, "--process", why, "start all processes with the same command but for --process")
+    if not 0 < index < count or index in links:
+        why = f"is {index}, and a process of that number has joined already"
+        refuse_all({index: link}, "--process", why, f"give each process its own, 0 to {count - 1}")
+        return
+    link.host = str(hello.get("host"))
+    links[index] = link
+
+
+def join(place: Place, asks: Mapping[str, str], seconds: float) -> tuple[Link, int]:
+    """The others: come to process 0 and wait until all have. Returns the link to it and the port of JAX's service."""
+    deadline, at = time.monotonic() + seconds, f"{place.host}:{place.port}"
+    remedy = (
+        "start process 0, give its host and port to all, see whether a firewall is between, or raise --join-seconds"
+    )
+    while True:
+        try:
+            sock = socket.create_connection((place.host, place.port), timeout=max(0.1, deadline - time.monotonic()))
+            break
+        except OSError as e:
+            if time.monotonic() + RETRY_SECONDS > deadline:
+                why = f"process 0 of {place.count} did not answer at {at} within {seconds:g} s: {e.strerror or e}"
+                raise Refused(Problem("--coordinator", why, remedy)) from None
+            time.sleep(RETRY_SECONDS)
+    sock.settimeout(None)
+    link = Link(sock)
+    me = {"process": place.index, "processes": place.count, "asks": asks, "host": socket.gethostname()}
+    link.send(me)
+    messages: list[dict] | None = []
+    while messages == []:
+        # Process 0 says who is missing when its own time is over.
+        ready = select.select([link], [], [], max(0.0, deadline - time.monotonic()) + 30)[0]
+        messages = link.receive() if ready else None
+    if messages and "refused" in messages[0]:
+        raise Refused(Problem(*map(str, messages[0]["refused"])))
+    if not messages or not isinstance(messages[0].get("start"), int):
+        why = f"what answers at {at} is not, or is no longer, process 0 of this run"
+        raise Refused(Problem("--coordinator", why, remedy))
+    link.host = place.host
+    return link, messages[0]["start"]

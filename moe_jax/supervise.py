@@ -1,0 +1,284 @@
+"""The processes of a run held together from outside, so that the end of one is told by all and none hangs.
+
+Where a process dies, JAX's collectives wait for it, or JAX aborts the others without saying who it was. So each command
+forks: the child does the work, and the parent, which starts no JAX, supervises it. Each supervisor tells that of
+process 0 how its child ended, and that one tells all whose end was the first. Where process 0 is the one that is gone,
+its closed connection says so; where a machine is, the kernel's keep-alive.
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+from moe_jax.processes import HEARTBEAT_SECONDS, Place
+from moe_jax.rendezvous import Link
+from moe_jax.schema import Problem, Refused
+
+LOST, HUNG = 1000, 1001  # beside exit codes and minus the number of a signal: how a process can end
+REFUSED, INTERRUPTED = 2, 130
+GRACE_SECONDS = 3.0  # for a first cause to come in after its consequence, and for a child that ends by itself
+ERROR_SECONDS = 1.0  # how long what libraries print is held: the trace of an abort is dropped where a peer is the cause
+
+
+class ProcessDied(Exception):
+    """A process of the run died (exit code 1)."""
+
+
+def blame(ended: Mapping[int, int], count: int) -> tuple[int, int]:
+    """Which process ended the run and how, of those that have ended, in the order in which that became known.
+
+    JAX aborts the others where process 0 dies, or where one of them hangs: an abort is the last cause to name.
+    """
+    bad = {i: how for i, how in ended.items() if how}
+    causes = [i for i, how in bad.items() if how != -signal.SIGABRT]
+    if causes:
+        return causes[0], bad[causes[0]]
+    silent = [i for i in range(count) if i not in ended]
+    if len(silent) == 1 and (0 in bad or count > 2):  # the one that JAX did not abort
+        return silent[0], HUNG
+    first = next(iter(bad))
+    return first, bad[first]
+
+
+def words(how: int) -> str:
+    """How a process ended."""
+    if how == LOST:
+        return "died: its connection closed"
+    if how == HUNG:
+        return f"hangs: JAX had no sign of life from it for {HEARTBEAT_SECONDS} s and ended the others"
+    if how < 0:
+        short = ", as the system does where memory is short" if how == -signal.SIGKILL else ""
+        return f"died: killed by {signal.Signals(-how).name}{short}"
+    return {REFUSED: "was refused, and has said why", INTERRUPTED: "was interrupted"}.get(
+        how, f"failed with exit code {how}, and has said why"
+    )
+
+
+class Supervisor:
+    """One process's view of the run.
+
+    Args:
+        links: of process 0, to all others; of each other, to process 0.
+        say: prints a line.
+    """
+
+    def __init__(self, place: Place, links: Mapping[int, Link], say: Callable[[str], None]):
+        self.place, self.links, self.say = place, dict(links), say
+        self.leads = place.index == 0
+        self.hosts = {place.index: socket.gethostname()} | {i: link.host for i, link in links.items()}
+        self.code: int | None = None  # of the child, once it has ended
+        self.ended: dict[int, int] = {}  # exit codes, as far as they are known here
+        self.verdict: tuple[int, int] | None = None  # who ended the run, and how
+        self.asked = 0  # signals to stop
+        self.due = 0.0  # when what is waited for is given up
+        self.held: list[tuple[float, bytes]] = []  # what libraries printed
+
+    def __call__(self, command: Callable[[], int]) -> int:
+        """Run the command in a child; returns its exit code.
+
+        Raises:
+            ProcessDied: names the process whose end ended the run.
+            Refused: another process was refused.
+        """
+        bells, bell = os.pipe()
+        for fd in (bells, bell):
+            os.set_blocking(fd, False)
+        stops = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) is not signal.SIG_IGN]
+        old = {s: signal.signal(s, lambda number, frame: None) for s in (*stops, signal.SIGCHLD)}
+        old_bell = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
+        self.fork(command)
+        try:
+            while not self.over():
+                self.wait(bells)
+            return self.finish()
+        finally:
+            if self.code is None:
+                os.kill(self.child, signal.SIGKILL)
+            signal.set_wakeup_fd(old_bell)
+            for s, handler in old.items():
+                signal.signal(s, handler)
+            for fd in (bells, bell, self.leash, self.errors):
+                os.close(fd)
+
+    def fork(self, command: Callable[[], int]) -> None:
+        """Start the child. It dies with this process, whose end of a pipe closes then."""
+        leash, self.leash = os.pipe()
+        self.errors, errors = os.pipe()
+        self.prints = True
+        sys.stdout.flush()
+        sys.stderr.flush()
+        stops = {signal.SIGTERM, signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # none may find a child with this process's handlers
+        self.child = os.fork()
+        if self.child == 0:
+            os.close(self.leash)
+            os.close(self.errors)
+            for link in self.links.values():
+                link.sock.close()
+            work(command, leash, errors)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+        os.close(leash)
+        os.close(errors)
+
+    # What comes in
+
+    def wait(self, bells: int) -> None:
+        """Take in what comes next: signals, messages, and what libraries print in the child."""
+        sources = [bells, *([self.errors] if self.prints else []), *self.links.values()]
+        ready = select.select(sources, [], [], 0.1 if self.held or self.due else None)[0]
+        if bells in ready:
+            for number in os.read(bells, 4096):
+                self.ring(number)
+        if self.errors in ready:
+            piece = os.read(self.errors, 65536)
+            self.prints = bool(piece)
+            self.held.append((time.monotonic(), piece))
+        for index in [i for i, link in self.links.items() if link in ready]:
+            self.hear(index)
+        self.print_held(time.monotonic() - ERROR_SECONDS)
+
+    def ring(self, number: int) -> None:
+        """A signal: the child has ended, or someone asks to stop."""
+        if number == signal.SIGCHLD and self.code is None:
+            child, status = os.waitpid(self.child, os.WNOHANG)
+            if child:
+                code = os.waitstatus_to_exitcode(status)
+                self.code = INTERRUPTED if self.asked > 1 and code == -signal.SIGKILL else code
+                self.note(self.place.index, self.code)
+        elif number in (signal.SIGTERM, signal.SIGINT) and self.code is None:
+            name, self.asked = signal.Signals(number).name, self.asked + 1
+            if self.asked == 1:  # to JAX, which agrees with the others on the last step
+                self.say(f"{name}: stopping after this step and saving; Ctrl-C again quits without saving")
+                os.kill(self.child, signal.SIGTERM)
+            else:
+                self.say(f"{name}: quits without saving; the last complete checkpoint stays")
+                os.kill(self.child, signal.SIGKILL)
+
+    def hear(self, index: int) -> None:
+        """Messages of another supervisor, or the end of its connection."""
+        messages = self.links[index].receive()
+        if messages is None:
+            self.links.pop(index).sock.close()
+            if index not in self.ended and not (self.code == 0 and not self.leads):
+                self.note(index, LOST)
+        for message in messages or ():
+            if self.leads:
+                self.note(index, int(message["ended"]))
+            else:
+                died = int(message["died"])
+                self.hosts[died] = str(message["host"])
+                self.end(died, int(message["how"]))
+
+    def note(self, index: int, how: int) -> None:
+        """A process has ended. Process 0 says what that means; the others tell it of their own child."""
+        self.ended.setdefault(index, how)
+        if how == 0 or self.verdict is not None:
+            pass
+        elif how == -signal.SIGABRT or (index == self.place.index and not self.leads):
+            self.due = self.due or time.monotonic() + GRACE_SECONDS * (1 if self.leads else 2)
+        else:
+            self.judge()
+        if index == self.place.index and not self.leads and 0 in self.links:
+            self.links[0].send({"ended": how})
+
+    def judge(self) -> None:
+        """Say whose end it was."""
+        index, how = blame(self.ended, self.place.count)
+        if self.leads:
+            for link in self.links.values():
+                link.send({"died": index, "how": how, "host": self.hosts[index]})
+        self.end(index, how)
+
+    # What follows
+
+    def end(self, index: int, how: int) -> None:
+        """The run is over. A child may end by itself where it may have been refused as well."""
+        if self.verdict is None:
+            self.verdict = index, how
+            self.due = time.monotonic() + (GRACE_SECONDS if 0 < how < LOST else 0.0)
+
+    def over(self) -> bool:
+        """Whether this process is done; brings that about where the run is over."""
+        late = bool(self.due) and time.monotonic() >= self.due
+        if self.verdict is None and late:
+            self.judge()
+        if self.verdict is not None:
+            if self.code is None and late:
+                os.kill(self.child, signal.SIGKILL)
+            return self.code is not None
+        return self.code == 0 and (not self.leads or len(self.ended) == self.place.count)
+
+    def print_held(self, until: float) -> None:
+        """What libraries printed in the child up to a time; nothing where another process ended the run."""
+        while self.held and self.held[0][0] <= until:
+            piece = self.held.pop(0)[1]
+            if self.verdict is None or self.verdict[0] == self.place.index:
+                sys.stderr.buffer.write(piece)
+                sys.stderr.flush()
+
+    def finish(self) -> int:
+        """Part with the others; the exit code, or the error that says who ended the run."""
+        while self.prints and select.select([self.errors], [], [], 0)[0]:
+            piece = os.read(self.errors, 65536)
+            self.prints = bool(piece)
+            self.held.append((time.monotonic(), piece))
+        self.print_held(time.monotonic())
+        for link in self.links.values():
+            if self.leads:
+                link.close()
+            else:
+                link.sock.close()
+        if self.verdict is None or (self.code is not None and self.code > 0):
+            return self.code or 0
+        index, how = self.verdict
+        here = ", this one," if index == self.place.index else ""
+        who = f"process {index} of {self.place.count}{here} on {self.hosts[index]}"
+        again = "start all of them again with the same command; training goes on from the last complete checkpoint"
+        if how == REFUSED:
+            raise Refused(Problem(who, words(how), f"mend what it says, and {again}"))
+        raise ProcessDied(f"{who} {words(how)}\n    remedy: see what it printed last, and {again}")
+
+
+# In the child
+
+
+def work(command: Callable[[], int], leash: int, errors: int) -> NoReturn:
+    """Run the command as the child of a supervisor."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to all: the supervisor passes it on
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # SIGTERM waits until JAX can answer it
+    threading.Thread(target=follow, args=(leash,), daemon=True).start()
+    # Gloo reports on standard output, and an abort prints its trace: only what Python prints is the command's.
+    sys.stdout = os.fdopen(os.dup(1), "w", 1, sys.stdout.encoding, sys.stdout.errors)
+    sys.stderr = os.fdopen(os.dup(2), "w", 1, sys.stderr.encoding, sys.stderr.errors)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(errors, 2)
+    code = 1
+    try:
+        code = command()
+        if code == 0:
+            import jax
+
+            jax.distributed.shutdown()  # together with the others
+    except BaseException:
+        time.sleep(GRACE_SECONDS)  # where another process has died, this is only its consequence
+        traceback.print_exc()
+    finally:  # Python's own way out would wait for processes that have died
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def follow(leash: int) -> None:
+    """End with the supervisor."""
+    os.read(leash, 1)
+    os._exit(1)
