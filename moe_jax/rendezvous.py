@@ -5,7 +5,7 @@ import json
 import select
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -75,9 +75,9 @@ def meet(place: Place, asks: Mapping[str, str], seconds: float) -> tuple[Place, 
     return replace(place, service=service), links
 
 
-def refuse_all(links: Mapping[int, Link], *problem: str) -> Refused:
-    """Tell everyone who has come, and return what to raise here."""
-    for link in links.values():
+def refuse(links: Iterable[Link], *problem: str) -> Refused:
+    """Tell these why they are refused, and return what to raise here."""
+    for link in links:
         link.send({"refused": problem})
         link.close()
     return Refused(Problem(*problem))
@@ -94,30 +94,38 @@ def gather(place: Place, asks: Mapping[str, str], seconds: float) -> tuple[dict[
     deadline = time.monotonic() + seconds
     links: dict[int, Link] = {}
     unknown: list[Link] = []
-    with listen(place) as server:
-        while len(links) < place.count - 1:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                missing = [i for i in range(1, place.count) if i not in links]
-                why = f"{numbers(missing)} of {place.count} did not join within {seconds:g} s at port {place.port}"
-                remedy = "start every process with the same --coordinator, --processes and its own --process, "
-                raise refuse_all(links, "--processes", why, remedy + "see whether one failed, or raise --join-seconds")
-            ready = select.select([server, *unknown, *links.values()], [], [], left)[0]
-            if server in ready:
-                unknown.append(Link(server.accept()[0]))
-            for index in [i for i, link in links.items() if link in ready and link.receive() is None]:
-                del links[index]  # it may start again and come back
-            for link in [link for link in unknown if link in ready]:
-                messages = link.receive()
-                if messages is None:
-                    unknown.remove(link)
-                elif messages:
-                    unknown.remove(link)
-                    admit(place, asks, links, link, messages[0])
-        with socket.create_server(("localhost" if place.local else "", 0)) as free:
-            service = free.getsockname()[1]
-    for link in unknown:
-        link.sock.close()
+    try:
+        with listen(place) as server:
+            while len(links) < place.count - 1:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    missing = numbers([i for i in range(1, place.count) if i not in links])
+                    why = f"{missing} of {place.count} did not join within {seconds:g} s at port {place.port}"
+                    remedy = "start every process with the same --coordinator, --processes and its own --process, see "
+                    remedy += "whether one failed, or raise --join-seconds"
+                    raise refuse(links.values(), "--processes", why, remedy)
+                ready = select.select([server, *unknown, *links.values()], [], [], left)[0]
+                if server in ready:
+                    unknown.append(Link(server.accept()[0]))
+                for index in [i for i, link in links.items() if link in ready and link.receive() is None]:
+                    links.pop(index).sock.close()  # it may start again and come back
+                for link in [link for link in unknown if link in ready]:
+                    messages = link.receive()
+                    if messages:
+                        admit(place, asks, links, link, messages[0])
+                    if messages is None or messages:
+                        unknown.remove(link)
+                    if messages is None:
+                        link.sock.close()
+            with socket.create_server(("localhost" if place.local else "", 0)) as free:
+                service = free.getsockname()[1]
+    except BaseException:
+        for link in links.values():
+            link.sock.close()
+        raise
+    finally:
+        for link in unknown:
+            link.sock.close()
     for link in links.values():
         link.send({"start": service})
     return links, service
@@ -146,16 +154,16 @@ def admit(place: Place, asks: Mapping[str, str], links: dict[int, Link], link: L
     if not isinstance(index, int) or not isinstance(theirs, dict):
         link.sock.close()
         return
-    everyone = {**links, -1: link}
+    everyone = [*links.values(), link]
     if count != place.count:
         why = f"is {count} for process {index}, and {place.count} for process 0"
-        raise refuse_all(everyone, "--processes", why, "give all processes the same number")
+        raise refuse(everyone, "--processes", why, "give all processes the same number")
     if different := [name for name in asks if theirs.get(name) != asks[name]]:
         why = f"process {index} was started with another {' and another '.join(different)} than process 0"
-        raise refuse_all(everyone, "--process", why, "start all processes with the same command but for --process")
+        raise refuse(everyone, "--process", why, "start all processes with the same command but for --process")
     if not 0 < index < count or index in links:
         why = f"is {index}, and a process of that number has joined already"
-        refuse_all({index: link}, "--process", why, f"give each process its own, 0 to {count - 1}")
+        refuse([link], "--process", why, f"give each process its own, 0 to {count - 1}")
         return
     link.host = str(hello.get("host"))
     links[index] = link
@@ -173,21 +181,23 @@ def join(place: Place, asks: Mapping[str, str], seconds: float) -> tuple[Link, i
             break
         except OSError as e:
             if time.monotonic() + RETRY_SECONDS > deadline:
-                why = f"process 0 of {place.count} did not answer at {at} within {seconds:g} s: {e.strerror or e}"
+                why = f"process 0 of {place.count} did not answer at {at} within {seconds:g} s ({e.strerror or e})"
                 raise Refused(Problem("--coordinator", why, remedy)) from None
             time.sleep(RETRY_SECONDS)
     sock.settimeout(None)
     link = Link(sock)
-    me = {"process": place.index, "processes": place.count, "asks": asks, "host": socket.gethostname()}
-    link.send(me)
+    hello = {"process": place.index, "processes": place.count, "asks": asks, "host": socket.gethostname()}
+    link.send(hello)
     messages: list[dict] | None = []
     while messages == []:
         # Process 0 says who is missing when its own time is over.
         ready = select.select([link], [], [], max(0.0, deadline - time.monotonic()) + 30)[0]
         messages = link.receive() if ready else None
+    if not messages or "start" not in messages[0]:
+        sock.close()
     if messages and "refused" in messages[0]:
         raise Refused(Problem(*map(str, messages[0]["refused"])))
-    if not messages or not isinstance(messages[0].get("start"), int):
+    if not messages or "start" not in messages[0]:
         why = f"what answers at {at} is not, or is no longer, process 0 of this run"
         raise Refused(Problem("--coordinator", why, remedy))
     link.host = place.host

@@ -24,7 +24,9 @@ from moe_jax.schema import Problem, Refused
 LOST, HUNG = 1000, 1001  # beside exit codes and minus the number of a signal: how a process can end
 REFUSED, INTERRUPTED = 2, 130
 GRACE_SECONDS = 3.0  # for a first cause to come in after its consequence, and for a child that ends by itself
-ERROR_SECONDS = 1.0  # how long what libraries print is held: the trace of an abort is dropped where a peer is the cause
+ERROR_SECONDS = (
+    GRACE_SECONDS + 1
+)  # what libraries print is held as long: the trace of an abort is dropped where a peer is why
 
 
 class ProcessDied(Exception):

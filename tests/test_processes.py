@@ -1,0 +1,429 @@
+"""Several processes: the losses of one, one checkpoint for any number of them, and a death that all of them name."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from commands import ENV, NOISE, TINY, calls, check_refusal, finish, inside, start, write_text
+
+from moe_jax import cli, rendezvous, supervise
+from moe_jax.checkpoint import Checkpoints
+from moe_jax.config import Refused
+from moe_jax.processes import Place, find_place
+
+here = pytest.fixture(scope="module", autouse=True)(inside)
+call = pytest.fixture(calls)
+
+STEPS = 24
+TIMES = ("step_seconds", "tokens_per_second")
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def flags(index: int, count: int, port: int) -> list[object]:
+    return ["--processes", count, "--process", index, "--coordinator", f"localhost:{port}"]
+
+
+def several(argv: list, count: int, devices: int, **options) -> list[subprocess.Popen]:
+    """Real processes of one run, each with as many fake devices."""
+    port = free_port()
+    return [start(*argv, "--fake-devices", devices, *flags(i, count, port), **options) for i in range(count)]
+
+
+def read_until(child: subprocess.Popen, step: int) -> str:
+    """The log up to the line of a step."""
+    lines = []
+    while line := child.stderr.readline().decode():
+        lines.append(line)
+        if re.match(rf"step +{step}/", line):
+            return "".join(lines)
+    pytest.fail(f"the run ended before step {step}:\n{''.join(lines)}")
+
+
+def rows(workdir: Path) -> list[dict]:
+    """What metrics.jsonl says, without the times; each step is there once, in order."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+    return lines
+
+
+def check_same(got: list[dict], want: list[dict]) -> None:
+    """Losses and norms to 1e-6, counts to the unit."""
+    assert len(got) == len(want)
+    for line, other in zip(got, want, strict=True):
+        assert line.keys() == other.keys()
+        for key, value in line.items():
+            exact = key in ("step", "routed", "kept", "dropped", "load", "tokens")
+            assert value == other[key] if exact else value == pytest.approx(other[key], rel=1e-6), (line["step"], key)
+
+
+def steps_of(workdir: Path) -> list[int]:
+    return Checkpoints(workdir / "checkpoints").steps()
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """The arguments of one run, but for its workdir."""
+    text = write_text(tmp_path_factory.mktemp("text"))
+    return ["train", *TINY, f"train.steps={STEPS}", "train.checkpoint_every=8", f"data.path={text}", "--json"]
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """The run in one process, this one."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert cli.main([*train, "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stopped(train, tmp_path_factory):
+    """Two processes of four devices, of which the second gets SIGTERM: workdir, and code, output and log of each."""
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    children = several([*train, "--workdir", workdir], 2, 4, bufsize=0)
+    log = read_until(children[0], 10)
+    children[1].send_signal(signal.SIGTERM)
+    code, out, rest = finish(children[0])
+    return workdir, (code, out, log + rest), finish(children[1])
+
+
+def test_two_processes_train_what_one_does(stopped, whole):
+    got = rows(stopped[0])
+    assert len(got) > 10
+    check_same(got, rows(whole)[: len(got)])
+
+
+def test_sigterm_for_one_stops_all_after_the_same_step(stopped):
+    """One process tells, of one checkpoint for both."""
+    workdir, (code, out, log), (other_code, other_out, other_log) = stopped
+    assert (code, other_code) == (0, 0), log + other_log
+    assert not NOISE.search(log + other_log) and "Gloo" not in log + out, log + other_log
+    report = json.loads(out)
+    step = report["step"]
+    assert 10 <= step < STEPS and report["finished"] is False
+    assert (report["processes"], report["devices"], report["mesh"]) == (2, 8, {"data": 2, "expert": 4})
+    assert f"SIGTERM: saved at step {step} of {STEPS}; the same command goes on from there\n" in log
+    assert "on 8 cpu device(s) of 2 processes\n" in log
+    assert steps_of(workdir)[-1] == step and (workdir / "run.png").exists()
+    assert other_out == ""
+    assert other_log == "SIGTERM: stopping after this step and saving; Ctrl-C again quits without saving\n"
+
+
+def test_one_process_goes_on_where_two_stopped(train, stopped, whole, tmp_path, call):
+    workdir = Path(shutil.copytree(stopped[0], tmp_path / "run"))
+    newest = steps_of(workdir)[-1]
+    code, report, log = call(*train, "--workdir", workdir)
+    assert code == 0 and f"goes on from the checkpoint at step {newest}\n" in log
+    assert report["step"] == STEPS and report["processes"] == 1
+    check_same(rows(workdir), rows(whole))
+
+
+def test_two_processes_read_what_one_saved(whole, call):
+    """Held-out losses of `eval`, told by one of them."""
+    (code, out, log), (other_code, other_out, other_log) = map(finish, several(["eval", whole, "--json"], 2, 4))
+    assert (code, other_code) == (0, 0), log + other_log
+    assert other_out == other_log == ""
+    got, want = json.loads(out), call("eval", whole, "--json")[1]
+    assert got.keys() == want.keys() and got["routed"] == got["kept"] + got["dropped"] > 0
+    for key, value in want.items():
+        assert got[key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "count, devices, shape",
+    [(4, 2, []), (2, 1, ["mesh.data=1", "mesh.expert=1", "mesh.tensor=2"])],
+    ids=["4x2", "2x1, which share every row"],
+)
+def test_other_processes_and_meshes_train_what_one_does(train, whole, tmp_path, count, devices, shape):
+    workdir = tmp_path / "run"
+    done = [finish(child) for child in several([*train, *shape, "--workdir", workdir], count, devices)]
+    assert [code for code, _, _ in done] == [0] * count, [log for _, _, log in done]
+    check_same(rows(workdir), rows(whole))
+    assert steps_of(workdir) == steps_of(whole)
+
+
+# Deaths
+
+
+def child_of(process: subprocess.Popen) -> int:
+    """The process that a supervisor has forked."""
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(child)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, if need be after a moment."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found below /proc, as Linux has")
+
+
+@linux
+@pytest.mark.parametrize("role", [0, 1])
+def test_a_killed_run_is_named_by_the_other(train, tmp_path, role):
+    """kill -9 of the whole process 0, which coordinates, or of what trains in process 1."""
+    children = several([*train, "train.steps=100000", "--workdir", tmp_path / "run"], 2, 4, bufsize=0)
+    read_until(children[0], 2)
+    drain = threading.Thread(target=children[0].stderr.read if role else children[0].stdout.read)
+    workers = [child_of(child) for child in children]
+    os.kill(workers[1] if role else children[0].pid, signal.SIGKILL)
+    killed = time.monotonic()
+    code, out, log = finish(children[1 - role])
+    assert time.monotonic() - killed < 60
+    assert code == 1 and out == "" and not NOISE.search(log), log
+    said = log.partition("moe-jax train: failed\n")[2]
+    assert re.match(rf"process {role} of 2 on \S+ died: ", said) and said.count("died") == 1, log
+    assert "remedy: see what it printed last, and start all of them again with the same command" in said
+    assert finish(children[role])[0] == (1 if role else -signal.SIGKILL)
+    assert all(gone(pid) for pid in workers)
+    del drain
+
+
+WORKER = """
+import os, sys, time
+from moe_jax import cli, rendezvous, supervise
+from moe_jax.processes import Place
+
+index, count, port = map(int, sys.argv[1:4])
+place, links = rendezvous.meet(Place(index, count, "localhost", port), {"text": "the same"}, 20)
+
+def work(args):
+    print(os.getpid(), flush=True)
+    exec(sys.argv[4], scope := {"os": os, "time": time})
+    return scope["code"]
+
+class args:
+    command = "train"
+
+run = supervise.Supervisor(place, links, lambda line: print(line, file=sys.stderr))
+sys.exit(cli.checked(args, lambda args: run(lambda: work(args))))
+"""
+SLEEP = "time.sleep(60)"
+
+
+def workers(*code: str) -> tuple[list[subprocess.Popen], list[int]]:
+    """Supervised processes that do no more than some lines of Python, and what does it in each."""
+    port = free_port()
+    argv = [[sys.executable, "-c", WORKER, str(i), str(len(code)), str(port), text] for i, text in enumerate(code)]
+    children = [subprocess.Popen(a, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) for a in argv]
+    return children, [int(child.stdout.readline()) for child in children]
+
+
+@pytest.mark.parametrize("what", ["child", "supervisor"])
+@pytest.mark.parametrize("role", [0, 1, 2])
+def test_a_death_is_named_by_all(role, what):
+    children, pids = workers(SLEEP, SLEEP, SLEEP)
+    os.kill(pids[role] if what == "child" else children[role].pid, signal.SIGKILL)
+    how = "killed by SIGKILL" if what == "child" else "its connection closed"
+    for index, child in enumerate(children):
+        code, _, log = finish(child)
+        if index == role and what == "supervisor":
+            assert code == -signal.SIGKILL
+            continue
+        here = ", this one," if index == role else ""
+        assert code == 1 and re.match(rf"moe-jax train: failed\nprocess {role} of 3{here} on \S+ died: {how}", log), log
+    assert all(gone(pid) for pid in pids)
+
+
+def test_an_abort_is_not_taken_for_the_cause():
+    """JAX aborts the others where one dies, and that may come in first; its trace is not shown."""
+    trace = "os.write(2, b'*** Check failure stack trace: ***'); " + SLEEP
+    children, pids = workers(SLEEP, trace)
+    os.kill(pids[1], signal.SIGABRT)
+    time.sleep(0.5)
+    os.kill(pids[0], signal.SIGKILL)
+    for child in children:
+        code, _, log = finish(child)
+        assert code == 1 and re.match(r"moe-jax train: failed\nprocess 0 of 2(, this one,)? on \S+ died", log), log
+        assert "stack trace" not in log
+
+
+def test_an_abort_of_its_own_shows_its_trace():
+    children, _ = workers(SLEEP, "os.write(2, b'*** the trace ***\\n'); os.abort()")
+    (code, _, log), (own_code, _, own_log) = map(finish, children)
+    assert (code, own_code) == (1, 1)
+    assert "process 1 of 2 on " in log and "killed by SIGABRT" in log and "trace" not in log.replace("traceback", "")
+    assert own_log.startswith("*** the trace ***\n") and "process 1 of 2, this one, on " in own_log
+
+
+@pytest.mark.parametrize("number, kind", [(2, "refused"), (1, "failed")])
+def test_a_refusal_or_failure_of_one_ends_the_others(number, kind):
+    """What went wrong has been said once, by the one that knows."""
+    children, pids = workers(SLEEP, f"code = {number}")
+    (code, _, log), (own_code, _, own_log) = map(finish, children)
+    assert (code, own_code) == (number, number) and own_log == ""
+    assert re.match(rf"moe-jax train: {kind}\nprocess 1 of 2 on \S+:? (was )?{kind}", log), log
+    assert all(gone(pid) for pid in pids)
+
+
+def test_a_failure_that_follows_from_a_death_is_not_told():
+    """A library may notice the death before its process is ended."""
+    children, pids = workers(SLEEP, "time.sleep(1); raise RuntimeError('connection reset by peer')")
+    time.sleep(1.2)
+    os.kill(pids[0], signal.SIGKILL)
+    code, _, log = finish(children[1])
+    assert code == 1 and "process 0 of 2 on " in log and not NOISE.search(log), log
+    finish(children[0])
+
+
+def test_a_second_signal_ends_all_at_once():
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    children, pids = workers(stubborn, stubborn)
+    lines = []
+    for _ in range(2):
+        children[1].send_signal(signal.SIGINT)
+        lines.append(children[1].stderr.readline().decode())
+    assert lines[0] == "SIGINT: stopping after this step and saving; Ctrl-C again quits without saving\n"
+    assert lines[1] == "SIGINT: quits without saving; the last complete checkpoint stays\n"
+    (code, _, log), (own_code, _, _) = map(finish, children)
+    assert own_code == 130 and code == 1 and "process 1 of 2 on " in log and "was interrupted" in log
+    assert all(gone(pid) for pid in pids)
+
+
+ABORTED, KILLED = -signal.SIGABRT, -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    "ended, count, want",
+    [
+        ({1: KILLED}, 2, (1, KILLED)),
+        ({0: ABORTED, 1: KILLED}, 2, (1, KILLED)),
+        ({2: 0, 1: ABORTED, 0: supervise.LOST}, 3, (0, supervise.LOST)),
+        ({1: 2, 0: 2}, 2, (1, 2)),
+        ({0: ABORTED}, 2, (1, supervise.HUNG)),
+        ({0: ABORTED, 2: ABORTED, 3: ABORTED}, 4, (1, supervise.HUNG)),
+        ({1: ABORTED, 2: ABORTED}, 3, (0, supervise.HUNG)),
+        ({1: ABORTED}, 2, (1, ABORTED)),
+        ({2: ABORTED}, 4, (2, ABORTED)),
+    ],
+)
+def test_who_is_to_blame(ended, count, want):
+    assert supervise.blame(ended, count) == want
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "argv, needles",
+    [
+        (["--processes", "2", "--process", "2"], ["--process: is 2, of 2 processes", "0 to 1"]),
+        (["--processes", "2", "--process", "-1"], ["--process: is -1, of 2 processes"]),
+        (["--processes", "2"], ["--process: is missing, of 2 processes", "0 to 1"]),
+        (["--processes", "0"], ["--processes: is '0'", "a number from 1, or detect"]),
+        (["--processes", "many"], ["--processes: is 'many'"]),
+        (["--process", "1"], ["--process: is 1, and --processes is not given"]),
+        (["--coordinator", "a:1"], ["--coordinator: is a:1, and --processes is not given"]),
+        (["--processes", "2", "--process", "1"], ["--coordinator: is missing", "HOST:PORT of process 0"]),
+        (["--processes", "2", "--process", "1", "--coordinator", "node"], ["--coordinator: is 'node'"]),
+        (["--processes", "2", "--process", "1", "--coordinator", "node:0"], ["--coordinator: is 'node:0'"]),
+        ([*flags(1, 2, 1), "--join-seconds", "0"], ["--join-seconds: is 0"]),
+        ([*flags(1, 2, 1), "--fake-devices", "8"], ["8 fake devices in each of 2 processes, 16 in all", "devices 4,"]),
+        (flags(1, 3, 1), ["--processes: is 3, and a mesh of 8 (data=2 x expert=4)", "divisor"]),
+        ([*flags(1, 2, 1), "data.batch=12"], ["data.batch: 12 sequences", "8 token shards"]),
+        ([*flags(1, 2, 1), "--join-seconds", "0.5"], ["process 0 of 2 did not answer at localhost:1 within 0.5 s ("]),
+        ([*flags(0, 4, 0), "--join-seconds", "0.5"], ["processes 1, 2 and 3 of 4 did not join within 0.5 s"]),
+        (["--processes", "detect"], ["--processes: is detect, and JAX finds no SLURM step, Kubernetes job, TPU"]),
+        (["--processes", "detect", "--process", "0"], ["--process: is 0, and --processes detect asks the cluster"]),
+    ],
+    ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) and "-" in str(x[0])[:2] else None,
+)
+def test_wrong_flags_are_refused(train, tmp_path, call, argv, needles):
+    argv = [str(a).replace("localhost:0", f"localhost:{free_port()}") for a in argv]
+    check_refusal(*call(*train, "--workdir", tmp_path / "run", *argv), "train", *needles)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_for_each_process_is_refused(train, call):
+    check_refusal(*call(*train, *flags(0, 2, free_port())), "train", "--workdir: is missing")
+
+
+def test_one_process_is_a_run_like_any_other(whole, train, call):
+    code, report, log = call(*train, "--workdir", whole, "--processes", "1", "--process", "0")
+    assert code == 0 and report["processes"] == 1 and "nothing to do" in log
+
+
+def meet(*places: tuple[Place, dict], seconds: float = 5.0) -> list:
+    """What the meeting of some processes ends in for each."""
+    out: list = [None] * len(places)
+
+    def one(i: int) -> None:
+        try:
+            out[i] = rendezvous.meet(*places[i], seconds)
+        except Refused as e:
+            out[i] = str(e)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(places))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return out
+
+
+def test_who_runs_something_else_is_refused_by_all():
+    port = free_port()
+    places = [(Place(i, 3, "localhost", port), {"config": "that" if i == 2 else "this"}) for i in range(3)]
+    out = meet(*places)
+    assert out[0] == out[2] and "process 2 was started with another config than process 0" in out[0]
+    assert out[1] == out[0] or "did not answer" in out[1] or "is no longer" in out[1]
+
+
+def test_another_number_of_processes_is_refused_by_all():
+    port = free_port()
+    out = meet((Place(0, 2, "localhost", port), {}), (Place(1, 3, "localhost", port), {}))
+    assert out[0] == out[1] and "--processes: is 3 for process 1, and 2 for process 0" in out[0]
+
+
+def test_a_number_is_given_once():
+    """The second is refused, and the run begins without it; a stranger at the port is not taken for a process."""
+    port = free_port()
+    places = [Place(i, 3, "localhost", port) for i in (0, 1, 1, 2)]
+    out: list = []
+    first = threading.Thread(target=lambda: out.extend(meet(*((p, {}) for p in places[:3]), seconds=20)))
+    first.start()
+    time.sleep(0.5)
+    with socket.create_connection(("localhost", port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        last = meet((places[3], {}))
+    first.join()
+    refused = [o for o in out if isinstance(o, str)]
+    assert len(refused) == 1 and "--process: is 1, and a process of that number has joined already" in refused[0]
+    (place, links), *others = [o for o in [*out, *last] if not isinstance(o, str)]
+    assert sorted(links) == [1, 2] and len(others) == 2
+    assert {p.service for p, _ in others} == {place.service}
+    for _, each in [(place, links), *others]:
+        for link in each.values():
+            link.sock.close()
+
+
+def test_slurm_says_which_process_this_is(monkeypatch):
+    """By JAX's own detection."""
+    step = {"JOB_ID": "7", "STEP_NODELIST": "node[003-004]", "NTASKS": "4", "PROCID": "2", "LOCALID": "0"}
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    args = cli.parse(["train", "tiny_switch", "--processes", "detect"])
+    assert find_place(args) == Place(2, 4, "node003", 65536 - 4096 + 7, detected=True)
