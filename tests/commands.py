@@ -1,5 +1,6 @@
 """What tests of commands share: a tiny run, real processes, commands in this process, and how a refusal looks."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import jax
 import pytest
 
 from moe_jax import cli, mesh
+from moe_jax.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {
@@ -42,6 +44,7 @@ TINY = [  # its mesh is data=2 x expert=4; every test trains the same program, w
     "train.tensorboard=false",
 ]
 
+TIMES = ("step_seconds", "tokens_per_second")
 NOISE = re.compile(r"Traceback|Warning|warning|INFO|ERROR|^[WIE]\d{4} ", re.MULTILINE)
 
 
@@ -69,6 +72,36 @@ def finish(child: subprocess.Popen) -> tuple[int, str, str]:
     """Exit code, standard output and standard error."""
     out, err = child.communicate(timeout=240)
     return child.returncode, out.decode(), err.decode()
+
+
+def narrow(child: subprocess.Popen) -> subprocess.Popen:
+    """A log of one page: with a line a step, the run waits for its reader some thirty steps ahead."""
+    if hasattr(fcntl, "F_SETPIPE_SZ"):
+        fcntl.fcntl(child.stderr, fcntl.F_SETPIPE_SZ, 4096)
+    return child
+
+
+def read_until(child: subprocess.Popen, step: int) -> str:
+    """The log up to the line of a step."""
+    lines = []
+    while line := child.stderr.readline().decode():
+        lines.append(line)
+        if re.match(rf"step +{step}/", line):
+            return "".join(lines)
+    pytest.fail(f"the run ended before step {step}:\n{''.join(lines)}")
+
+
+def rows(workdir: Path) -> tuple[list[dict], list[dict]]:
+    """What metrics.jsonl says of steps and of evaluations, without the times; each step is there once, in order."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    return steps, [line for line in lines if "eval_loss" in line]
+
+
+def steps_of(workdir: Path) -> list[int]:
+    return Checkpoints(workdir / "checkpoints").steps()
 
 
 def inside() -> Iterator[None]:

@@ -64,7 +64,7 @@ def test_the_python_blocks_run():
 
 @pytest.mark.parametrize("command", re.findall(r"^moe-jax train (.*)$", TEXT, re.M))
 def test_the_train_commands_are_accepted(command):
-    words = re.sub(r"--workdir \S+", "", command).split()
+    words = re.sub(r"--\S+ \S+|#.*", "", command).split()
     cfg = config.load(words[0], words[1:])
     assert cfg.name == words[0]
 

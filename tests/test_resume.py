@@ -1,6 +1,5 @@
 """Stop and go on: the losses of a run that was never stopped, to the bit, and nothing lost or run twice."""
 
-import fcntl
 import json
 import os
 import re
@@ -17,7 +16,23 @@ from subprocess import PIPE
 import jax
 import numpy as np
 import pytest
-from commands import ENV, NOISE, STEPS, TINY, calls, check_refusal, finish, inside, listing, start, write_text
+from commands import (
+    ENV,
+    NOISE,
+    STEPS,
+    TINY,
+    calls,
+    check_refusal,
+    finish,
+    inside,
+    listing,
+    narrow,
+    read_until,
+    rows,
+    start,
+    steps_of,
+    write_text,
+)
 
 from moe_jax import config, mesh
 from moe_jax.checkpoint import COMPLETE, Checkpoints
@@ -25,8 +40,6 @@ from moe_jax.data import Windows
 from moe_jax.train import resume
 from moe_jax.train.resume import Stop, changes
 from moe_jax.train.state import Model
-
-TIMES = ("step_seconds", "tokens_per_second")
 
 here = pytest.fixture(scope="module", autouse=True)(inside)
 call = pytest.fixture(calls)
@@ -38,42 +51,12 @@ def train(tmp_path_factory):
     return ["train", *TINY, f"data.path={write_text(tmp_path_factory.mktemp('text'))}", "--json", "--workdir"]
 
 
-def rows(workdir: Path) -> tuple[list[dict], list[dict]]:
-    """What metrics.jsonl says of steps and of evaluations, without the times; each step is there once, in order."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-    steps = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
-    return steps, [line for line in lines if "eval_loss" in line]
-
-
 def state(workdir: Path, step: int) -> list[tuple]:
     """Every leaf of a checkpoint with its bytes."""
     checkpoints = Checkpoints(workdir / "checkpoints")
     model = Model.of(config.from_dict(checkpoints.info(step)["config"]))
     restored, _ = checkpoints.restore(model.targets(mesh.build_mesh(model.cfg.mesh)), step)
     return [(jax.tree_util.keystr(k), np.asarray(v).tobytes()) for k, v in jax.tree.leaves_with_path(restored)]
-
-
-def steps_of(workdir: Path) -> list[int]:
-    return Checkpoints(workdir / "checkpoints").steps()
-
-
-def narrow(child: subprocess.Popen) -> subprocess.Popen:
-    """A log of one page: with a line a step, the run waits for its reader some thirty steps ahead."""
-    if hasattr(fcntl, "F_SETPIPE_SZ"):
-        fcntl.fcntl(child.stderr, fcntl.F_SETPIPE_SZ, 4096)
-    return child
-
-
-def read_until(child: subprocess.Popen, step: int) -> str:
-    """The log up to the line of a step."""
-    lines = []
-    while line := child.stderr.readline().decode():
-        lines.append(line)
-        if re.match(rf"step +{step}/", line):
-            return "".join(lines)
-    pytest.fail(f"the run ended before step {step}:\n{''.join(lines)}")
 
 
 @pytest.fixture(scope="module")
