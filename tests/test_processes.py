@@ -231,6 +231,7 @@ def workers(*code: str) -> tuple[list[subprocess.Popen], list[int]]:
 def test_a_death_is_named_by_all(role, what):
     children, pids = workers(SLEEP, SLEEP, SLEEP)
     os.kill(pids[role] if what == "child" else children[role].pid, signal.SIGKILL)
+    killed = time.monotonic()
     how = "killed by SIGKILL" if what == "child" else "its connection closed"
     for index, child in enumerate(children):
         code, _, log = finish(child)
@@ -240,6 +241,7 @@ def test_a_death_is_named_by_all(role, what):
         here = ", this one," if index == role else ""
         assert code == 1 and re.match(rf"moe-jax train: failed\nprocess {role} of 3{here} on \S+ died: {how}", log), log
     assert all(gone(pid) for pid in pids)
+    assert time.monotonic() - killed < 30, "what a supervisor leaves behind would keep its devices"
 
 
 def test_an_abort_is_not_taken_for_the_cause():
