@@ -144,7 +144,8 @@ class Supervisor:
             self.held.append((time.monotonic(), piece))
         for index in [i for i, link in self.links.items() if link in ready]:
             self.hear(index)
-        self.print_held(time.monotonic() - ERROR_SECONDS)
+        if self.verdict is None:
+            self.print_held(time.monotonic() - ERROR_SECONDS)
 
     def ring(self, number: int) -> None:
         """A signal: the child has ended, or someone asks to stop."""
@@ -218,12 +219,10 @@ class Supervisor:
         return self.code == 0 and (not self.leads or len(self.ended) == self.place.count)
 
     def print_held(self, until: float) -> None:
-        """What libraries printed in the child up to a time; nothing where another process ended the run."""
+        """What libraries printed in the child up to a time."""
         while self.held and self.held[0][0] <= until:
-            piece = self.held.pop(0)[1]
-            if self.verdict is None or self.verdict[0] == self.place.index:
-                sys.stderr.buffer.write(piece)
-                sys.stderr.flush()
+            sys.stderr.buffer.write(self.held.pop(0)[1])
+            sys.stderr.flush()
 
     def finish(self) -> int:
         """Part with the others; the exit code, or the error that says who ended the run."""
@@ -231,13 +230,15 @@ class Supervisor:
             piece = os.read(self.errors, 65536)
             self.prints = bool(piece)
             self.held.append((time.monotonic(), piece))
-        self.print_held(time.monotonic())
+        failed = self.code is not None and self.code > 0  # by itself
+        if self.verdict is None or self.verdict[0] == self.place.index or failed:
+            self.print_held(time.monotonic())
         for link in self.links.values():
             if self.leads:
                 link.close()
             else:
                 link.sock.close()
-        if self.verdict is None or (self.code is not None and self.code > 0):
+        if self.verdict is None or failed:
             return self.code or 0
         index, how = self.verdict
         here = ", this one," if index == self.place.index else ""

@@ -144,12 +144,14 @@ def test_two_processes_read_what_one_saved(whole, call):
     [(4, 2, []), (2, 1, ["mesh.data=1", "mesh.expert=1", "mesh.tensor=2"])],
     ids=["4x2", "2x1, which share every row"],
 )
-def test_other_processes_and_meshes_train_what_one_does(train, whole, tmp_path, count, devices, shape):
-    workdir = tmp_path / "run"
-    done = [finish(child) for child in several([*train, *shape, "--workdir", workdir], count, devices)]
+def test_other_processes_and_meshes_train_what_one_does(train, whole, tmp_path, call, count, devices, shape):
+    """To the sample of text at the end, whose every token they compute together."""
+    workdir, sample = tmp_path / "run", ["train.sample=ab", "train.sample_tokens=4"]
+    done = [finish(child) for child in several([*train, *shape, *sample, "--workdir", workdir], count, devices)]
     assert [code for code, _, _ in done] == [0] * count, [log for _, _, log in done]
     check_all_same(workdir, whole)
     assert steps_of(workdir) == steps_of(whole)
+    assert json.loads(done[0][1])["sample"] == call(*train, *sample, "--workdir", workdir)[1]["sample"]
 
 
 # Deaths
@@ -263,6 +265,13 @@ def test_an_abort_of_its_own_shows_its_trace():
     assert (code, own_code) == (1, 1)
     assert "process 1 of 2 on " in log and "killed by SIGABRT" in log and "trace" not in log.replace("traceback", "")
     assert own_log.startswith("*** the trace ***\n") and "process 1 of 2, this one, on " in own_log
+
+
+def test_of_two_failures_each_is_shown():
+    """What a library says as it ends the process, in one that is not the first."""
+    children, _ = workers(*(f"os.write(2, b'fault {i}\\n'); os._exit(1)" for i in range(2)))
+    for index, (code, _, log) in enumerate(map(finish, children)):
+        assert (code, log) == (1, f"fault {index}\n")
 
 
 @pytest.mark.parametrize("number, kind", [(2, "refused"), (1, "failed")])
