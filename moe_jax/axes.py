@@ -7,11 +7,12 @@ Axis letters, used in names, einsums and shape comments:
 
 from dataclasses import dataclass, replace
 
-MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
-"""Mesh axes, slowest first: neighbouring devices share what talks most. Tokens are split over all but the last."""
+MESH_AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
+"""Mesh axes, slowest first: neighbouring devices share what talks most. Tokens are split over all but the ends."""
 
 Axes = tuple[str, ...]
-Layout = tuple[Axes, ...]
+Layout = tuple[Axes | None, ...]
+"""The mesh axes of each dimension of an array; None leaves one to the compiler."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Rules:
     router_experts: Axes = ()
     position: Axes = ()
     norm: Axes = ()
-    layers: Axes = ()
+    layers: Axes = ("stage",)
 
     batch: Axes = ("data", "fsdp", "expert")
     length: Axes = ("context",)

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 from moe_jax.config import ModelConfig
 
+CACHED = ("layers", "batch", "kv_heads", None, None)
+"""Logical axes of the keys and values of a stack of layers."""
+
 
 class LayerCache(NamedTuple):
     """Keys and values of one attention layer; of a stack of layers, with a leading axis."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_jax.axes import Rules
+from moe_jax.pattern import AXIS
 from moe_jax.schema import (
     Config,
     ConfigError,
@@ -362,9 +363,37 @@ def _check_groups(cfg: Config) -> list[Problem]:
     return []
 
 
+def _check_stages(cfg: Config) -> list[Problem]:
+    """Layers, microbatches and balance against the stages of a pipeline."""
+    stages, m, rounds = cfg.mesh.stage, cfg.train.microbatches, cfg.train.rounds
+    if stages == 1:
+        return _idle(cfg.train, "train", ["rounds"], "mesh.stage=1 is no pipeline", "set mesh.stage above 1")
+    out = []
+    runs = cfg.model.runs
+    repeats = runs[0][1] if len(runs) == 1 else 0
+    if repeats % (stages * rounds) or not repeats:
+        layers = " then ".join(f"{n} x ({', '.join(kinds)})" for kinds, n in runs)
+        shares = f"{stages * rounds} equal shares (mesh.stage x train.rounds)"
+        why = f"is {stages}, which needs one run of layers that splits into {shares}, not {layers}"
+        remedy = "change model.layers or train.rounds, or set model.moe.first_dense=0 and model.stack_above=0"
+        out.append(Problem("mesh.stage", why, remedy))
+    for name, axes in vars(cfg.rules).items():
+        if (AXIS in axes) != (name == "layers") or (name == "layers" and len(axes) > 1):
+            why = f"is {list(axes)}, and mesh.stage={stages} makes a pipeline, whose stages split the layers alone"
+            out.append(Problem(f"rules.{name}", why, "name 'stage' in rules.layers, alone there and nowhere else"))
+    if rounds > 1 and m < stages:
+        why = f"{m} microbatches are out of the first of {stages} stages before they are back for round 2"
+        out.append(Problem("train.microbatches", why, f"set it to {stages} or more, or train.rounds=1"))
+    moe = cfg.model.moe
+    if moe is not None and moe.balance_over == "microbatch":
+        why = "is 'microbatch', and a pipeline adds the statistics of its microbatches up"
+        out.append(Problem("model.moe.balance_over", why, "use step or sequence, or mesh.stage=1"))
+    return out
+
+
 def check(cfg: Config) -> list[Problem]:
     """Every impossible combination of a config (see `rules.validate` for shapes)."""
-    out = check_model(cfg.model) + _check_optimizer(cfg.train.optimizer)
+    out = check_model(cfg.model) + _check_optimizer(cfg.train.optimizer) + _check_stages(cfg)
     mesh, data, train, moe = cfg.mesh, cfg.data, cfg.train, cfg.model.moe
 
     def no(name: str, reason: str, remedy: str) -> None:

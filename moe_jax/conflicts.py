@@ -27,7 +27,7 @@ def clashes(rules: Rules) -> list[Problem]:
     layouts["hidden layer of the experts (experts, batch, expert_mlp)"] = (experts, groups, rules.expert_mlp)
     out = []
     for name, layout in layouts.items():
-        axes = [a for dimension in layout for a in dimension]
+        axes = [a for dimension in layout for a in dimension or ()]
         for axis in sorted({a for a in axes if axes.count(a) > 1}):
             remedy = "take it out of one of these rules.*"
             out.append(Problem(name, f"mesh axis {axis!r} holds two dimensions", remedy))

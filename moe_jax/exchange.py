@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.axes import Axes, Rules
-from moe_jax.rules import current_mesh, platform, spec
+from moe_jax.rules import by_hand, current_mesh, platform, spec
 
 
 def blocks(x: jax.Array, axes: Axes, kind: str) -> jax.Array:
@@ -55,7 +55,7 @@ def move(buffers: jax.Array, rules: Rules, kind: str, *, home: bool) -> jax.Arra
         return buffers
     layouts = spec(rules.token_major), spec(rules.expert_major)
     function, (begin, end) = (to_tokens, layouts[::-1]) if home else (to_experts, layouts)
-    return jax.shard_map(partial(function, axes=axes, kind=kind), in_specs=begin, out_specs=end)(buffers)
+    return by_hand(partial(function, axes=axes, kind=kind), in_specs=begin, out_specs=end)(buffers)
 
 
 def ragged(

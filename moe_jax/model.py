@@ -6,17 +6,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from moe_jax import config, sequence
 from moe_jax.axes import Rules
 from moe_jax.balance import Stats
-from moe_jax.cache import Cache, Cached, LayerCache, empty_layer, places
+from moe_jax.cache import CACHED, Cache, Cached, LayerCache, empty_layer, places
 from moe_jax.config import ModelConfig
-from moe_jax.layers.block import Block, Context
+from moe_jax.layers.block import Block, Context, Routed
 from moe_jax.layers.common import Keys, dropout, fold, lay, row_keys
 from moe_jax.layers.embed import Embedding
 from moe_jax.layers.moe import FROM_CONFIG, MoELayer, Record, SelectionBias
 from moe_jax.layers.norm import Norm
+from moe_jax.pattern import Schedule
+from moe_jax.pipeline import pipelined, shared, split
+from moe_jax.rules import any_axes, spec
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -64,6 +68,26 @@ def stacked(m: ModelConfig, kinds: tuple[str, ...], repeats: int, rules: Rules |
     return period
 
 
+def in_order(routed: tuple[Routed, ...]) -> Routed:
+    """m MoE layers a period, each [repeats, ...] -> [repeats * m, ...] in the order of the layers."""
+    return jax.tree.map(lambda *s: jnp.stack(s, 1).reshape(-1, *s[0].shape[1:]), *routed)
+
+
+def typed(model: "Transformer", *_: Any, cache: Cache | None = None, record: bool = False, **__: Any) -> Any:
+    """Partition specs of what a call of a model returns; without rules it is on one device."""
+    rules, none = model.rules, PartitionSpec()
+    if rules is None:
+        return none
+    logits, rows = spec(rules.layout("batch", "length", "act_vocab")), spec(((), rules.batch, rules.length))
+    return Output._make((logits, none, None if cache is None else cached(model), rows if record else None))
+
+
+def cached(model: "Transformer", *_: Any, **__: Any) -> Any:
+    """Partition specs of a model's cache."""
+    none = PartitionSpec()
+    return none if model.rules is None else Cache._make((spec(model.rules.layout(*CACHED)), none, none))
+
+
 class Transformer(nnx.Module):
     """A causal language model.
 
@@ -83,6 +107,7 @@ class Transformer(nnx.Module):
         self.stacks = nnx.List([stacked(m, kinds, n, rules, rngs) for kinds, n in self.runs])
         self.final_norm = Norm(m.norm, m.d_model, m.norm_eps) if m.final_norm else None
 
+    @any_axes(typed)
     def __call__(
         self,
         tokens: jax.Array,
@@ -97,6 +122,7 @@ class Transformer(nnx.Module):
         replay: jax.Array | None = None,
         record: bool = False,
         balanced: bool = False,
+        schedule: Schedule | None = None,
     ) -> Output:
         """tokens [B, L] int32 -> logits [B, L, V] float32, routing statistics, cache.
 
@@ -113,12 +139,15 @@ class Transformer(nnx.Module):
             record: also return where every token went.
             balanced: the tokens of every argument are in the order of `sequence.balanced`, and so are the results:
                 where rows are split, logits then need not be moved back.
+            schedule: how the rows pass through the stages of a pipeline; without one, layers are brought to all stages.
         Raises:
             ValueError: rows too long, or that do not split over the mesh; a cache where they are split.
         """
         B, L = tokens.shape
         if L > self.m.max_length:
             raise ValueError(f"{L} tokens exceed model.max_length={self.m.max_length}")
+        if schedule is not None and (record or replay is not None or cache is not None):
+            raise ValueError("a pipeline keeps no record, replay or cache: call without a schedule")
         if cache is not None and positions is not None:
             raise ValueError("positions cannot be given with a cache, which counts them: leave them out")
         n = self.shards(L, cache)
@@ -136,22 +165,29 @@ class Transformer(nnx.Module):
             context = self.cached_context(cache, segments, tokens)
         keys = row_keys(key if train else None, B)
 
+        outside = self.rules if self.rules is None or schedule is None else shared(self.rules, B)
         with jax.named_scope("embed"):
-            x = dropout(self.embedding(tokens, context.positions), self.m.dropout, fold(keys, 0), context.places)
+            x = dropout(
+                self.embedding(tokens, context.positions, outside), self.m.dropout, fold(keys, 0), context.places
+            )
         options = self.options(capacity_factor, top_k, record)
         routed, layers, done = [], [], 0
         for i, (stack, (kinds, repeats)) in enumerate(zip(self.stacks, self.runs, strict=True)):
             caches = None if cache is None else cache.layers[i]
             mine = slice(done, done + kinds.count("moe") * repeats)
             past = None if replay is None else replay[mine]
-            x, r, c = self.run(stack, i, x, context, fold(keys, 1 + i), caches, train, options[mine], past)
+            if schedule is None:
+                x, r, c = self.run(stack, i, x, context, fold(keys, 1 + i), caches, train, options[mine], past)
+            else:
+                x, r = self.pipeline(stack, i, x, context, fold(keys, 1 + i), train, options[mine], schedule)
+                c = None
             routed += [] if r is None else [r]
             layers.append(c)
             done = mine.stop
         if self.final_norm is not None:
             x = self.final_norm(x)
         with jax.named_scope("head"):
-            logits = self.embedding.logits(x)
+            logits = self.embedding.logits(x, outside)
         merged = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
         stats, past = (None, None) if merged is None else merged
         if cache is not None:
@@ -227,10 +263,41 @@ class Transformer(nnx.Module):
             routed, caches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
         if not routed:
             return x, None, caches
-        # m MoE layers a period, each [repeats, ...] -> [repeats * m, ...] in the order of the layers
-        merged = jax.tree.map(lambda *s: jnp.stack(s, 1).reshape(-1, *s[0].shape[1:]), *routed)
-        return x, merged, caches
+        return x, in_order(routed), caches
 
+    def pipeline(
+        self, stack: Period, i: int, x, context: Context, keys: Keys, train: bool, options, schedule: Schedule
+    ):
+        """`run` with a stage of the mesh for each share of the periods, which microbatches of rows pass through."""
+        assert self.rules is not None
+        kinds, repeats = self.runs[i]
+        m, rules = kinds.count("moe"), self.rules
+        if repeats % (schedule.stages * schedule.rounds) or any(o != options[0] for o in options):
+            raise ValueError(f"{repeats} repeats of {kinds} are no equal shares of {schedule}, or their options differ")
+        graph, params = nnx.split(stack)
+
+        def stage(layers: Any, x: jax.Array, rows: tuple[Context, Keys]) -> tuple[jax.Array, Any]:
+            here, own = rows
+            here = here._replace(places=context.places)
+
+            def one(x: jax.Array, layer: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
+                params, number = layer
+                none = (None,) * len(kinds)
+                x, (routed, _) = nnx.merge(graph, params)(x, here, fold(own, number), none, train, options[:m])
+                return lay(x, rules, names=("batch", "length", "act_embed")), routed
+
+            again = (
+                one if self.m.remat == "none" else jax.checkpoint(one, policy=REMAT[self.m.remat], prevent_cse=False)
+            )
+            return jax.lax.scan(again, x, layers)
+
+        rows = split((context._replace(places=None), keys), schedule.microbatches, schedule.together, rules)
+        variables = jax.tree.leaves(params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        widths = [rules.layout(*v.get_metadata("axes")[1:]) for v in variables]
+        x, routed = pipelined(stage, (params, jnp.arange(repeats)), [*widths, ()], x, rows, schedule, rules)
+        return x, in_order(routed) if routed else None
+
+    @any_axes(cached)
     def empty_cache(self, batch: int, places: int, lengths: jax.Array | None = None, width: int = 0) -> Cache:
         """A cache of `places` for a batch of prompts whose right ends are aligned at `width` tokens.
 
@@ -246,8 +313,7 @@ class Transformer(nnx.Module):
         layers = []
         for kinds, repeats in self.runs:
             one = empty_layer(self.m, batch, places, repeats)
-            names = ("layers", "batch", "kv_heads", None, None)
-            one = LayerCache(*(lay(a, self.rules, names=names) for a in one))
+            one = LayerCache(*(lay(a, self.rules, names=CACHED) for a in one))
             layers.append((one,) * len(kinds))
         return Cache(tuple(layers), start, jnp.zeros((), jnp.int32))
 

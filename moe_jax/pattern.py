@@ -1,4 +1,8 @@
-"""How a model's work is cut: layers into loops, the queries of a sequence into blocks. No arrays, no JAX."""
+"""How a model's work is cut: layers into loops and stages, the queries of a sequence into blocks. No arrays, no JAX."""
+
+from typing import NamedTuple
+
+AXIS = "stage"  # the mesh axis of a pipeline
 
 QUERY_BLOCK = 64  # least rows of a query block
 QUERY_BLOCKS = 8  # most blocks, so that compile time does not grow with the length
@@ -31,3 +35,22 @@ def pattern(kinds: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
                 runs = [(kinds[:1], head), (period, repeats), (tail[:1], len(tail))]
                 options.append([run for run in runs if run[1]])
     return min(options, key=lambda runs: (sum(len(period) for period, _ in runs), len(runs)))
+
+
+class Schedule(NamedTuple):
+    """How microbatches pass through the stages."""
+
+    stages: int
+    microbatches: int
+    rounds: int = 1
+    together: int = 1  # rows that share a routing group, and so a microbatch
+
+    @property
+    def ticks(self) -> int:
+        """Pieces of work of one stage from the first microbatch's start to the last one's end."""
+        return self.rounds * self.microbatches + self.stages - 1
+
+    @property
+    def bubble(self) -> float:
+        """The share of the ticks in which a stage has no work: (S-1)/(R*M+S-1) (Narayanan et al. 2021, section 2.2)."""
+        return (self.stages - 1) / self.ticks

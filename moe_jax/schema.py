@@ -211,6 +211,7 @@ class MeshConfig:
     """How many devices lie along each mesh axis."""
 
     __pydantic_config__ = STRICT
+    stage: Count = key(1, "a pipeline: equal shares of the layers lie on its stages, which microbatches pass through")
     data: Count = key(1, "replicas: the batch is split, parameters are copied")
     fsdp: Count = key(1, "the batch is split, parameters and optimizer state are split too")
     expert: Count = key(1, "the batch is split, and so are the experts")
@@ -284,6 +285,9 @@ class TrainConfig:
     steps: Count = key(300, "optimizer steps")
     seed: Seed = key(0, "seed of parameters, dropout and routing noise")
     microbatches: Count = key(1, "the batch is run in so many parts, one after the other; results do not change")
+    rounds: Count = key(
+        1, "mesh.stage > 1: microbatches go round the stages so often, each with fewer layers: a smaller bubble"
+    )
     optimizer: OptimizerConfig = key(OptimizerConfig, "optimizer and schedule")
     checkpoint_every: Count | None = key(None, "steps between checkpoints; unset: one at the end")
     keep: Count = key(2, "newest checkpoints kept")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.axes import Axes, Rules
-from moe_jax.rules import constrain, current_mesh, spec
+from moe_jax.rules import by_hand, constrain, current_mesh, spec
 
 
 def shards(rules: Rules | None) -> int:
@@ -86,7 +86,7 @@ class Cut:
         rest = ((),) * (x.ndim - 3) + (last,) * (x.ndim > 2)
         home, away = (self.rules.batch, self.rules.length, *rest), (self.rules.groups, (), *rest)
         local = lambda x: x.reshape(-1, self.size, *x.shape[2:])  # noqa: E731
-        return jax.shard_map(local, in_specs=spec(home), out_specs=spec(away))(x)
+        return by_hand(local, in_specs=spec(home), out_specs=spec(away))(x)
 
     def whole(self, x: jax.Array, last: Axes = ()) -> jax.Array:
         """[G, S, ...] -> [B, L, ...], the inverse of `groups`."""
@@ -96,7 +96,7 @@ class Cut:
         home, away = (self.rules.batch, self.rules.length, *rest), (self.rules.groups, (), *rest)
         length = self.length // shards(self.rules)
         local = lambda x: x.reshape(-1, length, *x.shape[2:])  # noqa: E731
-        return jax.shard_map(local, in_specs=spec(away), out_specs=spec(home))(x)
+        return by_hand(local, in_specs=spec(away), out_specs=spec(home))(x)
 
     def keys(self, keys: jax.Array) -> jax.Array:
         """Random keys of groups [G], given in the order of one device, in the order of the groups."""

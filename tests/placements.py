@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax import mesh as meshes
 from moe_jax.axes import MESH_AXES, Axes, Rules
@@ -23,12 +24,14 @@ from moe_jax.config import (
     from_dict,
     to_dict,
 )
+from moe_jax.pattern import Schedule
 from moe_jax.train.state import Model
 from moe_jax.train.step import total_loss
 
 B, L, D, VOCAB = 8, 32, 16, 40
+COUNTS = 200  # bytes: what is counted by layer, or before ragged rows are sent
 GROUP, SLOTS = 2, 1  # S and C, which is max(1, ceil(2*2*2/8))
-AXES = tuple(a for a in MESH_AXES if a != "stage")
+AXES = MESH_AXES[1:]
 KINDS = [
     *itertools.product(("einsum", "gather"), ("compiler", "shard_map", "hierarchical")),
     *(("ragged", exchange) for exchange in ("shard_map", "hierarchical", "ragged")),
@@ -45,10 +48,26 @@ class Cell(NamedTuple):
     experts: Axes
     share: bool  # split tokens over `tensor` while they travel
     microbatches: int = 1
+    stages: int = 1
+    rounds: int = 1
+    explicit: bool = False  # the mesh has Explicit axes, not Auto ones
+
+    @property
+    def layers(self) -> int:
+        return max(2, self.stages * self.rounds)
+
+    @property
+    def turns(self) -> int:
+        """How often a device runs a layer in the forward pass of a step."""
+        if self.stages == 1:
+            return self.layers * self.microbatches
+        schedule = Schedule(self.stages, self.microbatches, self.rounds)
+        return schedule.ticks * self.layers // self.stages // self.rounds
 
     def __str__(self) -> str:
-        sizes = ",".join(f"{a}={n}" for a, n in zip(AXES, self.mesh, strict=True) if n > 1)
+        sizes = ",".join(f"{a}={n}" for a, n in zip(MESH_AXES, (self.stages, *self.mesh), strict=True) if n > 1)
         extra = "-share" * self.share + f"-m{self.microbatches}" * (self.microbatches > 1)
+        extra += f"-r{self.rounds}" * (self.rounds > 1) + "-explicit" * self.explicit
         return f"{sizes}-{self.dispatch}-{self.exchange}-{self.attention}-{'+'.join(self.experts)}{extra}"
 
 
@@ -69,8 +88,16 @@ def expert_axes(mesh: tuple[int, ...], turn: int) -> tuple[Axes, Axes]:
 
 
 def cells() -> list[Cell]:
-    """Every mesh twice, with everything else in turn."""
+    """Every mesh without stages twice, with Auto and with Explicit axes; with stages once; everything else in turn."""
     out = []
+    meshes = [(mesh, s) for s in (2, 4, 8) for mesh in factorisations(8 // s, len(AXES))]
+    for i, (mesh, stages) in enumerate(meshes):
+        dispatch, exchange = KINDS[i % len(KINDS)]
+        one, pair = expert_axes(mesh, i)
+        experts = pair if exchange == "hierarchical" or i % 4 == 0 else one
+        share, attention = mesh[-1] > 1 and i % 2 == 0, ("gather", "ring")[i // 2 % 2]
+        parts, rounds = (max(2, stages // 2), 1) if i % 3 or stages == 8 else (stages, 2)
+        out.append(Cell(mesh, dispatch, exchange, attention, experts, share, parts, stages, rounds, i % 2 == 1))
     for i, mesh in enumerate(factorisations(8, len(AXES))):
         for j in range(2):
             dispatch, exchange = KINDS[(2 * i + 5 * j) % len(KINDS)]
@@ -78,12 +105,13 @@ def cells() -> list[Cell]:
             experts = pair if exchange == "hierarchical" or (i + j) % 4 == 0 else one
             share = mesh[-1] > 1 and (i // 2 + j) % 2 == 0
             attention = ("gather", "ring")[(i + j) % 2]
-            out.append(Cell(mesh, dispatch, exchange, attention, experts, share, 1 + (i + j) % 3 // 2))
+            out.append(Cell(mesh, dispatch, exchange, attention, experts, share, 1 + (i + j) % 3 // 2, explicit=j == 1))
     return out
 
 
-def config(cell: Cell | None) -> Config:
+def config(cell: Cell | None, layers: int = 2) -> Config:
     """A model with all that could depend on the mesh; without a cell on one device, its microbatches one by one."""
+    layers = layers if cell is None else cell.layers
     moe = MoEConfig(
         experts=8,
         top_k=2,
@@ -97,7 +125,7 @@ def config(cell: Cell | None) -> Config:
         shared_experts=1,
         router=RouterConfig("noisy_topk", jitter=0.1),
     )
-    model = ModelConfig(vocab=VOCAB, layers=2, d_model=D, d_ff=24, heads=8, max_length=L, dropout=0.1, moe=moe)
+    model = ModelConfig(vocab=VOCAB, layers=layers, d_model=D, d_ff=24, heads=8, max_length=L, dropout=0.1, moe=moe)
     cfg = Config(model=model, data=DataConfig(length=L, batch=B))
     if cell is None:
         return cfg
@@ -107,9 +135,9 @@ def config(cell: Cell | None) -> Config:
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(model, moe=moe, attention_exchange=cell.attention),
-        mesh=MeshConfig(**dict(zip(AXES, cell.mesh, strict=True))),
+        mesh=MeshConfig(stage=cell.stages, **dict(zip(AXES, cell.mesh, strict=True))),
         rules=rules,
-        train=TrainConfig(microbatches=cell.microbatches),
+        train=TrainConfig(microbatches=cell.microbatches, rounds=cell.rounds),
     )
 
 
@@ -131,12 +159,14 @@ class Step(NamedTuple):
     stats: Any
 
 
-def step(cfg: Config) -> tuple[Step, list[Collective]]:
+def step(cfg: Config, explicit: bool = False) -> tuple[Step, list[Collective]]:
     """Loss, gradient and statistics of a train step, and the collectives of its program."""
     assert from_dict(to_dict(cfg)) == cfg, "a config that a file could hold"
     model = Model.of(cfg)
     model.validate()
     mesh = meshes.build_mesh(cfg.mesh, jax.devices()[: cfg.mesh.size])
+    if explicit:
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
     where = model.weight_shardings(mesh).params
     numbers = [np.random.default_rng(i) for i in range(len(jax.tree.leaves(model.shapes)))]
     leaves = [0.3 * r.normal(size=s.shape) for r, s in zip(numbers, jax.tree.leaves(model.shapes), strict=True)]
@@ -160,7 +190,7 @@ def exchanges(cell: Cell) -> list[tuple[Axes, int]]:
     Out and home, forward and backward; one forward more where microbatches are recomputed.
     """
     cfg = config(cell)
-    sizes, ways = cfg.mesh.sizes, 4 if cell.microbatches == 1 else 6
+    sizes, ways = cfg.mesh.sizes, 4 if cell.microbatches == 1 or cell.stages > 1 else 6
     wide = tuple(a for a in AXES if a in cell.experts and a in sizes)
     stages = [(a,) for a in wide] if cell.exchange == "hierarchical" else [wide] * bool(wide)
     groups = B * L // GROUP // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches  # of a shard
@@ -174,17 +204,23 @@ def exchanges(cell: Cell) -> list[tuple[Axes, int]]:
 def stray(cell: Cell, found: list[Collective]) -> list[Collective]:
     """Collectives of a cell that neither sum something up nor are meant to move anything.
 
-    Meant are: weights that are gathered over `fsdp`; the keys and values of whole rows, or pieces of them that go
-    round, once a layer and pass; and the shares of what tensor shards sent.
+    Meant are: what stages pass on, once a tick; weights that are gathered over `fsdp`; the keys and values of whole
+    rows, or pieces of them that go round, once a layer and pass; and the shares of what tensor shards sent.
     """
     cfg = config(cell)
-    n, runs = cfg.mesh.context, cfg.model.layers * cell.microbatches
+    n, runs = cfg.mesh.context, cell.turns
     rows = 2 * 4 * D * L * B // cfg.mesh.over(cfg.rules.batch) // cell.microbatches // cfg.mesh.tensor  # k and v
     groups = B * L // GROUP // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches
 
     def meant(c: Collective) -> bool:
-        if c.axes == ("fsdp",):
-            return c.op == "all-gather" and only_weights(c)
+        if cell.stages > 1 and c.axes == ("stage",):
+            if c.bytes <= COUNTS or (c.times == 1 and cell.rounds > 1):  # layers are dealt out to the rounds
+                return True
+            passed = 4 * D * B * L // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches
+            ticks = Schedule(cell.stages, cell.microbatches, cell.rounds).ticks
+            return (c.op, c.bytes, c.times) == ("collective-permute", passed, ticks)
+        if c.axes == ("fsdp",):  # weights of a round are no arguments any more
+            return c.op == "all-gather" and (only_weights(c) or (cell.rounds > 1 and c.bytes in weights(cfg)))
         if c.axes == ("context",) and c.modules == ("attention",):
             if cell.attention == "ring":
                 return c.op == "collective-permute" and c.bytes == rows // n and c.times in (runs, runs * (n - 1))
@@ -196,14 +232,23 @@ def stray(cell: Cell, found: list[Collective]) -> list[Collective]:
     return [c for c in found if c.op not in ("all-reduce", "all-to-all") and not meant(c)]
 
 
+def weights(cfg: Config) -> set[int]:
+    """Bytes of the arrays of one layer on a device, where they are gathered over `fsdp`."""
+    leaves = [
+        (shape[1:], cfg.rules.layout(*axes)[1:]) for _, shape, axes in Model.of(cfg).leaves() if axes[0] == "layers"
+    ]
+    split = [[cfg.mesh.over(tuple(a for a in dim if a != "fsdp")) for dim in layout] for _, layout in leaves]
+    return {4 * math.prod(shape) // math.prod(n) for (shape, _), n in zip(leaves, split, strict=True)}
+
+
 def only_weights(c: Collective) -> bool:
     return bool(c.arguments) and all(argument.startswith("params[") for argument in c.arguments)
 
 
 @functools.cache
-def expected() -> Step:
+def expected(layers: int) -> Step:
     """What one device says; no number of it depends on the dispatcher."""
-    return step(config(None))[0]
+    return step(config(None, layers))[0]
 
 
 def agree(got: Step, want: Step) -> None:

@@ -122,7 +122,7 @@ def test_derived_values():
     mesh = MeshConfig(data=2, expert=3)
     assert (mesh.size, mesh.shape, str(mesh), str(MeshConfig())) == (
         6,
-        (2, 1, 3, 1, 1),
+        (1, 2, 1, 3, 1, 1),
         "data=2 x expert=3",
         "one device",
     )

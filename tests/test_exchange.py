@@ -22,16 +22,25 @@ from moe_jax.config import ConfigError, MeshConfig, MoEConfig, RouterConfig
 CELLS = {str(cell): cell for cell in placements.cells()}
 QUICK = (
     "expert=2,context=2,tensor=2-einsum-shard_map-ring-context-share-m2",
-    "data=2,context=2,tensor=2-einsum-hierarchical-gather-data+context",
-    "data=2,expert=2,context=2-ragged-ragged-ring-expert",
-    "fsdp=2,expert=2,tensor=2-gather-shard_map-gather-expert-m2",
+    "data=2,context=2,tensor=2-einsum-hierarchical-gather-data+context-explicit",
+    "data=2,expert=2,context=2-ragged-ragged-ring-expert-explicit",
+    "fsdp=2,expert=2,tensor=2-gather-shard_map-gather-expert-m2-explicit",
+    "stage=2,expert=2,tensor=2-gather-compiler-ring-expert-m2-r2-explicit",
+    "stage=2,data=2,tensor=2-einsum-shard_map-ring-data-share-m2",
 )
 
 
 def test_the_battery_is_whole():
-    """Every factorisation of 8 devices, every exchange with every dispatcher, all with split rows and shared tokens."""
+    """Every factorisation of 8 devices, every exchange with every dispatcher, all with split rows and shared tokens.
+
+    All of that also with stages, and with both types of mesh axes.
+    """
     cells = list(CELLS.values())
-    assert len(cells) == 70 and len({c.mesh for c in cells}) == 35 and set(QUICK) <= set(CELLS)
+    assert len(cells) == 91 and len({(c.stages, *c.mesh) for c in cells}) == 56 and set(QUICK) <= set(CELLS)
+    assert {c.mesh for c in cells if c.explicit and c.stages == 1} == {c.mesh for c in cells if c.stages == 1}
+    staged = [c for c in cells if c.stages > 1]
+    assert {(c.dispatch, c.exchange) for c in staged} == set(placements.KINDS)
+    assert {c.rounds for c in staged} == {1, 2} and {c.explicit for c in staged} == {True, False}
     kinds = {(c.dispatch, c.exchange) for c in cells}
     assert kinds == set(placements.KINDS)
     split = [c for c in cells if c.mesh[placements.AXES.index("context")] > 1]
@@ -40,7 +49,7 @@ def test_the_battery_is_whole():
         itertools.product(("einsum", "gather", "ragged"), ("gather", "ring"))
     )
     assert {c.dispatch for c in cells if c.share} == {"einsum", "gather", "ragged"}
-    assert {c.microbatches for c in cells} == {1, 2}
+    assert {c.microbatches for c in cells} == {1, 2, 4}
 
 
 def weighed(names):
@@ -56,14 +65,13 @@ def test_a_step_is_that_of_one_device(name):
 
     And what travels is what has to: tokens to their experts and home, each time at the least bytes, keys and values.
     """
-    want, cell = placements.expected(), CELLS[name]
+    cell = CELLS[name]
+    want = placements.expected(cell.layers)
     assert (want.stats.kept < want.stats.routed).all(), "the test needs drops"
-    got, found = placements.step(placements.config(cell))
+    got, found = placements.step(placements.config(cell), cell.explicit)
     placements.agree(got, want)
-    counts = 200  # bytes: ragged rows are counted before they are sent
-    assert sorted(
-        (c.axes, c.bytes) for c in found if c.op == "all-to-all" and c.bytes > counts
-    ) == placements.exchanges(cell)
+    sent = [c for c in found if c.op == "all-to-all" and c.bytes > placements.COUNTS and c.axes != ("stage",)]
+    assert sorted((c.axes, c.bytes) for c in sent) == placements.exchanges(cell)
     assert not placements.stray(cell, found)
 
 

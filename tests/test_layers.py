@@ -287,18 +287,18 @@ def test_embedding_and_head(positions, tied):
         angle = at[..., None] / 10000.0 ** (np.arange(0, D, 2) / D)
         want[..., 0::2] += np.sin(angle)
         want[..., 1::2] += np.cos(angle)
-    got = jax.jit(layer.__call__)(jnp.asarray(tokens), jnp.asarray(at))
+    got = jax.jit(lambda t, p: layer(t, p, None))(jnp.asarray(tokens), jnp.asarray(at))
     np.testing.assert_allclose(got, want, atol=2e-6)
     x = numbers(2, 3, D)
     head = f64(layer.table[...]).T if tied else f64(layer.head[...])
-    np.testing.assert_allclose(jax.jit(layer.logits)(x), f64(x) @ head, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda x: layer.logits(x, None))(x), f64(x) @ head, atol=1e-5)
 
 
 def test_logits_are_float32_in_a_bfloat16_model():
     layer = filled(lambda: Embedding(model(dtype="bfloat16"), None, nnx.Rngs(params=0)))
-    x = layer(jnp.asarray([[3, 0, 10]]), jnp.zeros((1, 3), jnp.int32))
+    x = layer(jnp.asarray([[3, 0, 10]]), jnp.zeros((1, 3), jnp.int32), None)
     assert x.dtype == jnp.bfloat16
-    logits = layer.logits(x)  # not jitted: the compiler may keep more precision than was asked for
+    logits = layer.logits(x, None)  # not jitted: the compiler may keep more precision than was asked for
     assert logits.dtype == jnp.float32
     want = f64(x) @ f64(layer.table[...].astype(jnp.bfloat16)).T
     np.testing.assert_allclose(logits, want, atol=1e-5)  # sums in float32: bfloat16 ones would be off by 1e-2

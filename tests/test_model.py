@@ -132,7 +132,7 @@ def test_transformer_is_its_blocks(final_norm, settings, stacked):
     @jax.jit
     def both(tokens):
         ctx = context(tokens)
-        x, stats = model.embedding(tokens, ctx.positions), []
+        x, stats = model.embedding(tokens, ctx.positions, None), []
         for stack, (_, repeats) in zip(model.stacks, model.runs, strict=True):
             for i in range(repeats):
                 for block in one(stack, i).blocks:
@@ -140,7 +140,7 @@ def test_transformer_is_its_blocks(final_norm, settings, stacked):
                     x, routed, _ = block(x, ctx, train=False, keys=None, cache=None, **own)
                     stats += [] if routed is None else [routed.stats]
         x = model.final_norm(x) if final_norm else x
-        return model.embedding.logits(x), stats, model(tokens, **settings)
+        return model.embedding.logits(x, None), stats, model(tokens, **settings)
 
     want, stats, got = both(TOKENS)
     np.testing.assert_allclose(got.logits, want, atol=1e-5)

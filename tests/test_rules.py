@@ -105,7 +105,11 @@ def test_rows_instead_of_their_parts():
 LEAVES = [("w_up", (2, 6, 5), ("experts", "expert_embed", "expert_mlp"))]
 SIZES = {"data": 2, "fsdp": 1, "expert": 2, "tensor": 2}
 CONFLICTS = {
-    "unknown axis": ({"vocab": ("tensors",)}, [], ["rules.vocab", "unknown mesh axis 'tensors'", "use data, fsdp"]),
+    "unknown axis": (
+        {"vocab": ("tensors",)},
+        [],
+        ["rules.vocab", "unknown mesh axis 'tensors'", "use stage, data, fsdp"],
+    ),
     "one axis twice": (
         {"expert_embed": ("expert",)},
         [("w_up", (2, 6, 4), LEAVES[0][2])],

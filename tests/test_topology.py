@@ -100,15 +100,15 @@ def hosts(grid):
 @pytest.mark.parametrize("name", compilable("h100:4x8", "a100:4x8"))
 def test_the_fast_axes_of_gpus_lie_inside_a_host(name):
     mesh = topology_mesh(MeshConfig(data=2, fsdp=2, expert=4, tensor=2), parse(name))
-    assert mesh.axis_names == MESH_AXES and mesh.devices.shape == (2, 2, 4, 1, 2)
-    inside = [hosts(mesh.devices[i, j]) for i in range(2) for j in range(2)]
+    assert mesh.axis_names == MESH_AXES and mesh.devices.shape == (1, 2, 2, 4, 1, 2)
+    inside = [hosts(mesh.devices[0, i, j]) for i in range(2) for j in range(2)]
     assert [len(h) for h in inside] == [1] * 4 and len(set.union(*inside)) == 4
 
 
 @pytest.mark.parametrize("name", compilable("v5e:4x4*2", "v5p:2x4x2*2"))
 def test_the_slowest_axis_crosses_slices(name):
     mesh = topology_mesh(MeshConfig(data=4, expert=8), parse(name))
-    slices = [{d.slice_index for d in row.flat} for row in mesh.devices]
+    slices = [{d.slice_index for d in row.flat} for row in mesh.devices[0]]
     assert slices == [{0}, {0}, {1}, {1}]
 
 

@@ -15,11 +15,11 @@ class Least:
     """
 
     bytes_each_way: int  # of one all-to-all, the mean of its stages
-    forward: int  # all-to-alls of a layer in the forward pass, of each microbatch
+    forward: int  # all-to-alls of a layer in a forward pass
     recompute: int  # of its recomputation in the backward pass
     backward: int
     layers: int  # with a mixture of experts
-    microbatches: int
+    passes: float  # of a device through all layers: its microbatches, or its share of the layers in each tick
     shards: int  # n
     stages: tuple[int, ...]  # shards of each all-to-all of a way
     tokens: int  # T, of a device and microbatch
@@ -27,9 +27,9 @@ class Least:
     @property
     def count(self) -> dict[str, int]:
         """All-to-alls of a step, by phase."""
-        runs = self.layers * self.microbatches
+        runs = self.layers * self.passes
         each = {"forward": self.forward, "recompute": self.recompute, "backward": self.backward}
-        return {phase: n * runs for phase, n in each.items()}
+        return {phase: round(n * runs) for phase, n in each.items()}
 
     @property
     def total_bytes(self) -> int:
@@ -66,7 +66,7 @@ def least_exchange(cfg: Config, platform: str, *, forward_only: bool = False) ->
         recompute=0 if forward_only else ways * step.exchanged_again,
         backward=0 if forward_only else ways,
         layers=step.moe_layers,
-        microbatches=step.microbatches,
+        passes=step.turns,
         shards=n,
         stages=stages,
         tokens=step.tokens,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from moe_jax.axes import Axes, Rules
 from moe_jax.layers.common import fan_in
-from moe_jax.rules import current_mesh, spec
+from moe_jax.rules import by_hand, current_mesh, spec
 
 
 class Sums(NamedTuple):
@@ -193,4 +193,4 @@ def split_attention(
     queries = spec((rules.batch, groups, within, rules.length, ()))
     keys = spec((rules.batch, groups, rules.length, ()))
     specs = (queries, keys, keys, spec((rules.batch, ())))
-    return jax.shard_map(local, in_specs=specs, out_specs=queries)(q, k, v, segments)
+    return by_hand(local, in_specs=specs, out_specs=queries)(q, k, v, segments)

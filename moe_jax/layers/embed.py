@@ -21,21 +21,21 @@ class Embedding(nnx.Module):
         self.positions = param(rngs, (m.max_length, D), ("position", "embed"), 0.02) if learned else None
         self.head = None if m.tied_head else param(rngs, (D, V), ("embed", "vocab"), fan_in(D))
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """tokens, positions [B, L] int32 -> [B, L, D] in the compute type."""
+    def __call__(self, tokens: jax.Array, positions: jax.Array, rules: Rules | None) -> jax.Array:
+        """tokens, positions [B, L] int32 -> [B, L, D] in the compute type, laid out by `rules`."""
         x = self.rows(self.table, "vocab")[tokens]  # [B,L,D]
         if self.positions is not None:
             x = x + self.rows(self.positions, "position")[positions]
         if self.m.positions == "sinusoidal":
             x = x + sinusoidal(positions, self.m.d_model)
-        return lay(x.astype(self.m.dtype), self.rules, names=("batch", "length", "act_embed"))
+        return lay(x.astype(self.m.dtype), rules, names=("batch", "length", "act_embed"))
 
     def rows(self, table: nnx.Param, name: str) -> jax.Array:
         """A table with whole rows: a lookup in split ones would make the partitioner replicate every token."""
         return lay(table[...], self.rules, names=(name, "act_embed"))
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """x [B, L, D] -> [B, L, V] float32."""
+    def logits(self, x: jax.Array, rules: Rules | None) -> jax.Array:
+        """x [B, L, D] -> [B, L, V] float32, both laid out by `rules`."""
         w = self.table[...].T if self.head is None else self.head[...]
-        out = product(x, w, self.rules, jnp.float32)
-        return lay(out, self.rules, names=("batch", "length", "act_vocab"))
+        out = product(x, w, rules, jnp.float32)
+        return lay(out, rules, names=("batch", "length", "act_vocab"))

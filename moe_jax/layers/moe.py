@@ -23,7 +23,7 @@ from moe_jax.layers.common import ACTIVATIONS, Keys, constant, dropout, fan_in, 
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.ragged import over_mesh, ragged_experts
 from moe_jax.routing import QUIET, Noise, Routing, check_mask, draw, jittered, recorded, route
-from moe_jax.rules import current_mesh, platform, spec
+from moe_jax.rules import any_axes, by_hand, current_mesh, platform, spec
 from moe_jax.sequence import Cut, shards
 
 FROM_CONFIG: Any = "the config's capacity factor"
@@ -133,6 +133,15 @@ class Experts(nnx.Module):
         return (h @ self.w_down[...].astype(x.dtype)).reshape(E, G, C, D)
 
 
+def typed(layer: "MoELayer", *_: Any, record: bool = False, **__: Any) -> Any:
+    """Partition specs of what a call of a layer returns; without rules it is on one device."""
+    if layer.rules is None:
+        return PartitionSpec()
+    rows = spec(layer.rules.layout("batch", "length", None))
+    y = spec(layer.rules.layout("batch", "length", "act_embed"))
+    return (y, PartitionSpec(), rows)[: 2 + record]
+
+
 class MoELayer(nnx.Module):
     """A mixture of experts in place of a feed-forward layer (Shazeer et al. 2017; Lepikhin et al. 2020, section 2.2).
 
@@ -173,6 +182,7 @@ class MoELayer(nnx.Module):
         shared = moe.shared_experts * width
         self.shared = FFN(ffn, d_model, shared, rules, rngs) if shared else None
 
+    @any_axes(typed)
     def __call__(
         self,
         x: jax.Array,
@@ -395,7 +405,7 @@ class MoELayer(nnx.Module):
 
         def over(*args: Any) -> Any:
             specs = tuple(PartitionSpec() if i < shared else groups for i in range(len(args)))
-            return jax.shard_map(f, in_specs=specs, out_specs=groups)(*args)
+            return by_hand(f, in_specs=specs, out_specs=groups)(*args)
 
         return over
 
@@ -412,8 +422,8 @@ class MoELayer(nnx.Module):
         tokens = spec((self.rules.groups, (), self.rules.travelling))
         return (
             self.per_group(plan),
-            jax.shard_map(chosen.dispatch, in_specs=(tokens, groups), out_specs=buffers),
-            jax.shard_map(chosen.combine, in_specs=(buffers, groups), out_specs=tokens),
+            by_hand(chosen.dispatch, in_specs=(tokens, groups), out_specs=buffers),
+            by_hand(chosen.combine, in_specs=(buffers, groups), out_specs=tokens),
         )
 
     def exchange(self, buffers: jax.Array, *, to_experts: bool) -> jax.Array:

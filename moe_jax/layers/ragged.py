@@ -20,7 +20,7 @@ from moe_jax.grouped import Weights, grouped_ffn
 from moe_jax.layers.common import ACTIVATIONS
 from moe_jax.routing import Routing
 from moe_jax.rows import Rows, gather_rows, sum_rows
-from moe_jax.rules import current_mesh, spec
+from moe_jax.rules import by_hand, current_mesh, spec
 
 
 class Exchange(NamedTuple):
@@ -176,7 +176,7 @@ def over_mesh(rules: Rules, capacity: int, kind: str, exchange: str) -> Callable
 
     def over_shards(tokens: jax.Array, routing: Routing, slots: Slots, weights: Weights) -> jax.Array:
         specs = (width, groups, groups, (None if weights.w_gate is None else up, up, down))
-        parts = jax.shard_map(lambda t, r, s, w: local(t, r, s, Weights(*w)), in_specs=specs, out_specs=width)
+        parts = by_hand(lambda t, r, s, w: local(t, r, s, Weights(*w)), in_specs=specs, out_specs=width)
         return parts(tokens, routing, slots, tuple(weights))
 
     return over_shards

@@ -13,6 +13,7 @@ from moe_jax.schema import Problem
 
 WASTE = 2.0  # slots, or rows of a buffer, a choice in use
 FAR = 0.05  # share of a step, of traffic between hosts or slices
+BUBBLE = 0.1  # share of the ticks of a pipeline in which a stage has no work
 MEGA = 1e6
 
 
@@ -92,6 +93,8 @@ def network(e: Estimate) -> Iterator[Problem]:
         share = seconds / e.times.step
         if move.hidden or not far or share < FAR or (move.what == "exchange" and move.axes == meant):
             continue
+        if move.op == "collective-permute":  # stages are the slowest axis, and pass on less than any other
+            continue
         sent = f"{move.count} x {move.sent / MEGA:,.1f} MB a device"
         why = f"{share:.0%} of a step goes to the {move.what} between {where}, {sent} ({move.op})"
         yield nearer(e.cfg.mesh.sizes, move.axes, e.cluster.topology.fast, why)
@@ -124,6 +127,11 @@ def schedule(e: Estimate) -> Iterator[Problem]:
         times = e.cluster.chip.bf16 / e.cluster.chip.f32
         why = f"is float32, and {e.cluster.name} multiplies bfloat16 {times:.0f} times as fast"
         yield Problem("model.dtype", why, "set it to bfloat16")
+    s = e.step.schedule
+    if s is not None and s.bubble > BUBBLE:
+        need = next(m for m in range(1, 10**6) if s._replace(microbatches=m).bubble <= BUBBLE)
+        why = f"{s.bubble:.0%} of the {s.ticks} ticks of a step leave a stage without work"
+        yield Problem("train.microbatches", why, f"raise it to {need} or more, or raise train.rounds")
     if e.times is not None and e.times.hidden > max(e.times.compute, e.times.memory):
         busy = max(e.times.compute, e.times.memory)
         why = f"weights and gradients move for {e.times.hidden:.3g} s a step, behind {busy:.3g} s of work"

@@ -172,11 +172,15 @@ class Wiring:
 
         Args:
             op: all-to-all: `size` bytes lie on each device before and after; all-gather: its result has `size` bytes;
-                reduce-scatter: its input; all-reduce: both, in two passes.
+                reduce-scatter: its input; all-reduce: both, in two passes; collective-permute: `size` bytes to a
+                neighbour, of which some are far where the axis is.
         """
         local, far, n = self.route(axes)
         if n == 1:
             return 0.0
+        if op == "collective-permute":
+            fast, slow = LATENCY[self.cluster.platform]
+            return size / self.cluster.chip.slow + slow if far > 1 else size / self.cluster.chip.link + fast
         if op == "all-reduce":
             return 2 * self.seconds("all-gather", axes, size)
         steps = self.torus if self.cluster.platform == "tpu" else self.switched

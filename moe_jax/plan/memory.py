@@ -233,17 +233,17 @@ def memory(step: Step) -> Memory:
     Microbatches add their gradients up beside the sum so far.
     """
     m, rules, mesh = step.cfg.model, step.cfg.rules, step.cfg.mesh
-    logits = step.tokens * m.vocab * 4 // step.over("act_vocab")
+    logits = int(step.tokens * m.vocab * 4 // step.over("act_vocab") * (step.head_runs if step.schedule else 1))
     held = state(step) | {"batch": 5 * 4 * step.tokens * step.microbatches}
     layers: dict[str, int] = {}
     kinds = Counter(m.layer_kinds)
     for kind, times in kinds.items():
         for name, size in saved(step, kind).items():
-            layers[name] = layers.get(name, 0) + times * size
+            layers[name] = layers.get(name, 0) + round(times * size * (step.turns if step.schedule else 1))
     if m.remat == "none":
         layers["activations"] += cast_weights(step)
     stacks = sum(4 * x.shard(rules, mesh) for x in step.leaves if x.axes[0] == "layers")
-    so_far = gradients(step) if step.microbatches > 1 else 0
+    so_far = gradients(step) if step.one_by_one else 0
     work = max(working(step, kind) for kind in kinds) + gathered_layer(step)
     summed = {"gradients": stacks + so_far, "logits": logits}
     moments = {

@@ -95,6 +95,7 @@ def clocked(e: Estimate, tokens: int | None, price: float | None) -> dict[str, A
         "step_seconds": t.step,
         "mfu_ceiling": roofline.utilisation(e.step, e.cluster, t.step),
         "dominant": t.dominant,
+        "bubble": t.bubble,
         "seconds": {"compute": t.compute, "hbm": t.memory, "exposed": t.exposed, "hidden": t.hidden}
         | {"collectives": [{"what": x.move.what, "op": x.move.op, "seconds": x.seconds} for x in t.moves]},
         "tokens_per_second": data.batch * data.length / t.step,

@@ -29,6 +29,7 @@ class Times:
     exposed: float  # collectives that something waits for
     hidden: float  # collectives that can run beside computation
     moves: tuple[Timed, ...]
+    bubble: float = 0.0  # share of the ticks of a pipeline in which a stage has no work; it computes all the same
 
     @property
     def step(self) -> float:
@@ -58,9 +59,13 @@ def wiring(step: Step, cluster: Cluster) -> Wiring:
 
 
 def whole(step: Step, leaves: Iterable[Leaf]) -> int:
-    """Elements of parameters that a product reads on a device: its shards, and what is gathered of split widths."""
+    """Elements of parameters that a pass of all layers reads: shards, what is gathered of split widths, all stages."""
     rules, mesh = step.cfg.rules, step.cfg.mesh
-    return sum(leaf.shard(rules, mesh) * mesh.over(gathered(step, leaf)) for leaf in leaves)
+
+    def stages(leaf: Leaf) -> int:
+        return mesh.over(rules.layers) if leaf.axes[0] == "layers" else 1
+
+    return sum(leaf.shard(rules, mesh) * mesh.over(gathered(step, leaf)) * stages(leaf) for leaf in leaves)
 
 
 def times(step: Step, cluster: Cluster) -> Times:
@@ -72,7 +77,9 @@ def times(step: Step, cluster: Cluster) -> Times:
     rules, mesh = step.cfg.rules, step.cfg.mesh
     held = sum(leaf.shard(rules, mesh) for leaf in step.leaves)
     passes = step.passes("attn") + 2  # the backward pass reads weights and writes gradients
-    read = whole(step, step.leaves) * step.width * passes * step.microbatches
+    layers = whole(step, (x for x in step.leaves if x.axes[0] == "layers"))
+    rest = whole(step, (x for x in step.leaves if x.axes[0] != "layers"))
+    read = (layers * step.turns + rest * step.microbatches) * step.width * passes
     through = read + held * 4 * 8  # AdamW: 4 reads, 3 writes, and one gradient
     return Times(
         sum(step.executed().values()) / peak(step, cluster),
@@ -80,6 +87,7 @@ def times(step: Step, cluster: Cluster) -> Times:
         sum(t.seconds for t in timed if not t.move.hidden),
         sum(t.seconds for t in timed if t.move.hidden),
         timed,
+        0.0 if step.schedule is None else step.schedule.bubble,
     )
 
 
@@ -109,7 +117,8 @@ def utilisation(step: Step, cluster: Cluster, seconds: float) -> float:
 class Decode(NamedTuple):
     """One decoding step of the whole batch: a token each.
 
-    Weights of split widths (`mesh.fsdp`) are read whole; the time to gather them over the network is not counted.
+    Weights of split widths (`mesh.fsdp`) and of all stages are read by each device; the time to gather them over the
+    network is not counted.
     """
 
     experts: float  # distinct experts of a layer that the batch touches

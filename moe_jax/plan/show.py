@@ -31,6 +31,7 @@ def verdict(r: dict[str, Any]) -> list[str]:
         left = f"{size(abs(hbm - peak))} {'to spare' if r['fits'] else 'too much'}"
         fit = f"{'fits' if r['fits'] else 'DOES NOT FIT'}: peak {size(peak)} of {size(hbm)}, {left}"
         speed = f"step {seconds(r['step_seconds'])} at the least, MFU {r['mfu_ceiling']:.0%} at the most"
+        speed += f", bubble {r['bubble']:.0%}" if r["bubble"] else ""
         if r["topology"].partition(":")[0] in GPUS:
             fit += " (the whole card, of which driver and libraries take some)"
         lines = [f"{where} on {r['topology']}", fit, f"{speed}; dominated by {r['dominant']}"]

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from moe_jax.axes import Axes
+from moe_jax.pattern import AXIS
 from moe_jax.plan.leaves import Leaf
 from moe_jax.plan.work import Step
 
@@ -24,6 +25,8 @@ class Move(NamedTuple):
     @property
     def sent(self) -> float:
         """Bytes that leave a device each time."""
+        if self.op == "collective-permute":
+            return self.bytes
         return PASSES[self.op] * self.bytes * (self.devices - 1) / self.devices
 
 
@@ -39,7 +42,8 @@ def move(step: Step, what: str, op: str, axes: Axes, count: float, size: float, 
 
 def traffic(step: Step) -> list[Move]:
     """All collectives of a train step that move something, the exchange first."""
-    found = [*exchange(step), *keys_and_values(step), *partial_sums(step), *weights(step), *gradients(step)]
+    found = [*exchange(step), *stages(step), *keys_and_values(step), *partial_sums(step), *weights(step)]
+    found += gradients(step)
     return [m for m in found if m.devices > 1 and m.count and m.bytes]
 
 
@@ -53,10 +57,28 @@ def exchange(step: Step) -> list[Move]:
     unless the exchanged tensors are saved by name."""
     if step.cfg.model.moe is None:
         return []
-    count = 2 * (2 + step.exchanged_again) * step.moe_layers * step.microbatches
+    count = round(2 * (2 + step.exchanged_again) * step.moe_layers * step.turns)
     axes = step.cfg.rules.experts
     stages = [(a,) for a in axes] if step.cfg.model.moe.exchange == "hierarchical" else [axes]
     return [move(step, "exchange", "all-to-all", stage, count, exchange_bytes(step)) for stage in stages]
+
+
+def stages(step: Step) -> list[Move]:
+    """What the stages of a pipeline pass on, once a tick, and back with its gradient; and what they share.
+
+    That is the rows of embedding and head, and with several rounds the layers, which are dealt out in another order
+    than they are stored.
+    """
+    s, m, rules = step.schedule, step.cfg.model, step.cfg.rules
+    if s is None:
+        return []
+    rows = step.tokens * m.d_model * step.width / step.over("act_embed")
+    layers = sum(4 * leaf.shard(rules, step.cfg.mesh) for leaf in step.leaves if leaf.axes[0] == "layers")
+    return [
+        move(step, "between stages", "collective-permute", (AXIS,), 2 * s.ticks, rows),
+        move(step, "rows of embedding and head", "all-to-all", (AXIS,), 4, rows * s.microbatches),
+        move(step, "layers of rounds", "all-to-all", (AXIS,), 2 * (s.rounds > 1), layers, True),
+    ]
 
 
 def keys_and_values(step: Step) -> list[Move]:
@@ -65,7 +87,7 @@ def keys_and_values(step: Step) -> list[Move]:
     heads = m.resolved_kv_heads // step.over("kv_heads")
     size = 2 * step.rows * step.cfg.data.length * heads * m.resolved_head_dim * step.width
     hidden = m.attention_exchange == "ring"
-    count = m.layers * step.microbatches
+    count = round(m.layers * step.turns)
     return [
         move(step, "keys and values", "all-gather", axes, count * step.passes("attn"), size, hidden),
         move(step, "keys and values", "reduce-scatter", axes, count, size, hidden),
@@ -85,7 +107,7 @@ def partial_sums(step: Step) -> list[Move]:
         rows = step.tokens if local else step.sent_rows
         sums["expert sums"] = (rules.expert_mlp, step.moe_layers, rows * row)
     out = [
-        move(step, what, "all-reduce", axes, layers * (forward + 1) * step.microbatches, size)
+        move(step, what, "all-reduce", axes, round(layers * (forward + 1) * step.turns), size)
         for what, (axes, layers, size) in sums.items()
     ]
     looked_up = move(step, "embedding rows", "all-reduce", rules.vocab, step.microbatches, step.tokens * m.d_model * 4)
@@ -105,12 +127,15 @@ def weights(step: Step) -> list[Move]:
         axes = live(step, gathered(step, leaf))
         if not axes:
             continue
-        layers = leaf.shape[0] if leaf.axes[0] == "layers" else 1
+        stacked = leaf.axes[0] == "layers"
+        layers = leaf.shape[0] if stacked else 1
         passes = step.passes("attn") + 1 if leaf.component not in ("embed", "pos") else 1
-        size = leaf.shard(rules, mesh) * mesh.over(axes) * step.width / layers
+        here = leaf.shard(rules, mesh) * (mesh.over(rules.layers) if stacked else 1) // layers  # of one layer
+        size = here * mesh.over(axes) * step.width
         entry = out.setdefault(axes, [0.0, 0.0])
-        entry[0] += passes * step.microbatches * layers
-        entry[1] += passes * step.microbatches * layers * size
+        runs = passes * layers * (step.turns if stacked else step.microbatches)
+        entry[0] += runs
+        entry[1] += runs * size
     return [move(step, "weights", "all-gather", axes, n, total / n, True) for axes, (n, total) in out.items()]
 
 

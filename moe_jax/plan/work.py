@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from moe_jax import cost
 from moe_jax.cost import matrices
-from moe_jax.pattern import query_blocks
+from moe_jax.pattern import Schedule, query_blocks
 from moe_jax.plan.leaves import Count, Leaf, count, expert_width, leaves
 from moe_jax.schema import Config
 
@@ -61,6 +61,30 @@ class Step:
     def microbatches(self) -> int:
         return self.cfg.train.microbatches
 
+    @property
+    def schedule(self) -> Schedule | None:
+        """How microbatches pass through the stages of a pipeline, if the mesh has stages."""
+        mesh, train = self.cfg.mesh, self.cfg.train
+        return None if mesh.stage == 1 else Schedule(mesh.stage, self.microbatches, train.rounds)
+
+    @property
+    def turns(self) -> float:
+        """How often a device passes the model's layers in a step: all for each microbatch, or its share each tick."""
+        s = self.schedule
+        return self.microbatches if s is None else s.ticks / (s.stages * s.rounds)
+
+    @property
+    def head_runs(self) -> float:
+        """How often a device makes logits of as many tokens as a microbatch has: stages share rows that divide."""
+        mesh, rules = self.cfg.mesh, self.cfg.rules
+        shared = self.schedule and self.cfg.data.batch % (mesh.over(rules.batch) * mesh.stage) == 0
+        return self.microbatches / mesh.stage if shared else self.microbatches
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether microbatches are recomputed one by one in the backward pass; in a pipeline all are on their way."""
+        return self.microbatches > 1 and self.schedule is None
+
     @cached_property
     def shards(self) -> int:
         """Token shards."""
@@ -93,7 +117,7 @@ class Step:
     @property
     def exchanged_again(self) -> int:
         """How often a microbatch's exchange is repeated in the backward pass: it is saved, or recomputed."""
-        return (self.cfg.model.remat in ("full", "dots")) + (self.microbatches > 1)
+        return (self.cfg.model.remat in ("full", "dots")) + self.one_by_one
 
     @cached_property
     def group(self) -> int:
@@ -154,7 +178,7 @@ class Step:
             again = (matrices(self.cfg.model.ffn) - 1) / matrices(self.cfg.model.ffn) if part == "experts" else 0.0
         if part == "head":
             again = 0.0
-        return 1 + again + (self.microbatches > 1)
+        return 1 + again + self.one_by_one
 
     def executed(self) -> dict[str, float]:
         """FLOPs that a device executes in a step, by part; empty slots, recomputation and dispatch among them."""
@@ -173,7 +197,7 @@ class Step:
         ):  # the mask has no gradient: one product back, not two
             both = 2 * 2 * self.group * moe.experts * self.slots * self.groups * D
             out["dispatch"] = self.moe_layers * both * (self.passes("dispatch") + 1)
-        return {c: n * self.microbatches for c, n in out.items() if n}
+        return {c: n * (self.head_runs if c == "head" else self.turns) for c, n in out.items() if n}
 
     def parts(self) -> list[tuple[str, int, str]]:
         """Matrices that every token passes: component, parameters, the logical axis that splits their work."""

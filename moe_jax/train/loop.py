@@ -26,7 +26,7 @@ from moe_jax.picture import draw_run
 from moe_jax.train.evaluate import Evaluator, local_rows, to_devices
 from moe_jax.train.resume import AgreedStop, Stop, changes, checkpoint_info, claimed, locked
 from moe_jax.train.state import Model, State
-from moe_jax.train.step import lower_train_step
+from moe_jax.train.step import lower_train_step, schedule
 
 IN_FLIGHT = 1  # steps dispatched ahead of the one whose metrics are read
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes elsewhere
@@ -194,6 +194,8 @@ class Run:
         note(f"{self.cfg.name}: {total:,} parameters, {active:,} of them active for a token")
         several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         note(f"mesh {self.cfg.mesh}, on {jax.device_count()} {jax.devices()[0].platform} device(s){several}")
+        if (s := schedule(self.cfg, self.cfg.data.batch)) is not None:
+            note(f"pipeline of {s.stages} stages: {s.ticks} ticks a step, bubble (S-1)/(R*M+S-1) = {s.bubble:.1%}")
         if self.cfg.model.moe is not None:
             note(self.dispatch())
         note(f"workdir {self.workdir}")

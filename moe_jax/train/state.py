@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.axes import MESH_AXES
 from moe_jax.config import Config
@@ -121,7 +121,7 @@ class Model:
         """Learning rate by step."""
         return optimizer.schedule(self.cfg.train.optimizer, self.cfg.train.steps)
 
-    def weight_shardings(self, mesh: Mesh) -> Weights:
+    def weight_shardings(self, mesh: Mesh | AbstractMesh) -> Weights:
         def where(axes: Any) -> Any:
             return jax.tree.map(lambda a: sharding(mesh, self.cfg.rules.layout(*a)), axes, is_leaf=optimizer.is_axes)
 
@@ -131,7 +131,7 @@ class Model:
         """Shapes of the weights with shardings, for restoring a checkpoint without its optimizer."""
         return placed(Weights(self.shapes, self.bias_shapes), self.weight_shardings(mesh))
 
-    def shardings(self, mesh: Mesh) -> State:
+    def shardings(self, mesh: Mesh | AbstractMesh) -> State:
         """Where every leaf of the train state lives; optimizer state lies like its parameters."""
         rules, replicated = self.cfg.rules, NamedSharding(mesh, PartitionSpec())
         opt = jax.eval_shape(self.optimizer().init, self.shapes)

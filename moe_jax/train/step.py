@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from moe_jax import balance
-from moe_jax.axes import Layout
 from moe_jax.balance import Stats
+from moe_jax.config import Config
 from moe_jax.layers.moe import FROM_CONFIG
-from moe_jax.rules import constrain, sharding
+from moe_jax.pattern import Schedule
+from moe_jax.pipeline import split
+from moe_jax.rules import any_axes, current_mesh, sharding
 from moe_jax.sequence import ordered, shards
 from moe_jax.train.state import Model, State, Weights, nnx_keys, text_keys
 
@@ -40,8 +42,28 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+def together(cfg: Config) -> int:
+    """Rows that share a routing group, and so a microbatch."""
+    moe = cfg.model.moe
+    size = moe.group_size if moe is not None and isinstance(moe.group_size, int) else 1
+    return max(1, size // cfg.data.length)
+
+
+def schedule(cfg: Config, rows: int) -> Schedule | None:
+    """How so many rows pass through the stages of the mesh; None where it has one stage.
+
+    Rows that do not make the microbatches of a step, as in an evaluation, pass in one.
+    """
+    if cfg.mesh.stage == 1:
+        return None
+    m, own = cfg.train.microbatches, together(cfg)
+    if rows % (m * own * cfg.mesh.over(cfg.rules.batch)):
+        return Schedule(cfg.mesh.stage, 1)
+    return Schedule(cfg.mesh.stage, m, cfg.train.rounds, own)
+
+
 def forward(model: Model, weights: Weights, batch: Batch, *, train: bool, keys=None, capacity_factor=FROM_CONFIG):
-    """The `Sums` of one (micro)batch.
+    """The `Sums` of one (micro)batch, or of a whole batch whose microbatches pass through the stages of a pipeline.
 
     Split rows are put in the order of their shards here, once: nothing after it moves a token, and all that is summed
     does not know the order.
@@ -56,25 +78,11 @@ def forward(model: Model, weights: Weights, batch: Batch, *, train: bool, keys=N
         key=keys,
         capacity_factor=capacity_factor,
         balanced=True,
+        schedule=schedule(model.cfg, batch["tokens"].shape[0]),
     )
     nats = cross_entropy(out.logits, batch["targets"]) * batch["weights"]
     targets = (batch["weights"] > 0).sum(dtype=jnp.int32)
     return Sums(nats.sum(), targets, (batch["segments"] > 0).sum(dtype=jnp.int32), out.stats)
-
-
-def microbatches(model: Model, tree: Any) -> Any:
-    """[B, ...] -> [m, B/m, ...]: each device keeps its rows, and rows that share a routing group stay together."""
-    cfg = model.cfg
-    m, moe = cfg.train.microbatches, cfg.model.moe
-    size = moe.group_size if moe is not None and isinstance(moe.group_size, int) else 1
-    together = max(1, size // cfg.data.length)
-    layout: Layout = ((), cfg.rules.batch)
-
-    def one(x: jax.Array) -> jax.Array:
-        parts = x.reshape(-1, m, together, *x.shape[1:]).swapaxes(0, 1).reshape(m, -1, *x.shape[1:])
-        return constrain(parts, layout + ((),) * (parts.ndim - 2))
-
-    return jax.tree.map(one, tree)
 
 
 def mean_nats(sums: Sums) -> jax.Array:
@@ -82,14 +90,16 @@ def mean_nats(sums: Sums) -> jax.Array:
     return sums.nats / jnp.maximum(sums.targets, 1).astype(jnp.float32)
 
 
+@any_axes(lambda *_: PartitionSpec())
 def total_loss(model: Model, params: Any, batch: Batch, keys: jax.Array, bias: Any = None) -> tuple[jax.Array, Sums]:
     """Mean cross entropy plus the router losses, each divided once, over the whole step.
 
     With microbatches the sums are added up inside the differentiated function and each part is recomputed in the
     backward pass: the balance loss is not a mean of per-part losses, so its gradient needs the counts of all parts.
-    With `balance_over="microbatch"` the balance loss is the mean of the parts' own.
+    With `balance_over="microbatch"` the balance loss is the mean of the parts' own. In a pipeline the microbatches are
+    parts of one pass, which adds them up itself.
     """
-    m, moe = model.cfg.train.microbatches, model.cfg.model.moe
+    m, moe = model.cfg.train.microbatches if model.cfg.mesh.stage == 1 else 1, model.cfg.model.moe
     own = moe is not None and moe.balance_over == "microbatch"
     rest = dataclasses.replace(moe, balance_loss=0.0) if moe is not None and own else moe
 
@@ -107,7 +117,7 @@ def total_loss(model: Model, params: Any, batch: Batch, keys: jax.Array, bias: A
         def add(total: Any, inputs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, again(params, *inputs)), None
 
-        inputs = microbatches(model, batch), microbatches(model, keys)
+        inputs = split((batch, keys), m, together(model.cfg), model.cfg.rules)
         shapes = jax.eval_shape(part, params, *jax.tree.map(lambda x: x[0], inputs))
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         (sums, balancing), _ = jax.lax.scan(add, zero, inputs)
@@ -136,6 +146,10 @@ def make_train_step(model: Model) -> Callable[[State, Batch, jax.Array], tuple[S
     """One optimizer step. The key of a row is a function of (seed, step, row): nothing random is stored."""
     tx, rate = model.optimizer(), model.rate()
 
+    def typed(*_: Any) -> Any:
+        return jax.tree.map(lambda s: s.spec, model.shardings(current_mesh())), PartitionSpec()
+
+    @any_axes(typed)
     def train_step(state: State, batch: Batch, seed: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         keys = jax.random.split(jax.random.fold_in(seed, state.step), batch["tokens"].shape[0])
         loss = jax.value_and_grad(total_loss, argnums=1, has_aux=True)

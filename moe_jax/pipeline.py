@@ -1,0 +1,179 @@
+"""Pipeline parallelism: the layers lie on the stages of a mesh axis, and microbatches pass from stage to stage.
+
+Every tick all stages work at once, each on another microbatch; then what they made moves on by one stage, in one
+collective-permute. A stage without work computes on what lies there, and what it counted is thrown away. With several
+rounds the layers are dealt out in turn, and a microbatch goes round the stages that often: the bubble shrinks by as
+much, and what travels grows by as much.
+
+    two stages, three microbatches      tick    0  1  2  3
+    (GPipe, Huang et al. 2019)          stage 0 a  b  c  .
+                                        stage 1 .  a  b  c
+    two rounds (interleaved,            tick    0  1  2  3  4  5  6
+    Narayanan et al. 2021)              stage 0 a  b  c  a' b' c' .
+                                        stage 1 .  a  b  c  a' b' c'
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from moe_jax.axes import Axes, Layout, Rules
+from moe_jax.layers.common import lay
+from moe_jax.pattern import AXIS, Schedule
+from moe_jax.rules import current_mesh, spec, stages
+
+
+def split(tree: Any, parts: int, together: int, rules: Rules) -> Any:
+    """[B, ...] -> [m, B/m, ...]: each device keeps its rows, and rows that share a routing group stay together."""
+
+    def one(x: jax.Array) -> jax.Array:
+        rows = dealt(x, parts, together)
+        return lay(rows, rules, ((), rules.batch, *(None,) * (rows.ndim - 2)))
+
+    return jax.tree.map(one, tree)
+
+
+def dealt(x: jax.Array, parts: int, together: int) -> jax.Array:
+    """[B, ...] -> [m, B/m, ...], so many neighbouring rows to each microbatch in turn."""
+    rows = x.reshape(-1, parts, together, *x.shape[1:]).swapaxes(0, 1)
+    return rows.reshape(parts, -1, *x.shape[1:])
+
+
+def joined(x: jax.Array, together: int) -> jax.Array:
+    """The inverse of `dealt`."""
+    parts = x.shape[0]
+    return x.reshape(parts, -1, together, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+
+def shared(rules: Rules, rows: int) -> Rules:
+    """Rules for what precedes and follows the pipeline: the stages share its rows, where these divide."""
+    split = replace(rules, batch=(*rules.batch, AXIS))
+    return rules if rows % prod(current_mesh().shape[a] for a in split.batch) else split
+
+
+def begin(x: jax.Array, schedule: Schedule, rules: Rules) -> jax.Array:
+    """Rows [B, L, D], laid out `shared` -> microbatches [S, m, B/m, L, D], which are all at the first stage."""
+    outside = shared(rules, x.shape[0])
+
+    def local(x: jax.Array) -> jax.Array:
+        if outside != rules:
+            pieces = jnp.concatenate([x[None], jnp.zeros((schedule.stages - 1, *x.shape), x.dtype)])
+            x = jax.lax.all_to_all(pieces, AXIS, 0, 0).reshape(-1, *x.shape[1:])
+        return dealt(x, schedule.microbatches, schedule.together)[None]
+
+    rows = rules.layout("batch", "length", "act_embed")
+    layouts = spec((outside.batch, *rows[1:])), spec(((AXIS,), (), *rows))
+    return jax.shard_map(local, in_specs=layouts[0], out_specs=layouts[1])(x)
+
+
+def end(x: jax.Array, schedule: Schedule, rules: Rules) -> jax.Array:
+    """What all stages made of the microbatches [m, S, B/m, L, D] -> the last one's [B, L, D], laid out `shared`."""
+    outside = shared(rules, x.shape[0] * x.shape[2])
+
+    def local(x: jax.Array) -> jax.Array:
+        x = joined(x[:, 0], schedule.together)
+        if outside != rules:
+            pieces = x.reshape(schedule.stages, -1, *x.shape[1:])
+            return jax.lax.all_to_all(pieces, AXIS, 0, 0)[-1]
+        last = jax.lax.axis_index(AXIS) == schedule.stages - 1
+        return jax.lax.psum(jnp.where(last, x, jnp.zeros_like(x)), AXIS)
+
+    rows = rules.layout("batch", "length", "act_embed")
+    layouts = spec(((), (AXIS,), *rows)), spec((outside.batch, *rows[1:]))
+    return jax.shard_map(local, in_specs=layouts[0], out_specs=layouts[1])(x)
+
+
+def of_round(layers: Any, turn: jax.Array) -> Any:
+    """The layers that each stage is at: [R, S, ...] and [S] -> [S, ...]; each stage looks among its own."""
+
+    def local(layers: Any, turn: jax.Array) -> Any:
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, turn[0], keepdims=False), layers)
+
+    stage = PartitionSpec(AXIS)
+    specs = PartitionSpec(None, AXIS), stage
+    return jax.shard_map(local, in_specs=specs, out_specs=stage, axis_names={AXIS})(layers, turn)
+
+
+def hand_on(x: jax.Array, layout: Layout, n: int) -> jax.Array:
+    """What each of n stages made, at the next one; the last one's at the first."""
+    pairs = [(i, (i + 1) % n) for i in range(n)]
+    move = partial(jax.lax.ppermute, axis_name=AXIS, perm=pairs)
+    return jax.shard_map(move, in_specs=spec(layout), out_specs=spec(layout))(x)
+
+
+def pipelined(
+    stage: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
+    layers: Any,
+    widths: list[Layout],
+    x: jax.Array,
+    context: Any,
+    schedule: Schedule,
+    rules: Rules,
+) -> tuple[jax.Array, Any]:
+    """All microbatches through all layers.
+
+    Args:
+        stage: (layers of one stage [n, ...], x [b, L, D], context of these rows) -> (x, counts [n, ...]).
+        layers: of all stages, bottom first, [rounds * stages * n, ...].
+        widths: the layout of what follows that dimension, of each array among them.
+        x: [B, L, D], laid out `shared`, as the result is.
+        context: what belongs to the rows, by microbatch, [m, B/m, ...].
+    Returns:
+        x [B, L, D], and counts [rounds * stages * n, ...], added up over the microbatches.
+    """
+    S, M, R, _ = schedule
+    everywhere = jnp.arange(S)
+    over = ((AXIS,), *rules.layout("batch", "length", "act_embed"))  # [S,b,L,D]
+
+    def laid(layers: Any, *first: Axes) -> Any:
+        leaves, tree = jax.tree.flatten(layers)
+        return jax.tree.unflatten(tree, [lay(a, rules, first + w) for a, w in zip(leaves, widths, strict=True)])
+
+    layers = jax.tree.map(lambda a: a.reshape(R, S, -1, *a.shape[1:]), layers)
+    layers = laid(layers, (), (AXIS,), ())  # [R,S,n,...]
+
+    def work(layers: Any, x: jax.Array, part: jax.Array) -> tuple[jax.Array, Any]:
+        token = stages.set(AXIS)
+        try:
+            mine = jax.tree.map(lambda a: jax.vmap(lambda m, a=a: a[m], spmd_axis_name=AXIS)(part), context)
+            return jax.vmap(stage, spmd_axis_name=AXIS)(layers, x, mine)
+        finally:
+            stages.reset(token)
+
+    def masked(choose: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:  # [S]; [S,...]
+        return jnp.where(choose.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+
+    def tick(carry: tuple[jax.Array, jax.Array, Any], t: jax.Array) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
+        state, inputs, counts = carry  # [S,b,L,D]; [S,M,b,L,D], of which the first stage's count; [R,S,n,...]
+        piece = t - everywhere  # [S], the how-maniest piece of work of each stage this is
+        busy = (piece >= 0) & (piece < R * M)
+        piece = jnp.clip(piece, 0, R * M - 1)
+        turn, part = piece // M, piece % M
+        moved = hand_on(state, over, S)
+        if R > 1:  # what the last stage made is at the first one, M - S ticks before its turn
+            slot = (t - S) % M
+            inputs = inputs.at[:, slot].set(jnp.where(t >= S, moved, inputs[:, slot]))
+        state = lay(masked(everywhere == 0, inputs[:, t % M], moved), rules, over)
+        mine = laid(of_round(layers, turn), (AXIS,), ()) if R > 1 else jax.tree.map(lambda a: a[0], layers)
+        state, made = work(mine, state, part)
+
+        def add(total: jax.Array, new: jax.Array) -> jax.Array:
+            zero = jnp.zeros_like(new)
+            return total + jnp.stack([masked(busy & (turn == r), new, zero) for r in range(R)])
+
+        state = lay(state, rules, over)
+        return (state, inputs, jax.tree.map(add, counts, made)), state
+
+    inputs = begin(x, schedule, rules)
+    empty = jnp.zeros_like(inputs[:, 0])
+    _, made = jax.eval_shape(work, jax.tree.map(lambda a: a[0], layers), empty, everywhere)
+    counts = jax.tree.map(lambda s: jnp.zeros((R, *s.shape), s.dtype), made)
+    (_, _, counts), states = jax.lax.scan(tick, (empty, inputs, counts), jnp.arange(schedule.ticks, dtype=jnp.int32))
+    counts = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), counts)  # [R,S,n,...] -> [layers,...]
+    return end(states[-M:], schedule, rules), counts

@@ -1,0 +1,131 @@
+"""Stages of a pipeline: schedules, loss and every gradient equal to one device, what travels, what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import placements
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_jax import config
+from moe_jax import mesh as meshes
+from moe_jax.axes import Rules
+from moe_jax.collectives import read
+from moe_jax.config import ConfigError, MeshConfig, TrainConfig
+from moe_jax.pattern import Schedule
+from moe_jax.pipeline import joined, split
+from moe_jax.train.state import Model
+from moe_jax.train.step import lower_train_step, make_train_step
+
+
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 3))
+def test_a_schedule_keeps_every_order(stages, microbatches, rounds):
+    """Played through tick by tick: each stage works on one piece at a time, after the stage before it."""
+    if rounds > 1 and microbatches < stages:
+        return  # refused: a microbatch would be back too late
+    s = Schedule(stages, microbatches, rounds)
+    done: dict[tuple[int, int, int], int] = {}  # (round, stage, microbatch) -> tick
+    for tick in range(s.ticks):
+        for stage in range(stages):
+            if 0 <= (piece := tick - stage) < rounds * microbatches:
+                turn, part = divmod(piece, microbatches)
+                before = (turn, stage - 1, part) if stage else (turn - 1, stages - 1, part)
+                assert done.get(before, -1 if before[0] < 0 else tick) < tick
+                done[turn, stage, part] = tick
+    assert len(done) == rounds * stages * microbatches, "every piece of work is done"
+    assert s.bubble == pytest.approx(1 - len(done) / (s.ticks * stages))
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_microbatches_are_joined_as_they_were(together):
+    x = jnp.arange(24).reshape(12, 2)
+    with jax.set_mesh(meshes.build_mesh(MeshConfig(), jax.devices()[:1])):
+        parts = split(x, 3, together, Rules())
+        assert parts.shape == (3, 4, 2)
+        np.testing.assert_array_equal(joined(parts, together), x)
+    rows = np.asarray(parts[..., 0]) // 2 // together
+    assert all(len(set(r[i : i + together])) == 1 for r in rows for i in range(0, 4, together))
+
+
+# Mesh, microbatches, rounds, and the dispatcher; tests/test_exchange.py has every mesh
+CELLS = {
+    "with experts and tensors": (dict(stage=2, expert=2, tensor=2), 2, 1, "einsum"),
+    "two rounds": (dict(stage=2, expert=2), 4, 2, "gather"),
+    "rows that stages cannot share": (dict(stage=4, data=2), 3, 1, "ragged"),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_what_stages_pass_on(name):
+    """Once a tick each way what one stage made of a microbatch; nothing else over the stages inside of the loop.
+
+    Before and after it, the rows of embedding and head. Experts are exchanged in each tick.
+    """
+    axes, microbatches, rounds, dispatch = CELLS[name]
+    base = placements.config(None, layers=4)
+    cfg = dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, moe=dataclasses.replace(base.model.moe, dispatch=dispatch)),
+        data=dataclasses.replace(base.data, batch=placements.B * microbatches // 2),
+        mesh=MeshConfig(**axes),
+        train=TrainConfig(microbatches=microbatches, rounds=rounds),
+    )
+    model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[: cfg.mesh.size])
+    with jax.numpy_dtype_promotion("standard"):  # of optax
+        found = read(lower_train_step(model, mesh).compile().as_text(), mesh)
+    schedule, rows = Schedule(cfg.mesh.stage, microbatches, rounds), cfg.data.batch // cfg.mesh.over(cfg.rules.batch)
+    size = 4 * rows * placements.L * placements.D  # of the rows of one device
+    over = [c for c in found if "stage" in c.axes and c.op != "all-reduce"]
+    loop = [(c.op, c.bytes, c.times) for c in over if c.times > 1]
+    assert loop == 2 * [("collective-permute", size // microbatches, schedule.ticks)]
+    shared = rows % cfg.mesh.stage == 0
+    assert [c.bytes for c in over if c.op == "all-to-all" and c.bytes == size] == 4 * shared * [size]
+    exchanges = [c for c in found if c.op == "all-to-all" and c.axes == ("expert",) and c.phase == "forward"]
+    each = 4 * schedule.ticks // cfg.mesh.stage // rounds  # layers that a stage passes
+    assert sum(c.times for c in exchanges) == (2 * each if cfg.mesh.expert > 1 else 0)
+
+
+def test_training_is_that_of_one_device():
+    """tiny_gshard on stage=2, expert=2, tensor=2, its noise included."""
+    small = ["model.d_model=32", "model.d_ff=32", "data.length=16", "data.batch=8", "model.vocab=64"]
+    losses = []
+    for more in ([], ["mesh.stage=2", "mesh.expert=2", "mesh.tensor=2", "train.microbatches=2"]):
+        cfg = config.load("tiny_gshard", [*small, "mesh.data=1", "mesh.expert=1", "train.sample=unset", *more])
+        model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[: cfg.mesh.size])
+        model.validate()
+        state, rng, seed = model.create(mesh), np.random.default_rng(0), jax.random.key(0)
+        run = []
+        with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):  # of optax
+            step = jax.jit(make_train_step(model), out_shardings=(model.shardings(mesh), None))
+            for _ in range(4):
+                tokens = rng.integers(0, 64, (8, 17)).astype(np.int32)
+                ones = np.ones((8, 16), np.int32)
+                batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": ones}
+                batch |= {"positions": np.cumsum(ones, 1) - 1, "weights": ones.astype(np.float32)}
+                state, metrics = step(state, jax.tree.map(jnp.asarray, batch), seed)
+                run.append((float(metrics["loss"]), int(metrics["kept"].sum())))
+        losses.append(np.asarray(run, np.float64))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert losses[0][-1, 0] < losses[0][0, 0]
+
+
+@pytest.mark.parametrize(
+    "overrides, key, words",
+    [
+        (["mesh.stage=3"], "mesh.stage", "needs one run of layers that splits into 3 equal shares"),
+        (["mesh.stage=2", "model.moe.first_dense=1"], "mesh.stage", "model.moe.first_dense=0"),
+        (["mesh.stage=2", "model.stack_above=12"], "mesh.stage", "one run of layers that splits into 2"),
+        (["mesh.stage=2", 'rules.batch=["stage", "data"]'], "rules.batch", "alone there and nowhere else"),
+        (["mesh.stage=2", 'rules.layers=["data"]'], "rules.layers", "alone there and nowhere else"),
+        (["train.rounds=2"], "train.rounds", "mesh.stage=1 is no pipeline"),
+        (["mesh.stage=2", "train.rounds=2", "model.layers=8"], "train.microbatches", "set it to 2 or more"),
+        (["mesh.stage=2", "model.moe.balance_over=microbatch"], "model.moe.balance_over", "use step or sequence"),
+    ],
+)
+def test_what_makes_no_pipeline_is_refused(overrides, key, words):
+    with pytest.raises(ConfigError) as e:
+        config.load("tiny_gshard", overrides)
+    assert any(p.key == key and words in f"{p.reason} {p.remedy}" for p in e.value.problems), e.value
