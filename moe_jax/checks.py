@@ -363,6 +363,11 @@ def _check_stages(cfg: Config) -> list[Problem]:
     if moe is not None and moe.balance_over == "microbatch":
         why = "is 'microbatch', and a pipeline adds the statistics of its microbatches up"
         out.append(Problem("model.moe.balance_over", why, "use step or sequence, or mesh.stage=1"))
+    if moe is not None and moe.overflow == "fallback":
+        why = "is 'fallback', of which the stages of a pipeline would compute both branches in every tick"
+        out.append(
+            Problem("model.moe.overflow", why, "use drop or error, or model.moe.dispatch=ragged, or mesh.stage=1")
+        )
     return out
 
 

@@ -214,8 +214,10 @@ def stray(cell: Cell, found: list[Collective]) -> list[Collective]:
 
     def meant(c: Collective) -> bool:
         if cell.stages > 1 and c.axes == ("stage",):
-            if c.bytes <= COUNTS or (c.times == 1 and cell.rounds > 1):  # layers are dealt out to the rounds
+            if c.bytes <= 4 * 8 * cell.layers:  # what is counted by layer and expert
                 return True
+            if c.times == 1 and cell.rounds > 1:  # layers are dealt out to the rounds
+                return c.op == "collective-permute" and c.bytes <= cell.rounds * max(weights(cfg))
             passed = 4 * D * B * L // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches
             ticks = Schedule(cell.stages, cell.microbatches, cell.rounds).ticks
             return (c.op, c.bytes, c.times) == ("collective-permute", passed, ticks)

@@ -1,12 +1,14 @@
 """Stages of a pipeline: schedules, loss and every gradient equal to one device, what travels, what is refused."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import placements
 import pytest
+from commands import TINY, finish, start, write_text
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,7 +81,8 @@ def test_what_stages_pass_on(name):
     schedule, rows = Schedule(cfg.mesh.stage, microbatches, rounds), cfg.data.batch // cfg.mesh.over(cfg.rules.batch)
     size = 4 * rows * placements.L * placements.D  # of the rows of one device
     over = [c for c in found if "stage" in c.axes and c.op != "all-reduce"]
-    loop = [(c.op, c.bytes, c.times) for c in over if c.times > 1]
+    in_loop = [c for c in found if "stage" in c.axes and c.times > 1 and c.bytes > placements.COUNTS]
+    loop = [(c.op, c.bytes, c.times) for c in in_loop]
     assert loop == 2 * [("collective-permute", size // microbatches, schedule.ticks)]
     shared = rows % cfg.mesh.stage == 0
     assert [c.bytes for c in over if c.op == "all-to-all" and c.bytes == size] == 4 * shared * [size]
@@ -112,6 +115,21 @@ def test_training_is_that_of_one_device():
     assert losses[0][-1, 0] < losses[0][0, 0]
 
 
+def test_a_run_in_rounds_is_read_on_any_mesh(tmp_path):
+    """Trained by the command on four stages' shares of layers, evaluated on its own mesh and on one device."""
+    four = ["model.layers=4", "mesh.data=1", "mesh.stage=2", "train.rounds=2", "train.microbatches=2", "train.steps=2"]
+    small = [x for x in TINY if not x.startswith(("model.layers", "train.steps"))]
+    argv = ["train", *small, "model.moe.every=1", *four, f"data.path={write_text(tmp_path)}"]
+    code, _, err = finish(start(*argv, "--workdir", tmp_path / "run", cwd=tmp_path))
+    assert code == 0 and "pipeline of 2 stages: 5 ticks a step, bubble (S-1)/(R*M+S-1) = 20.0%" in err, err
+    losses = []
+    for mesh in ([], ["mesh.stage=1", "mesh.expert=1"]):
+        code, out, err = finish(start("eval", tmp_path / "run", *mesh, "--json", cwd=tmp_path))
+        assert code == 0, err
+        losses.append(json.loads(out.splitlines()[-1])["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "overrides, key, words",
     [
@@ -122,6 +140,7 @@ def test_training_is_that_of_one_device():
         (["mesh.stage=2", 'rules.layers=["data"]'], "rules.layers", "alone there and nowhere else"),
         (["train.rounds=2"], "train.rounds", "mesh.stage=1 is no pipeline"),
         (["mesh.stage=2", "train.rounds=2", "model.layers=8"], "train.microbatches", "set it to 2 or more"),
+        (["mesh.stage=2", "model.moe.overflow=fallback"], "model.moe.overflow", "both branches"),
         (["mesh.stage=2", "model.moe.balance_over=microbatch"], "model.moe.balance_over", "use step or sequence"),
     ],
 )

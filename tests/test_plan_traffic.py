@@ -342,7 +342,7 @@ def test_every_mesh_is_tried_once():
 def test_the_search_ranks_by_step_time_and_says_why_others_are_out():
     cfg = config.load("mixtral_8x7b")
     found = search(cfg, parse("v5p", 64))
-    assert len(found) == len(list(factorisations(64)))
+    assert len(found) == len(list(factorisations(64, MESH_AXES[1:])))
     good = [c for c in found if not c.reason]
     assert good and good == sorted(good, key=lambda c: c.seconds) and all(c.mesh.size == 64 for c in found)
     reasons = {tuple(c.mesh.sizes.items()): c.reason for c in found if c.reason}
@@ -350,6 +350,14 @@ def test_the_search_ranks_by_step_time_and_says_why_others_are_out():
     assert "8 experts do not divide over 64" in reasons[("expert", 64),]
     planned = dataclasses.replace(cfg, mesh=good[0].mesh)
     assert report(Estimate(planned, parse("v5p", 64)))["step_seconds"] == good[0].seconds
+
+
+def test_the_search_keeps_the_stages():
+    cfg = config.load("mixtral_8x7b", ["mesh.stage=2", "mesh.fsdp=4", "train.microbatches=2"])
+    found = search(cfg, parse("v5p", 64))
+    assert {(c.mesh.stage, c.mesh.size) for c in found} == {(2, 64)} and not found[0].reason
+    with pytest.raises(Refused, match=r"mesh.stage: is 2, and 1 devices do not split into as many stages"):
+        search(cfg, parse("h100:1x1", 1))
 
 
 def test_money_is_time_by_devices_by_price():
