@@ -90,8 +90,8 @@ def expert_axes(mesh: tuple[int, ...], turn: int) -> tuple[Axes, Axes]:
 def cells() -> list[Cell]:
     """Every mesh without stages twice, with Auto and with Explicit axes; with stages once; everything else in turn."""
     out = []
-    meshes = [(mesh, s) for s in (2, 4, 8) for mesh in factorisations(8 // s, len(AXES))]
-    for i, (mesh, stages) in enumerate(meshes):
+    staged = [(mesh, s) for s in (2, 4, 8) for mesh in factorisations(8 // s, len(AXES))]
+    for i, (mesh, stages) in enumerate(staged):
         dispatch, exchange = KINDS[i % len(KINDS)]
         one, pair = expert_axes(mesh, i)
         experts = pair if exchange == "hierarchical" or i % 4 == 0 else one
@@ -105,7 +105,8 @@ def cells() -> list[Cell]:
             experts = pair if exchange == "hierarchical" or (i + j) % 4 == 0 else one
             share = mesh[-1] > 1 and (i // 2 + j) % 2 == 0
             attention = ("gather", "ring")[(i + j) % 2]
-            out.append(Cell(mesh, dispatch, exchange, attention, experts, share, 1 + (i + j) % 3 // 2, explicit=j == 1))
+            parts = 1 if math.prod(mesh[: AXES.index("context")]) == B else 1 + (i + j) % 3 // 2  # a row for each shard
+            out.append(Cell(mesh, dispatch, exchange, attention, experts, share, parts, explicit=j == 1))
     return out
 
 
