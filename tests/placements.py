@@ -54,7 +54,7 @@ class Cell(NamedTuple):
 
     @property
     def layers(self) -> int:
-        return max(2, self.stages * self.rounds)
+        return max(2, self.stages * self.rounds * (2 if self.stages == 2 else 1))
 
     @property
     def turns(self) -> int:
@@ -97,6 +97,10 @@ def cells() -> list[Cell]:
         experts = pair if exchange == "hierarchical" or i % 4 == 0 else one
         share, attention = mesh[-1] > 1 and i % 2 == 0, ("gather", "ring")[i // 2 % 2]
         parts, rounds = (max(2, stages // 2), 1) if i % 3 or stages == 8 else (stages, 2)
+        if (
+            rounds == 2 and 2 * parts * math.prod(mesh[: AXES.index("context")]) <= B
+        ):  # then rounds wait for one another
+            parts *= 2
         out.append(Cell(mesh, dispatch, exchange, attention, experts, share, parts, stages, rounds, i % 2 == 1))
     for i, mesh in enumerate(factorisations(8, len(AXES))):
         for j in range(2):

@@ -332,6 +332,18 @@ def test_an_exchange_in_two_stages_is_meant_to_cross_hosts():
     assert not [p for p in advice.warnings(e) if "between hosts" in p.reason]
 
 
+def test_a_bubble_names_microbatches_that_the_batch_has():
+    mesh = ["mesh.stage=2", "mesh.fsdp=4", "mesh.expert=1"]
+    e = estimate("mixtral_8x7b", "h100:1x8", *mesh, "train.microbatches=2")
+    (found,) = [p for p in advice.warnings(e) if p.key == "train.microbatches"]
+    assert found.reason.startswith("33% of the 3 ticks")
+    (enough,) = re.findall(r"raise it to (\d+)", found.remedy)
+    e = estimate("mixtral_8x7b", "h100:1x8", *mesh, f"train.microbatches={enough}")
+    assert e.step.schedule.bubble <= 0.1 and not [p for p in advice.warnings(e) if p.key == "train.microbatches"]
+    e = estimate("mixtral_8x7b", "h100:1x8", *mesh, "train.microbatches=2", "data.batch=16")
+    assert any("raise data.batch" in p.remedy for p in advice.warnings(e))
+
+
 def test_every_mesh_is_tried_once():
     found = [tuple(f.values()) for f in factorisations(8)]
     assert len(found) == len(set(found)) == math.comb(3 + len(MESH_AXES) - 1, 3) and all(

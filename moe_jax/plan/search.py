@@ -114,7 +114,7 @@ def smallest(cfg: Config, cluster: Cluster) -> Smallest:
 def search(cfg: Config, cluster: Cluster) -> list[Candidate]:
     """Every mesh of the cluster's devices: those that fit by step time, then the too large, then the impossible.
 
-    All have the stages that the config has: memory of a pipeline has not been held against compilers yet.
+    All have the stages of the config: what more are worth depends on `train.microbatches`, which a search leaves alone.
 
     Raises:
         Refused: devices that do not split into so many stages.
