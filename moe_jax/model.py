@@ -273,7 +273,8 @@ class Transformer(nnx.Module):
         kinds, repeats = self.runs[i]
         m, rules = kinds.count("moe"), self.rules
         if repeats % (schedule.stages * schedule.rounds) or any(o != options[0] for o in options):
-            raise ValueError(f"{repeats} repeats of {kinds} are no equal shares of {schedule}, or their options differ")
+            why = f"{repeats} repeats of {kinds} are no equal shares of {schedule}, or their options differ"
+            raise ValueError(f"{why}: give all MoE layers one capacity factor and top_k, or call without a schedule")
         graph, params = nnx.split(stack)
 
         variables = jax.tree.leaves(params, is_leaf=lambda v: isinstance(v, nnx.Variable))
