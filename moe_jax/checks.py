@@ -365,9 +365,7 @@ def _check_stages(cfg: Config) -> list[Problem]:
         out.append(Problem("model.moe.balance_over", why, "use step or sequence, or mesh.stage=1"))
     if moe is not None and moe.overflow == "fallback":
         why = "is 'fallback', of which the stages of a pipeline would compute both branches in every tick"
-        out.append(
-            Problem("model.moe.overflow", why, "use drop or error, or model.moe.dispatch=ragged, or mesh.stage=1")
-        )
+        out.append(Problem("model.moe.overflow", why, "use drop or error, or mesh.stage=1"))
     return out
 
 
