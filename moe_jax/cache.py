@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from moe_jax.config import ModelConfig
 
-CACHED = ("layers", "batch", "kv_heads", None, None)
-"""Logical axes of the keys and values of a stack of layers."""
+CACHED = (None, "batch", "kv_heads", None, None)
+"""Logical axes of the keys and values of a stack of layers: every stage of a pipeline decodes with all layers."""
 
 
 class LayerCache(NamedTuple):

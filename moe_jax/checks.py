@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_jax.axes import Rules
-from moe_jax.pattern import AXIS
+from moe_jax.pattern import STAGE
 from moe_jax.schema import (
     Config,
     ConfigError,
@@ -378,7 +378,7 @@ def _check_stages(cfg: Config) -> list[Problem]:
         remedy = "change model.layers or train.rounds, or set model.moe.first_dense=0 and model.stack_above=0"
         out.append(Problem("mesh.stage", why, remedy))
     for name, axes in vars(cfg.rules).items():
-        if (AXIS in axes) != (name == "layers") or (name == "layers" and len(axes) > 1):
+        if (STAGE in axes) != (name == "layers") or (name == "layers" and len(axes) > 1):
             why = f"is {list(axes)}, and mesh.stage={stages} makes a pipeline, whose stages split the layers alone"
             out.append(Problem(f"rules.{name}", why, "name 'stage' in rules.layers, alone there and nowhere else"))
     if rounds > 1 and m < stages:
@@ -388,6 +388,9 @@ def _check_stages(cfg: Config) -> list[Problem]:
     if moe is not None and moe.balance_over == "microbatch":
         why = "is 'microbatch', and a pipeline adds the statistics of its microbatches up"
         out.append(Problem("model.moe.balance_over", why, "use step or sequence, or mesh.stage=1"))
+    if moe is not None and moe.overflow == "fallback":
+        why = "is 'fallback', of which the stages of a pipeline would compute both branches in every tick"
+        out.append(Problem("model.moe.overflow", why, "use drop or error, or mesh.stage=1"))
     return out
 
 

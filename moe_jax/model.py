@@ -19,7 +19,7 @@ from moe_jax.layers.embed import Embedding
 from moe_jax.layers.moe import FROM_CONFIG, MoELayer, Record, SelectionBias
 from moe_jax.layers.norm import Norm
 from moe_jax.pattern import Schedule
-from moe_jax.pipeline import pipelined, shared, split
+from moe_jax.pipeline import of_round, pipelined, shared, split
 from moe_jax.rules import any_axes, spec
 
 REMAT = {
@@ -273,15 +273,19 @@ class Transformer(nnx.Module):
         kinds, repeats = self.runs[i]
         m, rules = kinds.count("moe"), self.rules
         if repeats % (schedule.stages * schedule.rounds) or any(o != options[0] for o in options):
-            raise ValueError(f"{repeats} repeats of {kinds} are no equal shares of {schedule}, or their options differ")
+            why = f"{repeats} repeats of {kinds} are no equal shares of {schedule}, or their options differ"
+            raise ValueError(f"{why}: give all MoE layers one capacity factor and top_k, or call without a schedule")
         graph, params = nnx.split(stack)
 
-        def stage(layers: Any, x: jax.Array, rows: tuple[Context, Keys]) -> tuple[jax.Array, Any]:
+        variables = jax.tree.leaves(params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        layouts = [*(rules.layout(*v.get_metadata("axes")[1:]) for v in variables), ()]
+
+        def stage(layers: Any, turn: jax.Array, x: jax.Array, rows: tuple[Context, Keys]) -> tuple[jax.Array, Any]:
             here, own = rows
             here = here._replace(places=context.places)
 
             def one(x: jax.Array, layer: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
-                params, number = layer
+                params, number = of_round(layer, turn, layouts)
                 none = (None,) * len(kinds)
                 x, (routed, _) = nnx.merge(graph, params)(x, here, fold(own, number), none, train, options[:m])
                 return lay(x, rules, names=("batch", "length", "act_embed")), routed
@@ -292,9 +296,7 @@ class Transformer(nnx.Module):
             return jax.lax.scan(again, x, layers)
 
         rows = split((context._replace(places=None), keys), schedule.microbatches, schedule.together, rules)
-        variables = jax.tree.leaves(params, is_leaf=lambda v: isinstance(v, nnx.Variable))
-        widths = [rules.layout(*v.get_metadata("axes")[1:]) for v in variables]
-        x, routed = pipelined(stage, (params, jnp.arange(repeats)), [*widths, ()], x, rows, schedule, rules)
+        x, routed = pipelined(stage, (params, jnp.arange(repeats)), layouts, x, rows, schedule, rules)
         return x, in_order(routed) if routed else None
 
     @any_axes(cached)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-AXIS = "stage"  # the mesh axis of a pipeline
+STAGE = "stage"  # the mesh axis of a pipeline
 
 QUERY_BLOCK = 64  # least rows of a query block
 QUERY_BLOCKS = 8  # most blocks, so that compile time does not grow with the length

@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from moe_jax.axes import Axes, Layout, Rules
+from moe_jax.axes import Layout, Rules
 from moe_jax.layers.common import lay
-from moe_jax.pattern import AXIS, Schedule
-from moe_jax.rules import current_mesh, spec, stages
+from moe_jax.pattern import STAGE, Schedule
+from moe_jax.rules import by_hand, current_mesh, mapped_over, spec
 
 
 def split(tree: Any, parts: int, together: int, rules: Rules) -> Any:
@@ -53,7 +53,7 @@ def joined(x: jax.Array, together: int) -> jax.Array:
 
 def shared(rules: Rules, rows: int) -> Rules:
     """Rules for what precedes and follows the pipeline: the stages share its rows, where these divide."""
-    split = replace(rules, batch=(*rules.batch, AXIS))
+    split = replace(rules, batch=(*rules.batch, STAGE))
     return rules if rows % prod(current_mesh().shape[a] for a in split.batch) else split
 
 
@@ -64,11 +64,11 @@ def begin(x: jax.Array, schedule: Schedule, rules: Rules) -> jax.Array:
     def local(x: jax.Array) -> jax.Array:
         if outside != rules:
             pieces = jnp.concatenate([x[None], jnp.zeros((schedule.stages - 1, *x.shape), x.dtype)])
-            x = jax.lax.all_to_all(pieces, AXIS, 0, 0).reshape(-1, *x.shape[1:])
+            x = jax.lax.all_to_all(pieces, STAGE, 0, 0).reshape(-1, *x.shape[1:])
         return dealt(x, schedule.microbatches, schedule.together)[None]
 
     rows = rules.layout("batch", "length", "act_embed")
-    layouts = spec((outside.batch, *rows[1:])), spec(((AXIS,), (), *rows))
+    layouts = spec((outside.batch, *rows[1:])), spec(((STAGE,), (), *rows))
     return jax.shard_map(local, in_specs=layouts[0], out_specs=layouts[1])(x)
 
 
@@ -80,37 +80,42 @@ def end(x: jax.Array, schedule: Schedule, rules: Rules) -> jax.Array:
         x = joined(x[:, 0], schedule.together)
         if outside != rules:
             pieces = x.reshape(schedule.stages, -1, *x.shape[1:])
-            return jax.lax.all_to_all(pieces, AXIS, 0, 0)[-1]
-        last = jax.lax.axis_index(AXIS) == schedule.stages - 1
-        return jax.lax.psum(jnp.where(last, x, jnp.zeros_like(x)), AXIS)
+            return jax.lax.all_to_all(pieces, STAGE, 0, 0)[-1]
+        last = jax.lax.axis_index(STAGE) == schedule.stages - 1
+        return jax.lax.psum(jnp.where(last, x, jnp.zeros_like(x)), STAGE)
 
     rows = rules.layout("batch", "length", "act_embed")
-    layouts = spec(((), (AXIS,), *rows)), spec((outside.batch, *rows[1:]))
+    layouts = spec(((), (STAGE,), *rows)), spec((outside.batch, *rows[1:]))
     return jax.shard_map(local, in_specs=layouts[0], out_specs=layouts[1])(x)
 
 
-def of_round(layers: Any, turn: jax.Array) -> Any:
-    """The layers that each stage is at: [R, S, ...] and [S] -> [S, ...]; each stage looks among its own."""
+def of_round(layer: Any, turn: jax.Array, layouts: list[Layout]) -> Any:
+    """A layer's arrays in a round, [...], out of those of all rounds, [R, ...]; each stage looks among its own.
 
-    def local(layers: Any, turn: jax.Array) -> Any:
-        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, turn[0], keepdims=False), layers)
+    Inside of what is recomputed in the backward pass: looked up before it, they would be saved in every tick.
+    """
+    leaves, tree = jax.tree.flatten(layer)
+    if leaves[0].shape[0] == 1:
+        return jax.tree.map(lambda a: a[0], layer)
 
-    stage = PartitionSpec(AXIS)
-    specs = PartitionSpec(None, AXIS), stage
-    return jax.shard_map(local, in_specs=specs, out_specs=stage, axis_names={AXIS})(layers, turn)
+    def local(leaves: list[jax.Array], turn: jax.Array) -> list[jax.Array]:
+        return [jax.lax.dynamic_index_in_dim(a, turn, keepdims=False) for a in leaves]
+
+    specs = [spec(((), *layout)) for layout in layouts], PartitionSpec()
+    return jax.tree.unflatten(tree, by_hand(local, specs, [spec(layout) for layout in layouts])(leaves, turn))
 
 
 def hand_on(x: jax.Array, layout: Layout, n: int) -> jax.Array:
     """What each of n stages made, at the next one; the last one's at the first."""
     pairs = [(i, (i + 1) % n) for i in range(n)]
-    move = partial(jax.lax.ppermute, axis_name=AXIS, perm=pairs)
+    move = partial(jax.lax.ppermute, axis_name=STAGE, perm=pairs)
     return jax.shard_map(move, in_specs=spec(layout), out_specs=spec(layout))(x)
 
 
 def pipelined(
-    stage: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
+    stage: Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
     layers: Any,
-    widths: list[Layout],
+    layouts: list[Layout],
     x: jax.Array,
     context: Any,
     schedule: Schedule,
@@ -119,9 +124,10 @@ def pipelined(
     """All microbatches through all layers.
 
     Args:
-        stage: (layers of one stage [n, ...], x [b, L, D], context of these rows) -> (x, counts [n, ...]).
+        stage: (layers of one stage [n, R, ...], its round [], x [b, L, D], context of these rows) -> (x, counts
+            [n, ...]); it takes those of its round by `of_round`.
         layers: of all stages, bottom first, [rounds * stages * n, ...].
-        widths: the layout of what follows that dimension, of each array among them.
+        layouts: of what follows that dimension, of each array among them.
         x: [B, L, D], laid out `shared`, as the result is.
         context: what belongs to the rows, by microbatch, [m, B/m, ...].
     Returns:
@@ -129,22 +135,20 @@ def pipelined(
     """
     S, M, R, _ = schedule
     everywhere = jnp.arange(S)
-    over = ((AXIS,), *rules.layout("batch", "length", "act_embed"))  # [S,b,L,D]
+    over = ((STAGE,), *rules.layout("batch", "length", "act_embed"))  # [S,b,L,D]
 
-    def laid(layers: Any, *first: Axes) -> Any:
-        leaves, tree = jax.tree.flatten(layers)
-        return jax.tree.unflatten(tree, [lay(a, rules, first + w) for a, w in zip(leaves, widths, strict=True)])
+    leaves, tree = jax.tree.flatten(layers)
+    leaves = [a.reshape(R, S, -1, *a.shape[1:]) for a in leaves]
+    leaves = [lay(a, rules, ((), (STAGE,), (), *rest)) for a, rest in zip(leaves, layouts, strict=True)]
+    dealt = jax.tree.unflatten(tree, [jnp.moveaxis(a, 0, 2) for a in leaves])  # [S,n,R,...]
 
-    layers = jax.tree.map(lambda a: a.reshape(R, S, -1, *a.shape[1:]), layers)
-    layers = laid(layers, (), (AXIS,), ())  # [R,S,n,...]
-
-    def work(layers: Any, x: jax.Array, part: jax.Array) -> tuple[jax.Array, Any]:
-        token = stages.set(AXIS)
+    def work(turn: jax.Array, x: jax.Array, part: jax.Array) -> tuple[jax.Array, Any]:
+        token = mapped_over.set(STAGE)
         try:
-            mine = jax.tree.map(lambda a: jax.vmap(lambda m, a=a: a[m], spmd_axis_name=AXIS)(part), context)
-            return jax.vmap(stage, spmd_axis_name=AXIS)(layers, x, mine)
+            mine = jax.tree.map(lambda a: jax.vmap(lambda m, a=a: a[m], spmd_axis_name=STAGE)(part), context)
+            return jax.vmap(stage, spmd_axis_name=STAGE)(dealt, turn, x, mine)
         finally:
-            stages.reset(token)
+            mapped_over.reset(token)
 
     def masked(choose: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:  # [S]; [S,...]
         return jnp.where(choose.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
@@ -160,8 +164,7 @@ def pipelined(
             slot = (t - S) % M
             inputs = inputs.at[:, slot].set(jnp.where(t >= S, moved, inputs[:, slot]))
         state = lay(masked(everywhere == 0, inputs[:, t % M], moved), rules, over)
-        mine = laid(of_round(layers, turn), (AXIS,), ()) if R > 1 else jax.tree.map(lambda a: a[0], layers)
-        state, made = work(mine, state, part)
+        state, made = work(turn, state, part)
 
         def add(total: jax.Array, new: jax.Array) -> jax.Array:
             zero = jnp.zeros_like(new)
@@ -172,7 +175,7 @@ def pipelined(
 
     inputs = begin(x, schedule, rules)
     empty = jnp.zeros_like(inputs[:, 0])
-    _, made = jax.eval_shape(work, jax.tree.map(lambda a: a[0], layers), empty, everywhere)
+    _, made = jax.eval_shape(work, everywhere, empty, everywhere)
     counts = jax.tree.map(lambda s: jnp.zeros((R, *s.shape), s.dtype), made)
     (_, _, counts), states = jax.lax.scan(tick, (empty, inputs, counts), jnp.arange(schedule.ticks, dtype=jnp.int32))
     counts = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), counts)  # [R,S,n,...] -> [layers,...]

@@ -68,7 +68,7 @@ def constrain(x: jax.Array, layout: Layout) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(layout))
 
 
-stages: ContextVar[str | None] = ContextVar("stages", default=None)
+mapped_over: ContextVar[str | None] = ContextVar("mapped_over", default=None)
 """The mesh axis over which what is traced is mapped by `jax.vmap`; set by `pipeline.pipelined`."""
 
 
@@ -79,7 +79,7 @@ def by_hand(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
     where constants do not vary over the stages and their operands do, which its checks refuse.
     """
     run = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs)
-    axis = stages.get()
+    axis = mapped_over.get()
     if axis is None:
         return run
     mapped = custom_vmap(run)

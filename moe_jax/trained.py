@@ -46,7 +46,7 @@ class Trained:
         checkpoints = open_workdir(self.workdir)
         self.step = checkpoints.steps()[-1]
         saved = checkpoints.info(self.step)["config"]
-        tree = {**saved, "train": {**saved["train"], "microbatches": 1}}  # of training alone
+        tree = {**saved, "train": {**saved["train"], "microbatches": 1, "rounds": 1}}  # of training alone
         for text in overrides:
             tree = config.override(tree, text)
         if not keep_batch and not any(text.startswith("data.batch=") for text in overrides):

@@ -58,7 +58,6 @@ assert [d.platform for d in devices] == ["cpu"] * 4, "JAX started before this ce
 print(f"{len(devices)} fake devices of the CPU")
 
 # %%
-import dataclasses
 from functools import partial
 
 import jax.numpy as jnp
@@ -67,15 +66,13 @@ import numpy as np
 from flax import nnx
 from matplotlib.patches import Rectangle
 
-from moe_jax import MeshConfig, MoEConfig, MoELayer, RouterConfig, Rules, build_mesh, config, place
+from moe_jax import MeshConfig, MoEConfig, MoELayer, RouterConfig, Rules, build_mesh, place
 from moe_jax.capacity import assign, capacity
 from moe_jax.collectives import read
 from moe_jax.dispatch import einsum_combine, einsum_dispatch, einsum_plan
 from moe_jax.exchange import move, ragged
-from moe_jax.inspect.report import inspect
-from moe_jax.inspect.show import lines
 from moe_jax.routing import route
-from moe_jax.rules import RulesError, constrain, sharding, spec
+from moe_jax.rules import constrain, sharding, spec
 
 # Devices 0 to 3 in colours of Okabe and Ito, which colour-blind readers can tell apart; pale below text.
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7"]
@@ -549,113 +546,7 @@ print(f"all-to-alls: {len(trips[0])} forward, {len(trips[1])} forward and backwa
 # The all-reduce is not part of the exchange: all devices have a copy of the router, and its gradients are added up,
 # and with them the loss.
 #
-# ## 4. A wrong rule
-#
-# The exchange depends on the layouts, and a wrong one gives no wrong result: the program is only slower. So the
-# library looks. First, what can be known without a compiler is refused. Here tokens are split over `data` and not over
-# `expert`, so that the devices of the `expert` axis all have the same tokens, and there is nothing to exchange:
-
-# %%
-try:
-    place(MoELayer(MOE, D, rules=Rules(batch=("data", "fsdp")), rngs=nnx.Rngs(0)), mesh, Rules(batch=("data", "fsdp")))
-    raise AssertionError("this must be refused")
-except RulesError as error:
-    (problem,) = error.problems
-    print(f"{problem.key}: {problem.reason}\n    remedy: {problem.remedy}")
-    assert problem.key == "rules.experts" and "no all-to-all is possible" in problem.reason
-
-# %% [markdown]
-# The second mistake cannot be written in a config, because both layouts are derived from one table. So we break the
-# table itself: at home, the buffers are said to lie on *every* device. It sounds harmless. But a device then needs the
-# columns of all others before any exchange, and the compiler gathers them: an **all-gather**, in which each device
-# sends all that it has to all others.
-
-# %%
-class Everywhere(Rules):
-    """Rules whose dispatch buffers are whole on every device while tokens are at home."""
-
-    @property
-    def token_major(self):
-        return ((), (), (), ())
-
-
-wrong = MoELayer(MOE, d_model=D, ffn="relu", rules=Everywhere(), rngs=nnx.Rngs(params=0))
-wrong.router[...] = jnp.eye(E)
-place(wrong, mesh, Everywhere())
-with jax.set_mesh(mesh):
-    same, _ = nnx.jit(lambda layer, x: layer(x, train=True))(wrong, x)
-np.testing.assert_allclose(same, y, atol=1e-5 * np.abs(want).max())
-gathered = collectives(wrong, mesh, x, wrt=(0, 1))
-show(gathered)
-assert not [c for c in gathered if c.op == "all-to-all"]
-assert [c.moved for c in gathered if c.op == "all-gather"] == [n * least] * 4
-print(f"the result is the same, and each way costs {n} times the bytes")
-
-# %% [markdown]
-# In a model with many layers nobody reads such a list. `moe_jax.inspect`, the command `moe-jax inspect`, compiles the
-# whole train step, holds the exchange against its least, and flags what should not be there. Here is a small
-# transformer with one MoE layer, top-2 of 8 experts, with the right rules and with the broken ones:
-
-# %%
-SETTINGS = """
-mesh.data=1 mesh.expert=4 model.layers=1 model.d_model=64 model.d_ff=64 model.heads=2 model.ffn=relu
-model.moe.every=1 model.moe.top_k=2 model.moe.router.kind=softmax_topk model.moe.balance_loss=0 model.moe.z_loss=0
-data.length=64 data.batch=16
-""".split()
-right = config.load("tiny_switch", SETTINGS)
-reports = {
-    "right rules": inspect(right, mesh),
-    "broken rules": inspect(dataclasses.replace(right, rules=Everywhere()), mesh),
-}
-for name, report in reports.items():
-    print(f"{name}:", *lines(report)[1:-1], "", sep="\n")  # without the title and the seconds
-
-# %%
-m, moe = right.model, right.model.moe
-T = right.data.batch * right.data.length // n  # tokens of a device
-least = moe.capacity_factor * moe.top_k * T * m.d_model * 4 * (n - 1) / n
-good, bad = reports.values()
-assert good["flags"] == [] and good["exchange"]["count"] == {"forward": 2, "recompute": 0, "backward": 2}
-assert good["least"]["bytes_each_way"] == least and good["exchange"]["bytes"] == 4 * least
-assert {flag["kind"] for flag in bad["flags"]} == {"tokens are gathered", "experts are not exchanged"}
-assert sum(flag["bytes"] for flag in bad["flags"]) == 4 * n * least
-assert all("rules.experts and rules.batch" in flag["remedy"] for flag in bad["flags"])
-print(f"{least:,.0f} bytes each way; the flags of the broken rules tell of {4 * n * least:,.0f}")
-
-# %% [markdown]
-# ## 5. Bytes by kind
-#
-# What one device sends in a step, by operation. The all-reduce adds up gradients of what all devices have a copy of;
-# it is the same in both.
-
-# %%
-KINDS = {"all-to-all": COLORS[2], "all-gather": "#D55E00", "all-reduce": "#6B6B6B"}
-sent = {name: {kind: 0 for kind in KINDS} for name in reports}
-for name, report in reports.items():
-    for line in report["collectives"]:
-        sent[name][line["op"]] += line["bytes"]  # an operation that KINDS lacks would raise
-
-fig, ax = plt.subplots(figsize=(9, 2.6))
-for at, (name, of) in enumerate(sent.items()):
-    begin = 0
-    for kind, size in of.items():
-        ax.barh(at, size / 1e6, left=begin / 1e6, color=KINDS[kind], height=0.6, label=kind if at == 0 else None)
-        if size:
-            label = dict(ha="center", va="center", color="white", fontsize=9)
-            ax.text((begin + size / 2) / 1e6, at, f"{size / 1e6:.2f} MB", **label)
-        begin += size
-ax.set_yticks(range(len(sent)), list(sent))
-ax.invert_yaxis()
-ax.set(xlabel="sent by one device in a train step (MB)", title="bytes by kind of collective")
-ax.legend(loc="upper right")
-
-assert sent["right rules"]["all-gather"] == sent["broken rules"]["all-to-all"] == 0
-assert sent["broken rules"]["all-gather"] == n * sent["right rules"]["all-to-all"] == n * 4 * least
-assert sent["broken rules"]["all-reduce"] == sent["right rules"]["all-reduce"]
-print({name: {kind: f"{size:,}" for kind, size in of.items()} for name, of in sent.items()})
-
-# %% [markdown]
-# ## 6. Exercises
+# ## 4. Exercises
 #
 # Find the answer on paper first. The next cell computes it.
 #
@@ -692,5 +583,4 @@ assert len(alone) == 3 and gone == ("backward", "dispatch")
 
 # %% [markdown]
 # Inside a model the fourth trip is always there, for the layers below need the gradient of their outputs. Next:
-# `moe-jax inspect CONFIG` does what section 4 did for any config, and with `--topology` for machines that you have not
-# rented yet.
+# `03b_a_wrong_rule.ipynb` breaks the layouts, and lets the library find out.

@@ -113,9 +113,9 @@ def empty_rows_too(real, program, routing, mask, moe, rows):
     return real(routing, mask, moe, rows) | {"sequences": jnp.asarray(rows, jnp.int32)}
 
 
-def keys_of_other_rows(real, program, model, tree):
-    parts = real(model, tree)
-    return parts if isinstance(tree, dict) else jnp.flip(parts, 0)
+def keys_of_other_rows(real, program, rows, *how):
+    batch, keys = real(rows, *how)
+    return batch, jnp.flip(keys, 0)
 
 
 def gates_detached(real, program, x, rows):
@@ -180,7 +180,7 @@ FAULTS = {
     ),
     "bias not centred": Fault(balance, "updated_bias", not_centred, V3._replace(method="centred"), "bias"),
     "row of padding counted as a sequence": Fault(balance, "by_sequence", empty_rows_too, GSHARD, "loss, gradient"),
-    "noise of other rows in microbatches": Fault(step, "microbatches", keys_of_other_rows, GSHARD, ALL),
+    "noise of other rows in microbatches": Fault(step, "split", keys_of_other_rows, GSHARD, ALL),
     "gradient of the gates lost in the tables": Fault(dispatch, "gather_rows", gates_detached, GSHARD, "gradient"),
     "dropped choices among the sorted rows": Fault(
         ragged, "ragged_plan", dropped_rows_too, Cell(SORTED, 30, "balance"), ALL

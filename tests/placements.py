@@ -54,7 +54,7 @@ class Cell(NamedTuple):
 
     @property
     def layers(self) -> int:
-        return max(2, self.stages * self.rounds)
+        return max(2, self.stages * self.rounds * (2 if self.stages == 2 else 1))
 
     @property
     def turns(self) -> int:
@@ -90,13 +90,17 @@ def expert_axes(mesh: tuple[int, ...], turn: int) -> tuple[Axes, Axes]:
 def cells() -> list[Cell]:
     """Every mesh without stages twice, with Auto and with Explicit axes; with stages once; everything else in turn."""
     out = []
-    meshes = [(mesh, s) for s in (2, 4, 8) for mesh in factorisations(8 // s, len(AXES))]
-    for i, (mesh, stages) in enumerate(meshes):
+    staged = [(mesh, s) for s in (2, 4, 8) for mesh in factorisations(8 // s, len(AXES))]
+    for i, (mesh, stages) in enumerate(staged):
         dispatch, exchange = KINDS[i % len(KINDS)]
         one, pair = expert_axes(mesh, i)
         experts = pair if exchange == "hierarchical" or i % 4 == 0 else one
         share, attention = mesh[-1] > 1 and i % 2 == 0, ("gather", "ring")[i // 2 % 2]
         parts, rounds = (max(2, stages // 2), 1) if i % 3 or stages == 8 else (stages, 2)
+        if (
+            rounds == 2 and 2 * parts * math.prod(mesh[: AXES.index("context")]) <= B
+        ):  # then rounds wait for one another
+            parts *= 2
         out.append(Cell(mesh, dispatch, exchange, attention, experts, share, parts, stages, rounds, i % 2 == 1))
     for i, mesh in enumerate(factorisations(8, len(AXES))):
         for j in range(2):
@@ -105,7 +109,8 @@ def cells() -> list[Cell]:
             experts = pair if exchange == "hierarchical" or (i + j) % 4 == 0 else one
             share = mesh[-1] > 1 and (i // 2 + j) % 2 == 0
             attention = ("gather", "ring")[(i + j) % 2]
-            out.append(Cell(mesh, dispatch, exchange, attention, experts, share, 1 + (i + j) % 3 // 2, explicit=j == 1))
+            parts = 1 if math.prod(mesh[: AXES.index("context")]) == B else 1 + (i + j) % 3 // 2  # a row for each shard
+            out.append(Cell(mesh, dispatch, exchange, attention, experts, share, parts, explicit=j == 1))
     return out
 
 
@@ -214,8 +219,10 @@ def stray(cell: Cell, found: list[Collective]) -> list[Collective]:
 
     def meant(c: Collective) -> bool:
         if cell.stages > 1 and c.axes == ("stage",):
-            if c.bytes <= COUNTS or (c.times == 1 and cell.rounds > 1):  # layers are dealt out to the rounds
+            if c.bytes <= 4 * 8 * cell.layers:  # what is counted by layer and expert
                 return True
+            if c.times == 1 and cell.rounds > 1:  # layers are dealt out to the rounds
+                return c.op == "collective-permute" and c.bytes <= cell.rounds * max(weights(cfg))
             passed = 4 * D * B * L // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches
             ticks = Schedule(cell.stages, cell.microbatches, cell.rounds).ticks
             return (c.op, c.bytes, c.times) == ("collective-permute", passed, ticks)

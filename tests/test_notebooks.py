@@ -73,6 +73,12 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+def test_all_find_the_project_alike():
+    """Each notebook has its own copy of what comes before anything is installed."""
+    sources = [path.with_suffix(".py").read_text("utf-8") for path in NOTEBOOKS]
+    assert len({s[s.index("def checkout()") : s.index("    importlib.invalidate_caches()")] for s in sources}) == 1
+
+
 @each_notebook
 def test_runs_from_top_to_bottom(path):
     # In a process of its own: the kernel's event loop and sockets are not this suite's to warn about.

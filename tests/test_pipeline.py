@@ -1,12 +1,15 @@
 """Stages of a pipeline: schedules, loss and every gradient equal to one device, what travels, what is refused."""
 
 import dataclasses
+import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import placements
 import pytest
+from commands import TINY, finish, start, write_text
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +20,9 @@ from moe_jax.collectives import read
 from moe_jax.config import ConfigError, MeshConfig, TrainConfig
 from moe_jax.pattern import Schedule
 from moe_jax.pipeline import joined, split
+from moe_jax.plan.leaves import leaves
+from moe_jax.plan.traffic import traffic
+from moe_jax.plan.work import Step
 from moe_jax.train.state import Model
 from moe_jax.train.step import lower_train_step, make_train_step
 
@@ -58,6 +64,25 @@ CELLS = {
 }
 
 
+def pipelined(axes, microbatches, rounds, dispatch):
+    base = placements.config(None, layers=4)
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, moe=dataclasses.replace(base.model.moe, dispatch=dispatch)),
+        data=dataclasses.replace(base.data, batch=placements.B * microbatches // 2),
+        mesh=MeshConfig(**axes),
+        train=TrainConfig(microbatches=microbatches, rounds=rounds),
+    )
+
+
+@functools.cache
+def compiled(cfg):
+    """The collectives of a train step."""
+    model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[: cfg.mesh.size])
+    with jax.numpy_dtype_promotion("standard"):  # of optax
+        return read(lower_train_step(model, mesh).compile().as_text(), mesh)
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_what_stages_pass_on(name):
     """Once a tick each way what one stage made of a microbatch; nothing else over the stages inside of the loop.
@@ -65,21 +90,13 @@ def test_what_stages_pass_on(name):
     Before and after it, the rows of embedding and head. Experts are exchanged in each tick.
     """
     axes, microbatches, rounds, dispatch = CELLS[name]
-    base = placements.config(None, layers=4)
-    cfg = dataclasses.replace(
-        base,
-        model=dataclasses.replace(base.model, moe=dataclasses.replace(base.model.moe, dispatch=dispatch)),
-        data=dataclasses.replace(base.data, batch=placements.B * microbatches // 2),
-        mesh=MeshConfig(**axes),
-        train=TrainConfig(microbatches=microbatches, rounds=rounds),
-    )
-    model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[: cfg.mesh.size])
-    with jax.numpy_dtype_promotion("standard"):  # of optax
-        found = read(lower_train_step(model, mesh).compile().as_text(), mesh)
+    cfg = pipelined(axes, microbatches, rounds, dispatch)
+    found = compiled(cfg)
     schedule, rows = Schedule(cfg.mesh.stage, microbatches, rounds), cfg.data.batch // cfg.mesh.over(cfg.rules.batch)
     size = 4 * rows * placements.L * placements.D  # of the rows of one device
     over = [c for c in found if "stage" in c.axes and c.op != "all-reduce"]
-    loop = [(c.op, c.bytes, c.times) for c in over if c.times > 1]
+    in_loop = [c for c in found if "stage" in c.axes and c.times > 1 and c.bytes > placements.COUNTS]
+    loop = [(c.op, c.bytes, c.times) for c in in_loop]
     assert loop == 2 * [("collective-permute", size // microbatches, schedule.ticks)]
     shared = rows % cfg.mesh.stage == 0
     assert [c.bytes for c in over if c.op == "all-to-all" and c.bytes == size] == 4 * shared * [size]
@@ -88,12 +105,21 @@ def test_what_stages_pass_on(name):
     assert sum(c.times for c in exchanges) == (2 * each if cfg.mesh.expert > 1 else 0)
 
 
-def test_training_is_that_of_one_device():
-    """tiny_gshard on stage=2, expert=2, tensor=2, its noise included."""
-    small = ["model.d_model=32", "model.d_ff=32", "data.length=16", "data.batch=8", "model.vocab=64"]
+TRAINED = {
+    "the issue's mesh": (8, ["mesh.stage=2", "mesh.expert=2", "mesh.tensor=2", "train.microbatches=2"]),
+    "rows that stages cannot share": (12, ["mesh.stage=4", "mesh.data=2", "mesh.expert=1", "train.microbatches=3"]),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_is_that_of_one_device(name):
+    """tiny_gshard in small, its noise included."""
+    rows, axes = TRAINED[name]
+    small = ["model.d_model=32", "model.d_ff=32", "data.length=16", "model.vocab=64", "model.layers=8"]
     losses = []
-    for more in ([], ["mesh.stage=2", "mesh.expert=2", "mesh.tensor=2", "train.microbatches=2"]):
-        cfg = config.load("tiny_gshard", [*small, "mesh.data=1", "mesh.expert=1", "train.sample=unset", *more])
+    for more in ([], axes):
+        base = [*small, f"data.batch={rows}", "mesh.data=1", "mesh.expert=1", "train.sample=unset"]
+        cfg = config.load("tiny_gshard", [*base, *more])
         model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[: cfg.mesh.size])
         model.validate()
         state, rng, seed = model.create(mesh), np.random.default_rng(0), jax.random.key(0)
@@ -101,8 +127,8 @@ def test_training_is_that_of_one_device():
         with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):  # of optax
             step = jax.jit(make_train_step(model), out_shardings=(model.shardings(mesh), None))
             for _ in range(4):
-                tokens = rng.integers(0, 64, (8, 17)).astype(np.int32)
-                ones = np.ones((8, 16), np.int32)
+                tokens = rng.integers(0, 64, (rows, 17)).astype(np.int32)
+                ones = np.ones((rows, 16), np.int32)
                 batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": ones}
                 batch |= {"positions": np.cumsum(ones, 1) - 1, "weights": ones.astype(np.float32)}
                 state, metrics = step(state, jax.tree.map(jnp.asarray, batch), seed)
@@ -110,6 +136,48 @@ def test_training_is_that_of_one_device():
         losses.append(np.asarray(run, np.float64))
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert losses[0][-1, 0] < losses[0][0, 0]
+
+
+def test_rounds_save_no_weights():
+    """More microbatches leave more rows for the backward pass, and no layers: those of a round are looked up again."""
+    sizes = []
+    for microbatches in (2, 8):
+        more = ["mesh.data=1", "mesh.expert=2", "mesh.stage=2", "train.rounds=2", f"train.microbatches={microbatches}"]
+        small = ["model.layers=8", f"data.batch={4 * microbatches}", "data.length=16", "model.remat=full"]
+        cfg = config.load("tiny_gshard", [*more, *small, "train.sample=unset"])
+        model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[:4])
+        with jax.numpy_dtype_promotion("standard"):  # of optax
+            sizes.append(lower_train_step(model, mesh).compile().memory_analysis().temp_size_in_bytes)
+    layers = sum(4 * leaf.shard(cfg.rules, cfg.mesh) for leaf in leaves(cfg.model) if leaf.axes[0] == "layers")
+    assert sizes[1] - sizes[0] < layers, "six times the layers of a device would be more"
+
+
+def test_the_plan_counts_what_stages_send():
+    """All-to-alls and permutes of each kind, against the compiled step."""
+    for axes, microbatches, rounds, dispatch in CELLS.values():
+        cfg = pipelined(axes, microbatches, rounds, dispatch)
+        found = compiled(cfg)
+        planned = traffic(Step(cfg, "cpu"))
+        for op, over in (("collective-permute", ("stage",)), ("all-to-all", ("stage",)), ("all-to-all", ("expert",))):
+            counts = placements.COUNTS if over == ("expert",) else 0
+            want = sum(m.count * m.bytes for m in planned if (m.op, m.axes) == (op, over))
+            got = sum(c.times * c.bytes for c in found if (c.op, c.axes) == (op, over) and c.bytes > counts)
+            assert got == want, (axes, op, over, got, want)
+
+
+def test_a_run_in_rounds_is_read_on_any_mesh(tmp_path):
+    """Trained by the command on four stages' shares of layers, evaluated on its own mesh and on one device."""
+    four = ["model.layers=4", "mesh.data=1", "mesh.stage=2", "train.rounds=2", "train.microbatches=2", "train.steps=2"]
+    small = [x for x in TINY if not x.startswith(("model.layers", "train.steps"))]
+    argv = ["train", *small, "model.moe.every=1", *four, f"data.path={write_text(tmp_path)}"]
+    code, _, err = finish(start(*argv, "--workdir", tmp_path / "run", cwd=tmp_path))
+    assert code == 0 and "pipeline of 2 stages: 5 ticks a step, bubble (S-1)/(R*M+S-1) = 20.0%" in err, err
+    losses = []
+    for mesh in ([], ["mesh.stage=1", "mesh.expert=1"]):
+        code, out, err = finish(start("eval", tmp_path / "run", *mesh, "--json", cwd=tmp_path))
+        assert code == 0, err
+        losses.append(json.loads(out.splitlines()[-1])["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +190,7 @@ def test_training_is_that_of_one_device():
         (["mesh.stage=2", 'rules.layers=["data"]'], "rules.layers", "alone there and nowhere else"),
         (["train.rounds=2"], "train.rounds", "mesh.stage=1 is no pipeline"),
         (["mesh.stage=2", "train.rounds=2", "model.layers=8"], "train.microbatches", "set it to 2 or more"),
+        (["mesh.stage=2", "model.moe.overflow=fallback"], "model.moe.overflow", "both branches"),
         (["mesh.stage=2", "model.moe.balance_over=microbatch"], "model.moe.balance_over", "use step or sequence"),
     ],
 )

@@ -332,6 +332,18 @@ def test_an_exchange_in_two_stages_is_meant_to_cross_hosts():
     assert not [p for p in advice.warnings(e) if "between hosts" in p.reason]
 
 
+def test_a_bubble_names_microbatches_that_the_batch_has():
+    mesh = ["mesh.stage=2", "mesh.fsdp=4", "mesh.expert=1"]
+    e = estimate("mixtral_8x7b", "h100:1x8", *mesh, "train.microbatches=2")
+    (found,) = [p for p in advice.warnings(e) if p.key == "train.microbatches"]
+    assert found.reason.startswith("33% of the 3 ticks")
+    (enough,) = re.findall(r"raise it to (\d+)", found.remedy)
+    e = estimate("mixtral_8x7b", "h100:1x8", *mesh, f"train.microbatches={enough}")
+    assert e.step.schedule.bubble <= 0.1 and not [p for p in advice.warnings(e) if p.key == "train.microbatches"]
+    e = estimate("mixtral_8x7b", "h100:1x8", *mesh, "train.microbatches=2", "data.batch=16")
+    assert any("raise data.batch" in p.remedy for p in advice.warnings(e))
+
+
 def test_every_mesh_is_tried_once():
     found = [tuple(f.values()) for f in factorisations(8)]
     assert len(found) == len(set(found)) == math.comb(3 + len(MESH_AXES) - 1, 3) and all(
@@ -342,7 +354,7 @@ def test_every_mesh_is_tried_once():
 def test_the_search_ranks_by_step_time_and_says_why_others_are_out():
     cfg = config.load("mixtral_8x7b")
     found = search(cfg, parse("v5p", 64))
-    assert len(found) == len(list(factorisations(64)))
+    assert len(found) == len(list(factorisations(64, MESH_AXES[1:])))
     good = [c for c in found if not c.reason]
     assert good and good == sorted(good, key=lambda c: c.seconds) and all(c.mesh.size == 64 for c in found)
     reasons = {tuple(c.mesh.sizes.items()): c.reason for c in found if c.reason}
@@ -350,6 +362,14 @@ def test_the_search_ranks_by_step_time_and_says_why_others_are_out():
     assert "8 experts do not divide over 64" in reasons[("expert", 64),]
     planned = dataclasses.replace(cfg, mesh=good[0].mesh)
     assert report(Estimate(planned, parse("v5p", 64)))["step_seconds"] == good[0].seconds
+
+
+def test_the_search_keeps_the_stages():
+    cfg = config.load("mixtral_8x7b", ["mesh.stage=2", "mesh.fsdp=4", "train.microbatches=2"])
+    found = search(cfg, parse("v5p", 64))
+    assert {(c.mesh.stage, c.mesh.size) for c in found} == {(2, 64)} and not found[0].reason
+    with pytest.raises(Refused, match=r"mesh.stage: is 2, and 1 devices do not split into as many stages"):
+        search(cfg, parse("h100:1x1", 1))
 
 
 def test_money_is_time_by_devices_by_price():

@@ -11,6 +11,7 @@ from moe_jax.axes import Rules
 from moe_jax.collectives import BETWEEN, Collective
 from moe_jax.config import Config
 from moe_jax.inspect.least import Least
+from moe_jax.pattern import STAGE
 
 Leaves = dict[str, tuple[str, ...]]  # logical axes of each parameter by its name
 # Dimensions of parameters over which they may be stored in parts and gathered for use: fully sharded data parallelism.
@@ -76,14 +77,14 @@ def of_state(c: Collective) -> bool:
 
 
 def gathered_tokens(seen: Seen) -> Iterator[Flag]:
-    """All-gathers of what is computed from tokens: a number a token or more, over axes that split the tokens.
+    """All-gathers of what is computed from tokens: a number a token or more, over stages or axes that split the tokens.
 
     Attention needs the keys and values of whole rows: its gathers over the length are meant.
     """
     for group in alike([c for c in seen.collectives if c.op == "all-gather" and not of_state(c)]):
         first = group[0]
         big = [c for c in group if c.bytes >= 4 * seen.tokens and BETWEEN not in c.modules]
-        if not big or not set(first.axes) & set(seen.rules.tokens) or first.phase == "optimizer":
+        if not big or not set(first.axes) & {STAGE, *seen.rules.tokens} or first.phase == "optimizer":
             continue
         if set(first.axes) <= set(seen.rules.length) and {m for c in big for m in c.modules} == {"attention"}:
             continue

@@ -129,9 +129,12 @@ def schedule(e: Estimate) -> Iterator[Problem]:
         yield Problem("model.dtype", why, "set it to bfloat16")
     s = e.step.schedule
     if s is not None and s.bubble > BUBBLE:
-        need = next(m for m in range(1, 10**6) if s._replace(microbatches=m).bubble <= BUBBLE)
+        rows = e.cfg.data.batch // e.cfg.mesh.over(e.cfg.rules.batch)
+        enough = (m for m in range(1, rows + 1) if rows % m == 0 and s._replace(microbatches=m).bubble <= BUBBLE)
+        need = next(enough, None)
+        remedy = "raise data.batch, and it with it" if need is None else f"raise it to {need}"
         why = f"{s.bubble:.0%} of the {s.ticks} ticks of a step leave a stage without work"
-        yield Problem("train.microbatches", why, f"raise it to {need} or more, or raise train.rounds")
+        yield Problem("train.microbatches", why, f"{remedy}, or raise train.rounds where the layers allow")
     if e.times is not None and e.times.hidden > max(e.times.compute, e.times.memory):
         busy = max(e.times.compute, e.times.memory)
         why = f"weights and gradients move for {e.times.hidden:.3g} s a step, behind {busy:.3g} s of work"

@@ -233,7 +233,7 @@ def memory(step: Step) -> Memory:
     Microbatches add their gradients up beside the sum so far.
     """
     m, rules, mesh = step.cfg.model, step.cfg.rules, step.cfg.mesh
-    logits = int(step.tokens * m.vocab * 4 // step.over("act_vocab") * (step.head_runs if step.schedule else 1))
+    logits = step.table_tokens * m.vocab * 4 // step.over("act_vocab")
     held = state(step) | {"batch": 5 * 4 * step.tokens * step.microbatches}
     layers: dict[str, int] = {}
     kinds = Counter(m.layer_kinds)
@@ -244,6 +244,11 @@ def memory(step: Step) -> Memory:
         layers["activations"] += cast_weights(step)
     stacks = sum(4 * x.shard(rules, mesh) for x in step.leaves if x.axes[0] == "layers")
     so_far = gradients(step) if step.one_by_one else 0
+    if step.schedule is not None:  # what stages made in each tick, and what enters the first one
+        rows = step.tokens * m.d_model * step.width // step.over("act_embed")
+        layers["activations"] += rows * (step.schedule.ticks + step.microbatches)
+        if step.schedule.rounds > 1:  # layers as they are dealt out to the rounds, beside those of the state
+            layers["parameters"] = held["parameters"] + stacks
     work = max(working(step, kind) for kind in kinds) + gathered_layer(step)
     summed = {"gradients": stacks + so_far, "logits": logits}
     moments = {

@@ -79,7 +79,7 @@ def times(step: Step, cluster: Cluster) -> Times:
     passes = step.passes("attn") + 2  # the backward pass reads weights and writes gradients
     layers = whole(step, (x for x in step.leaves if x.axes[0] == "layers"))
     rest = whole(step, (x for x in step.leaves if x.axes[0] != "layers"))
-    read = (layers * step.turns + rest * step.microbatches) * step.width * passes
+    read = (layers * step.turns + rest * step.table_passes) * step.width * passes
     through = read + held * 4 * 8  # AdamW: 4 reads, 3 writes, and one gradient
     return Times(
         sum(step.executed().values()) / peak(step, cluster),

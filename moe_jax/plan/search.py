@@ -112,6 +112,17 @@ def smallest(cfg: Config, cluster: Cluster) -> Smallest:
 
 
 def search(cfg: Config, cluster: Cluster) -> list[Candidate]:
-    """Every mesh of the cluster's devices: those that fit by step time, then the too large, then the impossible."""
-    found = [judge(on_mesh(cfg, sizes), cluster) for sizes in factorisations(cluster.devices)]
+    """Every mesh of the cluster's devices: those that fit by step time, then the too large, then the impossible.
+
+    All have the stages of the config: what more are worth depends on `train.microbatches`, which a search leaves alone.
+
+    Raises:
+        Refused: devices that do not split into so many stages.
+    """
+    stages, n = cfg.mesh.stage, cluster.devices
+    if n % stages:
+        why = f"is {stages}, and {n} devices do not split into as many stages"
+        raise Refused(Problem("mesh.stage", why, "set it to a divisor, or leave it out"))
+    meshes = factorisations(n // stages, MESH_AXES[1:])
+    found = [judge(on_mesh(cfg, {"stage": stages, **sizes}), cluster) for sizes in meshes]
     return sorted(found, key=lambda c: (bool(c.reason), c.estimate is None, c.seconds))

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from moe_jax.axes import Axes
-from moe_jax.pattern import AXIS
+from moe_jax.pattern import STAGE
 from moe_jax.plan.leaves import Leaf
 from moe_jax.plan.work import Step
 
@@ -74,10 +74,11 @@ def stages(step: Step) -> list[Move]:
         return []
     rows = step.tokens * m.d_model * step.width / step.over("act_embed")
     layers = sum(4 * leaf.shard(rules, step.cfg.mesh) for leaf in step.leaves if leaf.axes[0] == "layers")
+    outside = ("all-to-all", 4) if step.shared else ("all-reduce", 2)
     return [
-        move(step, "between stages", "collective-permute", (AXIS,), 2 * s.ticks, rows),
-        move(step, "rows of embedding and head", "all-to-all", (AXIS,), 4, rows * s.microbatches),
-        move(step, "layers of rounds", "all-to-all", (AXIS,), 2 * (s.rounds > 1), layers, True),
+        move(step, "between stages", "collective-permute", (STAGE,), 2 * s.ticks, rows),
+        move(step, "rows of embedding and head", outside[0], (STAGE,), outside[1], rows * s.microbatches),
+        move(step, "layers of rounds", "all-to-all", (STAGE,), 2 * (s.rounds > 1), layers, True),
     ]
 
 
@@ -110,7 +111,8 @@ def partial_sums(step: Step) -> list[Move]:
         move(step, what, "all-reduce", axes, round(layers * (forward + 1) * step.turns), size)
         for what, (axes, layers, size) in sums.items()
     ]
-    looked_up = move(step, "embedding rows", "all-reduce", rules.vocab, step.microbatches, step.tokens * m.d_model * 4)
+    embedded = step.table_tokens * m.d_model * 4
+    looked_up = move(step, "embedding rows", "all-reduce", rules.vocab, step.table_passes, embedded)
     return [*out, looked_up]
 
 
@@ -122,7 +124,7 @@ def gathered(step: Step, leaf: Leaf) -> Axes:
 def weights(step: Step) -> list[Move]:
     """Parameters that are split where their products need them whole are gathered for each pass over them."""
     out: dict[Axes, list[float]] = {}
-    rules, mesh = step.cfg.rules, step.cfg.mesh
+    mesh = step.cfg.mesh
     for leaf in step.leaves:
         axes = live(step, gathered(step, leaf))
         if not axes:
@@ -130,13 +132,19 @@ def weights(step: Step) -> list[Move]:
         stacked = leaf.axes[0] == "layers"
         layers = leaf.shape[0] if stacked else 1
         passes = step.passes("attn") + 1 if leaf.component not in ("embed", "pos") else 1
-        here = leaf.shard(rules, mesh) * (mesh.over(rules.layers) if stacked else 1) // layers  # of one layer
-        size = here * mesh.over(axes) * step.width
+        size = one(step, leaf) * mesh.over(axes) * step.width
         entry = out.setdefault(axes, [0.0, 0.0])
-        runs = passes * layers * (step.turns if stacked else step.microbatches)
+        runs = passes * layers * (step.turns if stacked else step.table_passes)
         entry[0] += runs
         entry[1] += runs * size
     return [move(step, "weights", "all-gather", axes, n, total / n, True) for axes, (n, total) in out.items()]
+
+
+def one(step: Step, leaf: Leaf) -> int:
+    """Elements of a parameter on a device, of one layer where layers are stacked."""
+    rules, mesh = step.cfg.rules, step.cfg.mesh
+    stages = mesh.over(rules.layers) if leaf.axes[0] == "layers" else 1
+    return leaf.shard(rules, mesh) * stages // (leaf.shape[0] if leaf.axes[0] == "layers" else 1)
 
 
 def gradients(step: Step) -> list[Move]:
@@ -149,17 +157,20 @@ def gradients(step: Step) -> list[Move]:
     reduce: dict[Axes, dict[str, tuple[int, int]]] = {}
     for leaf in step.leaves:
         inner = live(step, tuple(a for a in gathered(step, leaf) if a in rules.tokens))
-        outer = live(step, tuple(a for a in rules.tokens if a not in leaf.layout(rules)))
         stacked = leaf.axes[0] == "layers"
-        layers, size = leaf.shape[0] if stacked else 1, leaf.shard(rules, mesh) * 4
+        adding = rules.tokens if stacked or not step.shared else (STAGE, *rules.tokens)
+        outer = live(step, tuple(a for a in adding if a not in leaf.layout(rules)))
+        layers = leaf.shape[0] if stacked else 1
         if inner:
+            runs = layers * (step.turns if stacked else step.table_passes)
             entry = scatter.setdefault(inner, [0.0, 0.0])
-            entry[0] += layers * step.microbatches
-            entry[1] += size * mesh.over(inner) * step.microbatches
+            entry[0] += runs
+            entry[1] += one(step, leaf) * 4 * mesh.over(inner) * runs
         if outer:
             name = ".".join(leaf.name.split(".")[:4]) if stacked else "tables"  # stacks.i.blocks.j
-            times, so_far = reduce.setdefault(outer, {}).get(name, (layers, 0))
-            reduce[outer][name] = times, so_far + size
+            here = layers // mesh.over(rules.layers) if stacked else 1
+            times, so_far = reduce.setdefault(outer, {}).get(name, (here, 0))
+            reduce[outer][name] = times, so_far + leaf.shard(rules, mesh) * 4
     found = [move(step, "gradients", "reduce-scatter", x, n, total / n, True) for x, (n, total) in scatter.items()]
     for axes, parts in reduce.items():
         count = sum(times for times, _ in parts.values())

@@ -74,11 +74,22 @@ class Step:
         return self.microbatches if s is None else s.ticks / (s.stages * s.rounds)
 
     @property
-    def head_runs(self) -> float:
-        """How often a device makes logits of as many tokens as a microbatch has: stages share rows that divide."""
-        mesh, rules = self.cfg.mesh, self.cfg.rules
-        shared = self.schedule and self.cfg.data.batch % (mesh.over(rules.batch) * mesh.stage) == 0
-        return self.microbatches / mesh.stage if shared else self.microbatches
+    def shared(self) -> bool:
+        """Whether the stages of a pipeline share the rows of embedding and head: they do where these divide."""
+        mesh = self.cfg.mesh
+        return self.schedule is not None and self.cfg.data.batch % (mesh.over(self.cfg.rules.batch) * mesh.stage) == 0
+
+    @property
+    def table_passes(self) -> int:
+        """How often a step passes embedding and head: once for each microbatch, or once before and after a pipeline."""
+        return self.microbatches if self.schedule is None else 1
+
+    @property
+    def table_tokens(self) -> int:
+        """Tokens that a device embeds, and makes logits of, in a pass."""
+        if self.schedule is None:
+            return self.tokens
+        return self.tokens * self.microbatches // (self.cfg.mesh.stage if self.shared else 1)
 
     @property
     def one_by_one(self) -> bool:
@@ -187,7 +198,7 @@ class Step:
         seen = sum((end - begin) * end for begin, end in query_blocks(L)) / L / L  # of the square
         once = {c: 2 * n * self.tokens / self.over(axis) for c, n, axis in self.parts()}  # FLOPs of a forward pass
         once["scores"] = seen * 4 * L * heads / self.over("act_heads") * m.layers * self.tokens
-        once["head"] = 2 * m.vocab * D / self.over("act_vocab") * self.tokens
+        once["head"] = 2 * m.vocab * D / self.over("act_vocab") * self.table_tokens
         if moe is not None:
             each = 2 * matrices(m.ffn) * D * expert_width(m) / self.over("expert_mlp")
             once["experts"] = self.moe_layers * each * self.expert_rows
@@ -197,7 +208,7 @@ class Step:
         ):  # the mask has no gradient: one product back, not two
             both = 2 * 2 * self.group * moe.experts * self.slots * self.groups * D
             out["dispatch"] = self.moe_layers * both * (self.passes("dispatch") + 1)
-        return {c: n * (self.head_runs if c == "head" else self.turns) for c, n in out.items() if n}
+        return {c: n * (self.table_passes if c == "head" else self.turns) for c, n in out.items() if n}
 
     def parts(self) -> list[tuple[str, int, str]]:
         """Matrices that every token passes: component, parameters, the logical axis that splits their work."""

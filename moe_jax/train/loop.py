@@ -194,7 +194,7 @@ class Run:
         note(f"{self.cfg.name}: {total:,} parameters, {active:,} of them active for a token")
         several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         note(f"mesh {self.cfg.mesh}, on {jax.device_count()} {jax.devices()[0].platform} device(s){several}")
-        if (s := schedule(self.cfg, self.cfg.data.batch)) is not None:
+        if (s := schedule(self.cfg)) is not None:
             note(f"pipeline of {s.stages} stages: {s.ticks} ticks a step, bubble (S-1)/(R*M+S-1) = {s.bubble:.1%}")
         if self.cfg.model.moe is not None:
             note(self.dispatch())

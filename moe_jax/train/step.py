@@ -49,17 +49,11 @@ def together(cfg: Config) -> int:
     return max(1, size // cfg.data.length)
 
 
-def schedule(cfg: Config, rows: int) -> Schedule | None:
-    """How so many rows pass through the stages of the mesh; None where it has one stage.
-
-    Rows that do not make the microbatches of a step, as in an evaluation, pass in one.
-    """
+def schedule(cfg: Config) -> Schedule | None:
+    """How the rows of a batch pass through the stages of the mesh; None where it has one stage."""
     if cfg.mesh.stage == 1:
         return None
-    m, own = cfg.train.microbatches, together(cfg)
-    if rows % (m * own * cfg.mesh.over(cfg.rules.batch)):
-        return Schedule(cfg.mesh.stage, 1)
-    return Schedule(cfg.mesh.stage, m, cfg.train.rounds, own)
+    return Schedule(cfg.mesh.stage, cfg.train.microbatches, cfg.train.rounds, together(cfg))
 
 
 def forward(model: Model, weights: Weights, batch: Batch, *, train: bool, keys=None, capacity_factor=FROM_CONFIG):
@@ -78,7 +72,7 @@ def forward(model: Model, weights: Weights, batch: Batch, *, train: bool, keys=N
         key=keys,
         capacity_factor=capacity_factor,
         balanced=True,
-        schedule=schedule(model.cfg, batch["tokens"].shape[0]),
+        schedule=schedule(model.cfg),
     )
     nats = cross_entropy(out.logits, batch["targets"]) * batch["weights"]
     targets = (batch["weights"] > 0).sum(dtype=jnp.int32)
