@@ -28,6 +28,8 @@ class Rules:
     heads: Axes = ("tensor",)
     kv_heads: Axes = ("tensor",)
     head: Axes = ()
+    latent: Axes = ()
+    latent_embed: Axes = ("fsdp",)
     mlp: Axes = ("tensor",)
     experts: Axes = ("expert",)
     expert_embed: Axes = ("fsdp",)

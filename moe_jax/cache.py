@@ -7,12 +7,18 @@ import jax.numpy as jnp
 
 from moe_jax.config import ModelConfig
 
-CACHED = (None, "batch", "kv_heads", None, None)
-"""Logical axes of the keys and values of a stack of layers: every stage of a pipeline decodes with all layers."""
+
+def cached_axes(m: ModelConfig) -> tuple[str | None, ...]:
+    """Logical axes of the keys and values of a stack of layers: every stage of a pipeline decodes with all layers."""
+    return None, "batch", None if m.latent else "kv_heads", None, None
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one attention layer; of a stack of layers, with a leading axis."""
+    """Keys and values of one attention layer; of a stack of layers, with a leading axis.
+
+    Latent attention keeps as its one key [B, 1, M, C + P] the vector of width C that keys and values of all heads are
+    made from, with the part that turns; its values are empty, [B, 1, M, 0].
+    """
 
     k: jax.Array  # [B, J, M, N]: J key/value heads, M places
     v: jax.Array  # [B, J, M, N]
@@ -35,8 +41,9 @@ class Cached(NamedTuple):
 
 def empty_layer(m: ModelConfig, batch: int, places: int, repeats: int) -> LayerCache:
     """Zeros for `repeats` layers: k and v [repeats, B, J, M, N]."""
-    shape = (repeats, batch, m.resolved_kv_heads, places, m.resolved_head_dim)
-    return LayerCache(jnp.zeros(shape, m.dtype), jnp.zeros(shape, m.dtype))
+    heads, key, value = (1, m.cached_width, 0) if m.latent else (m.resolved_kv_heads, m.key_dim, m.value_dim)
+    k, v = ((repeats, batch, heads, places, width) for width in (key, value))
+    return LayerCache(jnp.zeros(k, m.dtype), jnp.zeros(v, m.dtype))
 
 
 def places(cache: Cache) -> int:

@@ -225,6 +225,20 @@ def _check_expert_choice(moe: MoEConfig, no: Refuse) -> None:
             no(name, "has no effect: expert_choice is balanced by construction", "leave it out")
 
 
+def _check_latent(m: ModelConfig, no: Refuse) -> None:
+    """Latent attention has as many keys as queries, and positions in a part of their own."""
+    assert m.latent is not None
+    if m.kv_heads is not None:
+        no("kv_heads", f"is {m.kv_heads}, and latent attention makes keys and values for each head", "take it out")
+    if m.positions != "rotary":
+        no("positions", f"is {m.positions!r}, and model.latent.rotary turns a part of each key", "set it to rotary")
+    if m.latent.rotary % 2:
+        no("latent.rotary", f"{m.latent.rotary} is odd, and rotary positions turn pairs", "use an even width")
+    for name in ("qk_norm", "bias"):
+        if getattr(m, name):
+            no(name, "is true, and latent attention has norms of its own and no biases", f"set model.{name}=false")
+
+
 def check_model(m: ModelConfig) -> list[Problem]:
     """Impossible combinations inside the model."""
     out = []
@@ -236,7 +250,9 @@ def check_model(m: ModelConfig) -> list[Problem]:
         no("heads", f"d_model {m.d_model} is not divisible by {m.heads} heads", "set model.head_dim or change heads")
     if m.heads % m.resolved_kv_heads:
         no("kv_heads", f"{m.heads} heads are not a multiple of {m.kv_heads} key/value heads", "use a divisor of heads")
-    if m.positions == "rotary" and m.resolved_head_dim % 2:
+    if m.latent is not None:
+        _check_latent(m, no)
+    elif m.positions == "rotary" and m.resolved_head_dim % 2:
         no("head_dim", f"{m.resolved_head_dim} is odd, and rotary positions turn pairs", "use an even head_dim")
     if m.positions == "sinusoidal" and m.d_model % 2:
         no("d_model", f"{m.d_model} is odd, and sinusoidal positions come in pairs", "use an even d_model")

@@ -6,7 +6,7 @@ experts that have rows, each block through the whole network while it is in the 
 rows in use and temporaries do not grow with the number of experts.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -27,16 +27,34 @@ Products = tuple[jax.Array, ...]
 
 
 class Weights(NamedTuple):
-    """Matrices of the experts, in the type of the tokens."""
+    """Matrices and biases of the experts, in the type of the tokens."""
 
     w_gate: jax.Array | None  # [E, D, F], swiglu only
     w_up: jax.Array  # [E, D, F]
     w_down: jax.Array  # [E, F, D]
+    b_gate: jax.Array | None = None  # [E, F], where there is a bias and a gate
+    b_up: jax.Array | None = None  # [E, F]
+    b_down: jax.Array | None = None  # [E, D]
 
     @property
     def up(self) -> tuple[jax.Array, ...]:
         """The matrices that go up, the gate first."""
         return (self.w_up,) if self.w_gate is None else (self.w_gate, self.w_up)
+
+    @property
+    def matrices(self) -> tuple[jax.Array, ...]:
+        """All matrices, in the order of the fields."""
+        return (*self.up, self.w_down)
+
+    @property
+    def biases(self) -> tuple[jax.Array, ...]:
+        """The biases of `matrices`, or none."""
+        return tuple(b for b in (self.b_gate, self.b_up, self.b_down) if b is not None)
+
+    def like(self, arrays: Sequence[jax.Array]) -> "Weights":
+        """Arrays in the places of these, as `matrices` and `biases` list them."""
+        given = iter(arrays)
+        return jax.tree.map(lambda _: next(given), self)
 
 
 def hidden(act: Act, *products: jax.Array) -> jax.Array:
@@ -118,17 +136,17 @@ def blocked(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, widen: b
     Returns:
         [R, D], and the products of the way up, which the gradients need.
     """
-    R, dtype = x.shape[0], wide(x.dtype) if widen else x.dtype
-    up, down = weights.up, weights.w_down
+    R, dtype, up = x.shape[0], wide(x.dtype) if widen else x.dtype, weights.up
 
     def expert(e: jax.Array, carry: Any, loop: Callable) -> Any:
-        mine, last = [w[e].astype(dtype) for w in up], down[e].astype(dtype)  # once for all blocks
+        *mine, last = (w[e].astype(dtype) for w in weights.matrices)  # once for all blocks
+        *ups, down = (b[e].astype(dtype)[None] for b in weights.biases) if weights.biases else (None,) * (len(up) + 1)
 
         def step(carry: Any, block: Block) -> Any:
             y, kept = carry
             rows = block.take(x).astype(dtype)
-            products = [times(rows, w).astype(x.dtype) for w in mine]
-            y = block.put(y, times(hidden(act, *products).astype(dtype), last))
+            products = [plus(times(rows, w), b).astype(x.dtype) for w, b in zip(mine, ups, strict=True)]
+            y = block.put(y, plus(times(hidden(act, *products).astype(dtype), last), down))
             return y, tuple(block.put(k, p.astype(dtype)) for k, p in zip(kept, products, strict=True))
 
         return loop(step, carry)
@@ -143,11 +161,10 @@ def blocked_gradients(
 ) -> tuple[jax.Array, Weights]:
     """Gradients of `blocked` in x and the weights, those of the weights added up in float32 at least."""
     total, dtype = wide(x.dtype), wide(x.dtype) if widen else x.dtype
-    up, down = weights.up, weights.w_down
 
     def expert(e: jax.Array, carry: Any, loop: Callable) -> Any:
         dx, *out = carry
-        mine, last = [w[e].astype(dtype) for w in up], down[e].astype(dtype)
+        *mine, last = (w[e].astype(dtype) for w in weights.matrices)
 
         def step(carry: Any, block: Block) -> Any:
             dx, *sums = carry
@@ -157,14 +174,16 @@ def blocked_gradients(
             dx = block.put(dx, total_of(times(d, w, True) for d, w in zip(steps, mine, strict=True)))
             pairs = [*((rows, d) for d in steps), (h.astype(dtype), cotangent)]
             new = [times(a.T, b, preferred_element_type=total) for a, b in pairs]
+            if weights.biases:  # the rows of others are zeros in the cotangent, and so in every step
+                new += [b.sum(0, dtype=total) for _, b in pairs]
             return dx, *(s + n for s, n in zip(sums, new, strict=True))
 
         dx, *sums = loop(step, (dx, *(jnp.zeros_like(x, total, shape=o.shape[1:]) for o in out)))
         return dx, *(o.at[e].set(s.astype(dtype)) for o, s in zip(out, sums, strict=True))
 
-    out = [jnp.zeros_like(x, dtype, shape=w.shape) for w in (*up, down)]
+    out = [jnp.zeros_like(x, dtype, shape=w.shape) for w in (*weights.matrices, *weights.biases)]
     dx, *out = over_blocks(sizes, x.shape[0], (jnp.zeros_like(x, dtype), *out), expert)
-    return dx.astype(x.dtype), as_weights([o.astype(x.dtype) for o in out])
+    return dx.astype(x.dtype), weights.like([o.astype(x.dtype) for o in out])
 
 
 def total_of(arrays: Iterable[jax.Array]) -> jax.Array:
@@ -172,10 +191,9 @@ def total_of(arrays: Iterable[jax.Array]) -> jax.Array:
     return reduce(jnp.add, arrays)
 
 
-def as_weights(matrices: list[jax.Array]) -> Weights:
-    """Two matrices, or three with the gate first."""
-    *gate, up, down = matrices
-    return Weights(gate[0] if gate else None, up, down)
+def plus(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """x with its bias, if there is one."""
+    return x if bias is None else x + bias
 
 
 def ragged_dot(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool = False) -> jax.Array:
@@ -192,10 +210,18 @@ def ragged_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
     return jax.lax.ragged_dot_general(x, g, sizes, WEIGHT_GRADIENT)
 
 
+def rows_of(bias: jax.Array, sizes: jax.Array, R: int) -> jax.Array:
+    """bias [E, F] -> [R, F], that of the expert of each row; zero in rows of no expert."""
+    ends = jnp.cumsum(sizes)
+    expert = jnp.searchsorted(ends, jnp.arange(R, dtype=ends.dtype), side="right", method="compare_all")
+    return bias.at[expert].get(mode="fill", fill_value=0)
+
+
 def ragged(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act) -> tuple[jax.Array, Products]:
     """What `blocked` computes, by XLA's own grouped products."""
-    kept = tuple(ragged_dot(x, w, sizes) for w in weights.up)
-    return ragged_dot(hidden(act, *kept), weights.w_down, sizes), kept
+    biases = [rows_of(b, sizes, x.shape[0]) for b in weights.biases] or [None] * len(weights.matrices)
+    kept = tuple(plus(ragged_dot(x, w, sizes), b) for w, b in zip(weights.up, biases[:-1], strict=True))
+    return plus(ragged_dot(hidden(act, *kept), weights.w_down, sizes), biases[-1]), kept
 
 
 def ragged_gradients(
@@ -205,8 +231,12 @@ def ragged_gradients(
     h, back = jax.vjp(partial(hidden, act), *kept)
     steps = back(ragged_dot(g, weights.w_down, sizes, transposed=True))
     dx = total_of(ragged_dot(d, w, sizes, transposed=True) for d, w in zip(steps, weights.up, strict=True))
-    up = [ragged_gradient(x, d, sizes) for d in steps]
-    return dx, as_weights([*up, ragged_gradient(h, g, sizes)])
+    pairs = [*((x, d) for d in steps), (h, g)]
+    out = [ragged_gradient(a, b, sizes) for a, b in pairs]
+    if weights.biases:
+        one = jnp.ones_like(x, shape=(x.shape[0], 1))
+        out += [ragged_gradient(one, b, sizes)[:, 0] for _, b in pairs]
+    return dx, weights.like(out)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -248,10 +278,13 @@ def grouped_ffn(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act) -> j
     """
     (E, D, F), down = weights.w_up.shape, weights.w_down
     fit = x.ndim == 2 and x.shape[1] == D and down.shape == (E, F, D) and sizes.shape == (E,)
-    if not fit or any(w.shape != (E, D, F) for w in weights.up) or any(w.dtype != x.dtype for w in (*weights.up, down)):
-        arrays = {"x": x, "w_up": weights.w_up, "w_down": down, "sizes": sizes}
-        shapes = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in arrays.items())
-        raise ValueError(f"{shapes}: x [R, D], w_up [E, D, F], w_down [E, F, D] of one type and sizes [E] are needed")
+    fit = fit and [b.shape for b in weights.biases] in ([], [*[(E, F)] * len(weights.up), (E, D)])
+    arrays = (*weights.matrices, *weights.biases)
+    if not fit or any(w.shape != (E, D, F) for w in weights.up) or any(w.dtype != x.dtype for w in arrays):
+        named = {"x": x, "w_up": weights.w_up, "w_down": down, "sizes": sizes}
+        shapes = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in named.items())
+        why = f"{shapes}: x [R, D], w_up [E, D, F], w_down [E, F, D] of one type and sizes [E] are needed"
+        raise ValueError(f"{why}, and with biases those of all matrices, [E, F] and [E, D]")
     if 0 in (*x.shape, *weights.w_up.shape):
         return jnp.zeros_like(x)
     return networks(act, x, sizes, weights)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from moe_jax import config, sequence
 from moe_jax.axes import Rules
 from moe_jax.balance import Stats
-from moe_jax.cache import CACHED, Cache, Cached, LayerCache, empty_layer, places
+from moe_jax.cache import Cache, Cached, LayerCache, cached_axes, empty_layer, places
 from moe_jax.config import ModelConfig
 from moe_jax.layers.block import Block, Context, Routed
 from moe_jax.layers.common import Keys, dropout, fold, lay, row_keys
@@ -85,7 +85,7 @@ def typed(model: "Transformer", *_: Any, cache: Cache | None = None, record: boo
 def cached(model: "Transformer", *_: Any, **__: Any) -> Any:
     """Partition specs of a model's cache."""
     none = PartitionSpec()
-    return none if model.rules is None else Cache._make((spec(model.rules.layout(*CACHED)), none, none))
+    return none if model.rules is None else Cache._make((spec(model.rules.layout(*cached_axes(model.m))), none, none))
 
 
 class Transformer(nnx.Module):
@@ -315,7 +315,7 @@ class Transformer(nnx.Module):
         layers = []
         for kinds, repeats in self.runs:
             one = empty_layer(self.m, batch, places, repeats)
-            one = LayerCache(*(lay(a, self.rules, names=CACHED) for a in one))
+            one = LayerCache(*(lay(a, self.rules, names=cached_axes(self.m)) for a in one))
             layers.append((one,) * len(kinds))
         return Cache(tuple(layers), start, jnp.zeros((), jnp.int32))
 

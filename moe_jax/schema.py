@@ -145,6 +145,17 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    """Latent attention (DeepSeek-V2, section 2.1): keys and values of all heads are made from one vector a token."""
+
+    __pydantic_config__ = STRICT
+    query: Count | None = key(None, "width of the vector that queries are made from; unset: from the token itself")
+    key_value: Count = key(512, "width of the vector that keys and values are made from, which generation keeps")
+    rotary: Count = key(64, "width of the part of a query and key that turns; the keys of all heads share theirs")
+    value: Count | None = key(None, "head width of the values; unset: model.head_dim")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The transformer."""
 
@@ -155,7 +166,12 @@ class ModelConfig:
     d_ff: Count = key(512, "hidden width of the dense feed-forward layers")
     heads: Count = key(4, "attention heads H")
     kv_heads: Count | None = key(None, "key/value heads; unset: as many as heads")
-    head_dim: Count | None = key(None, "head width N; unset: d_model / heads")
+    head_dim: Count | None = key(None, "head width N, without the part that latent.rotary adds; unset: d_model / heads")
+    latent: LatentConfig | None = key(
+        None, "latent attention; unset: multi-head or, by kv_heads, grouped-query attention"
+    )
+    qk_norm: bool = key(False, "an RMSNorm over the head width of each query and key (Qwen3)")
+    bias: bool = key(False, "biases in attention, feed-forward layers and experts; never in routers and the head")
     positions: Literal["learned", "sinusoidal", "rotary"] = key("rotary", "positional encoding")
     rope_theta: Positive = key(10000.0, "base of the rotary frequencies")
     max_length: Count = key(2048, "longest sequence the model accepts")
@@ -190,6 +206,23 @@ class ModelConfig:
     @property
     def resolved_kv_heads(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def key_dim(self) -> int:
+        """Head width of queries and keys."""
+        return self.resolved_head_dim + (self.latent.rotary if self.latent else 0)
+
+    @property
+    def value_dim(self) -> int:
+        """Head width of values."""
+        return (self.latent.value if self.latent else None) or self.resolved_head_dim
+
+    @property
+    def cached_width(self) -> int:
+        """Numbers that generation keeps of a token in a layer."""
+        if self.latent:
+            return self.latent.key_value + self.latent.rotary
+        return 2 * self.resolved_kv_heads * self.resolved_head_dim
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:

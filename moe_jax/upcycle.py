@@ -192,27 +192,35 @@ def _experts(dense: Any, fresh: Any, m: ModelConfig, how: Cut, noise: float, key
         out["router"] = jnp.repeat(fresh["router"][..., :R], G, axis=-1)  # [n,D,R] -> [n,D,E]
     routed, shared = {}, {}
     for number, (name, w) in enumerate(sorted(dense.items())):
-        n, inner, outer = w.shape
-        if name == "w_down":
-            piece = w.reshape(n, pieces, inner // pieces, outer)  # [n,F,D] -> [n,slices,F/slices,D]
-            shared[name] = w[:, : how.shared * (inner // pieces)]
-        else:
-            piece = w.reshape(n, inner, pieces, outer // pieces).swapaxes(1, 2)  # [n,D,F] -> [n,slices,D,F/slices]
-            shared[name] = w[:, :, : how.shared * (outer // pieces)]
-        piece = piece[:, how.shared :]  # [n,G,...]
+        piece, shared[name] = _sliced(name, w, pieces, how.shared)
+        n = w.shape[0]
         expert = jnp.broadcast_to(piece[:, None], (n, R, *piece.shape[1:])).reshape(n, R * G, *piece.shape[2:])
-        if noise:
+        if noise and w.ndim == 3:
             drawn = jax.random.normal(jax.random.fold_in(key, number), expert.shape, expert.dtype)
-            expert = expert + noise * fan_in(inner) * drawn
+            expert = expert + noise * fan_in(w.shape[1]) * drawn
         routed[name] = expert * _part(how.factor, name, m.ffn)  # [n,E,...]
     out["experts"] = routed
     return out | ({"shared": shared} if how.shared else {})
 
 
+def _sliced(name: str, w: jax.Array, pieces: int, shared: int) -> tuple[jax.Array, jax.Array]:
+    """A parameter of feed-forward layers [n, ...]: the slices [n, pieces - shared, ...] after the shared ones, and the
+    shared ones in one. The bias of the output is that of no slice: each gets an equal part."""
+    if name == "b_down":
+        piece = jnp.repeat(w[:, None], pieces - shared, 1) / pieces
+        return piece, w * (shared / pieces)
+    axis = 1 if name == "w_down" else w.ndim - 1  # the hidden width
+    size = w.shape[axis] // pieces
+    cut = jnp.moveaxis(w.reshape(*w.shape[:axis], pieces, size, *w.shape[axis + 1 :]), axis, 1)
+    return cut[:, shared:], jax.lax.slice_in_dim(w, 0, shared * size, axis=axis)
+
+
 def _part(factor: float, name: str, ffn: str) -> float:
-    """The part of a factor on the layer's output that goes onto one of its matrices."""
-    if name == "w_gate":
+    """The part of a factor on the layer's output that goes onto one of its parameters."""
+    if name in ("w_gate", "b_gate"):
         return 1.0
+    if name == "b_down":
+        return factor
     if ffn == "gelu":
         return factor if name == "w_down" else 1.0
     return math.sqrt(factor)

@@ -136,9 +136,12 @@ def layer(x, weights, expert, kept, router, *, noise=None, ffn="swiglu"):
         gate = gate / (gate.sum(-1, keepdims=True) + 1e-9)
     y = jnp.zeros_like(x)
     for e in range(len(weights["w_up"])):
-        up = x @ weights["w_up"][e]
-        h = jax.nn.silu(x @ weights["w_gate"][e]) * up if ffn == "swiglu" else jax.nn.relu(up)
-        y = y + jnp.where(expert == e, gate, 0.0).sum(-1, keepdims=True) * (h @ weights["w_down"][e])
+        bias = {name: weights[name][e][None] if name in weights else 0.0 for name in ("b_gate", "b_up", "b_down")}
+        up = x @ weights["w_up"][e] + bias["b_up"]
+        swiglu = ffn.startswith("swiglu")
+        h = jax.nn.silu(x @ weights["w_gate"][e] + bias["b_gate"]) * up if swiglu else jax.nn.relu(up)
+        out = h @ weights["w_down"][e] + bias["b_down"]
+        y = y + jnp.where(expert == e, gate, 0.0).sum(-1, keepdims=True) * out
     return y
 
 

@@ -16,6 +16,7 @@ from moe_jax.collectives import Collective, read
 from moe_jax.config import (
     Config,
     DataConfig,
+    LatentConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -51,6 +52,7 @@ class Cell(NamedTuple):
     stages: int = 1
     rounds: int = 1
     explicit: bool = False  # the mesh has Explicit axes, not Auto ones
+    latent: bool = False  # latent attention, not norms of queries and keys and biases
 
     @property
     def layers(self) -> int:
@@ -67,7 +69,7 @@ class Cell(NamedTuple):
     def __str__(self) -> str:
         sizes = ",".join(f"{a}={n}" for a, n in zip(MESH_AXES, (self.stages, *self.mesh), strict=True) if n > 1)
         extra = "-share" * self.share + f"-m{self.microbatches}" * (self.microbatches > 1)
-        extra += f"-r{self.rounds}" * (self.rounds > 1) + "-explicit" * self.explicit
+        extra += f"-r{self.rounds}" * (self.rounds > 1) + "-explicit" * self.explicit + "-latent" * self.latent
         return f"{sizes}-{self.dispatch}-{self.exchange}-{self.attention}-{'+'.join(self.experts)}{extra}"
 
 
@@ -111,12 +113,12 @@ def cells() -> list[Cell]:
             attention = ("gather", "ring")[(i + j) % 2]
             parts = 1 if math.prod(mesh[: AXES.index("context")]) == B else 1 + (i + j) % 3 // 2  # a row for each shard
             out.append(Cell(mesh, dispatch, exchange, attention, experts, share, parts, explicit=j == 1))
-    return out
+    return [cell._replace(latent=i % 4 == 2) for i, cell in enumerate(out)]
 
 
-def config(cell: Cell | None, layers: int = 2) -> Config:
+def config(cell: Cell | None, layers: int = 2, latent: bool = False) -> Config:
     """A model with all that could depend on the mesh; without a cell on one device, its microbatches one by one."""
-    layers = layers if cell is None else cell.layers
+    layers, latent = (layers, latent) if cell is None else (cell.layers, cell.latent)
     moe = MoEConfig(
         experts=8,
         top_k=2,
@@ -131,6 +133,8 @@ def config(cell: Cell | None, layers: int = 2) -> Config:
         router=RouterConfig("noisy_topk", jitter=0.1),
     )
     model = ModelConfig(vocab=VOCAB, layers=layers, d_model=D, d_ff=24, heads=8, max_length=L, dropout=0.1, moe=moe)
+    attention = {"latent": LatentConfig(6, 4, 2)} if latent else {"qk_norm": True, "bias": True}
+    model = dataclasses.replace(model, **attention)
     cfg = Config(model=model, data=DataConfig(length=L, batch=B))
     if cell is None:
         return cfg
@@ -214,7 +218,8 @@ def stray(cell: Cell, found: list[Collective]) -> list[Collective]:
     """
     cfg = config(cell)
     n, runs = cfg.mesh.context, cell.turns
-    rows = 2 * 4 * D * L * B // cfg.mesh.over(cfg.rules.batch) // cell.microbatches // cfg.mesh.tensor  # k and v
+    heads = cfg.model.heads * cfg.model.key_dim  # values are made as wide as keys
+    rows = 2 * 4 * heads * L * B // cfg.mesh.over(cfg.rules.batch) // cell.microbatches // cfg.mesh.tensor  # k and v
     groups = B * L // GROUP // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches
 
     def meant(c: Collective) -> bool:
@@ -253,9 +258,9 @@ def only_weights(c: Collective) -> bool:
 
 
 @functools.cache
-def expected(layers: int) -> Step:
+def expected(layers: int, latent: bool) -> Step:
     """What one device says; no number of it depends on the dispatcher."""
-    return step(config(None, layers))[0]
+    return step(config(None, layers, latent))[0]
 
 
 def agree(got: Step, want: Step) -> None:

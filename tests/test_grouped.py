@@ -11,7 +11,7 @@ from moe_jax import grouped
 from moe_jax.grouped import Weights, grouped_ffn
 
 D, F = 6, 10
-KINDS = {"relu": jax.nn.relu, "swiglu": jax.nn.silu}
+KINDS = {"relu": jax.nn.relu, "swiglu": jax.nn.silu, "swiglu+biases": jax.nn.silu}
 
 
 def by_loop(x, sizes, weights, g, act):
@@ -22,8 +22,10 @@ def by_loop(x, sizes, weights, g, act):
         rows = slice(start, start + n)
 
         def network(x, w):
-            h = act(x @ w.w_up) if w.w_gate is None else act(x @ w.w_gate) * (x @ w.w_up)
-            return h @ w.w_down
+            gate, up, down = (0.0 if b is None else b[None] for b in (w.b_gate, w.b_up, w.b_down))
+            h = x @ w.w_up + up
+            h = act(h) if w.w_gate is None else act(x @ w.w_gate + gate) * h
+            return h @ w.w_down + down
 
         out, back = jax.vjp(network, x[rows], jax.tree.map(lambda w, e=e: w[e], weights))
         mine, theirs = back(g[rows])
@@ -39,7 +41,10 @@ def made(kind, E, dtype="float32"):
     gate, up, down = (
         jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, [(E, D, F), (E, D, F), (E, F, D)], strict=True)
     )
-    return Weights(gate if kind == "swiglu" else None, up, down)
+    biases: list[jax.Array] = []
+    if kind.endswith("biases"):
+        biases = [jax.random.normal(k, (E, n)).astype(dtype) for k, n in zip(keys, (F, F, D), strict=True)]
+    return Weights(None if kind == "relu" else gate, up, down, *biases)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -60,7 +65,7 @@ CASES = {  # rows, sizes, block
 }
 
 
-@pytest.mark.parametrize("kind,dtype", [("relu", "float32"), ("swiglu", "float32"), ("swiglu", "bfloat16")])
+@pytest.mark.parametrize("kind,dtype", [("relu", "float32"), ("swiglu", "float32"), ("swiglu+biases", "bfloat16")])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_a_loop(case, kind, dtype, monkeypatch):
     R, sizes, block = CASES[case]
@@ -128,6 +133,12 @@ def test_ragged_dot_means_the_same(kind):
     steps = [f(x, sizes, weights, here[1], g, act) for f in (grouped.blocked_gradients, grouped.ragged_gradients)]
     for a, b in zip(jax.tree.leaves([here, steps[0]]), jax.tree.leaves([there, steps[1]]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_half_of_the_biases_is_refused():
+    weights = made("swiglu+biases", 2)._replace(b_up=None)
+    with pytest.raises(ValueError, match="with biases those of all matrices"):
+        grouped_ffn(jnp.ones((4, D)), jnp.ones(2, jnp.int32), weights, jax.nn.silu)
 
 
 @pytest.mark.parametrize("x,E", [((4, 3), 2), ((4, D), 3), ((2, 4, D), 2)])

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import LatentConfig, ModelConfig
 from moe_jax.layers.attention import Attention, causal_attention
 from moe_jax.layers.common import dropout, fan_in, param, row_keys
 from moe_jax.layers.embed import Embedding
 from moe_jax.layers.ffn import FFN
+from moe_jax.layers.latent import LatentAttention
 from moe_jax.layers.norm import Norm
 from moe_jax.layers.positions import rotary, sinusoidal
 
@@ -22,7 +23,7 @@ def filled(create, seed=0):
 
     def fill(path, leaf):
         name = next(p.key for p in reversed(path) if isinstance(getattr(p, "key", None), str))
-        if name in ("scale", "bias"):
+        if name in ("scale", "bias") or name.startswith("b_"):
             return jnp.asarray((name == "scale") + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
         width = leaf.shape[-3] * leaf.shape[-2] if name == "w_out" else leaf.shape[-2]
         width = leaf.shape[-3] if name in ("w_query", "w_key", "w_value") else width
@@ -127,19 +128,34 @@ def model(heads=4, kv_heads=None, head_dim=4, d_model=16, positions="rotary", **
 def numpy_attention(layer, x, positions, segments):
     """Token by token in float64: softmax over the earlier tokens of the same segment."""
     m, x = layer.m, f64(x)
-    q, k, v = (np.einsum("bld,dhn->bhln", x, f64(w[...])) for w in (layer.w_query, layer.w_key, layer.w_value))
+    biases = [0.0 if b is None else f64(b[...])[None, :, None] for b in (layer.b_query, layer.b_key, layer.b_value)]
+    matrices = (layer.w_query, layer.w_key, layer.w_value)
+    q, k, v = (np.einsum("bld,dhn->bhln", x, f64(w[...])) + b for w, b in zip(matrices, biases, strict=True))
+    if m.qk_norm:
+        q, k = numpy_rms(q, layer.query_norm), numpy_rms(k, layer.key_norm)
     if m.positions == "rotary":
         q, k = (complex_rotary(a, positions, m.rope_theta) for a in (q, k))
-    group = m.heads // m.resolved_kv_heads
-    y = np.zeros((len(x), x.shape[1], m.heads, m.resolved_head_dim))
-    for b in range(len(x)):
-        for t in range(x.shape[1]):
+    out = 0.0 if layer.b_out is None else f64(layer.b_out[...])
+    return np.einsum("blhn,hnd->bld", numpy_values(q, k, v, segments), f64(layer.w_out[...])) + out
+
+
+def numpy_rms(x, norm):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + norm.eps) * f64(norm.scale[...])
+
+
+def numpy_values(q, k, v, segments):
+    """q [B, H, L, N], k and v [B, J, L, N] -> [B, L, H, N]."""
+    B, H, L, N = q.shape
+    group = H // k.shape[1]
+    y = np.zeros((B, L, H, v.shape[-1]))
+    for b in range(B):
+        for t in range(L):
             seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-            for h in range(m.heads):
-                score = k[b, h // group][seen] @ q[b, h, t] / np.sqrt(m.resolved_head_dim)
+            for h in range(H):
+                score = k[b, h // group][seen] @ q[b, h, t] / np.sqrt(N)
                 weight = np.exp(score - score.max())
                 y[b, t, h] = weight / weight.sum() @ v[b, h // group][seen]
-    return np.einsum("blhn,hnd->bld", y, f64(layer.w_out[...]))
+    return y
 
 
 def packed(L):
@@ -158,6 +174,8 @@ SHAPES = {
     "mqa": dict(kv_heads=1),
     "wide": dict(heads=3, head_dim=6, d_model=8),  # H*N = 18, D = 8
     "no_positions": dict(kv_heads=2, positions="learned"),
+    "norms": dict(kv_heads=2, qk_norm=True),
+    "biases": dict(kv_heads=2, bias=True),
 }
 
 
@@ -167,7 +185,8 @@ def test_attention_equals_numpy(shape, L):
     m = model(**SHAPES[shape])
     layer = filled(lambda: Attention(m, None, nnx.Rngs(params=0)))
     H, J, N, D = m.heads, m.resolved_kv_heads, m.resolved_head_dim, m.d_model
-    assert count(layer) == 2 * D * H * N + 2 * D * J * N
+    more = 2 * N * m.qk_norm + ((H + 2 * J) * N + D) * m.bias
+    assert count(layer) == 2 * D * H * N + 2 * D * J * N + more
     segments, positions = packed(L)
     x = 2.0 * numbers(2, L, D)
     got, cache = jax.jit(layer.__call__)(x, jnp.asarray(positions), jnp.asarray(segments))
@@ -176,6 +195,33 @@ def test_attention_equals_numpy(shape, L):
     real = segments > 0
     np.testing.assert_allclose(np.asarray(got)[real], want[real], atol=2e-5)
     assert np.isfinite(got).all()  # rows of padding, too: a NaN there would poison gradients
+
+
+LATENTS = {"DeepSeek-V3": LatentConfig(6, 5, 2), "no query vector": LatentConfig(None, 3, 4, value=7)}
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("L", [1, 65])
+def test_latent_attention_equals_numpy(latent, L):
+    """The keys of a head end in the one turned vector of the token, and the scores are over the root of their width."""
+    m = model(latent=LATENTS[latent])
+    layer = filled(lambda: LatentAttention(m, None, nnx.Rngs(params=0)))
+    segments, positions = packed(L)
+    x, C, N = 2.0 * numbers(2, L, m.d_model), m.latent.key_value, m.resolved_head_dim
+    got, _ = jax.jit(layer.__call__)(x, jnp.asarray(positions), jnp.asarray(segments))
+    h = x = f64(x)
+    if m.latent.query:
+        h = numpy_rms(x @ f64(layer.w_query_down[...]), layer.query_norm)
+    q = np.einsum("bld,dhn->bhln", h, f64(layer.w_query[...]))
+    both = x @ f64(layer.w_down[...])
+    c = numpy_rms(both[..., :C], layer.latent_norm)
+    k, v = (np.einsum("blc,chn->bhln", c, f64(w[...])) for w in (layer.w_key, layer.w_value))
+    turned = complex_rotary(np.repeat(both[:, None, :, C:], m.heads, 1), positions, m.rope_theta)
+    q = np.concatenate([q[..., :N], complex_rotary(q[..., N:], positions, m.rope_theta)], -1)
+    want = numpy_values(q, np.concatenate([k, turned], -1), v, segments)
+    want = np.einsum("blhn,hnd->bld", want, f64(layer.w_out[...]))
+    np.testing.assert_allclose(np.asarray(got)[segments > 0], want[segments > 0], atol=2e-5)
+    assert np.isfinite(got).all()
 
 
 def test_attention_in_eight_blocks_at_most():

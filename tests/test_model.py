@@ -14,7 +14,7 @@ from test_layers import ACTS, count, f64, filled, numbers
 
 from moe_jax import mesh
 from moe_jax.axes import Rules
-from moe_jax.config import ConfigError, MeshConfig, ModelConfig, MoEConfig, RouterConfig
+from moe_jax.config import ConfigError, LatentConfig, MeshConfig, ModelConfig, MoEConfig, RouterConfig
 from moe_jax.layers.block import Block, Context
 from moe_jax.layers.moe import Experts, MoELayer
 from moe_jax.model import Transformer
@@ -531,6 +531,24 @@ def test_decoding_equals_the_full_forward_pass(positions, kv_heads, norm, order)
     m = replace(TINY, layers=2, positions=positions, kv_heads=kv_heads, norm=norm, norm_order=order, moe=None)
     want, got = decode_case(m)
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
+
+
+KINDS_OF_ATTENTION = {
+    "latent": dict(kv_heads=None, latent=LatentConfig(5, 6, 2, value=3)),
+    "latent, queries of the token": dict(kv_heads=None, latent=LatentConfig(None, 6, 4)),
+    "norms of queries and keys": dict(qk_norm=True, kv_heads=2),
+    "biases": dict(bias=True, kv_heads=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_ATTENTION)
+def test_decoding_with_other_attention(kind):
+    """Latent attention decodes with queries and outputs through its matrices, from a cache of narrow vectors alone."""
+    m = replace(TINY, layers=2, moe=None, positions="rotary", **KINDS_OF_ATTENTION[kind])
+    want, got = decode_case(m)
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
+    kept = sum(a.size for a in jax.tree.leaves(transformer(m).empty_cache(1, 1).layers))
+    assert kept == {"latent": 6 + 2, "latent, queries of the token": 6 + 4}.get(kind, 2 * 2 * m.resolved_head_dim) * 2
 
 
 SPARSE = replace(TINY, layers=3, moe=replace(MOE, first_dense=1, every=1))  # dense, then MoE x 2 in a loop

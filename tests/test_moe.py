@@ -64,12 +64,17 @@ def close(got, want, name):
 
 def split_layer(moe: MoEConfig, ffn: str, rules: Rules | None):
     """The layer's graph and its weights as a dict of arrays; a large router, so that gates differ, noise and biases."""
-    layer = MoELayer(moe, D, ffn=ffn, rules=rules, rngs=nnx.Rngs(params=3))
+    kind, _, bias = ffn.partition("+")
+    layer = MoELayer(moe, D, ffn=kind, bias=bool(bias), rules=rules, rngs=nnx.Rngs(params=3))
     if layer.router is not None:
         layer.router[...] = 8.0 * layer.router[...]
     for i, extra in enumerate((layer.noise, layer.bias)):
         if extra is not None:
             extra[...] = 0.2 * jax.random.normal(jax.random.key(i), extra.shape)
+    experts = layer.experts
+    for i, extra in enumerate((experts.b_gate, experts.b_up, experts.b_down)):
+        if extra is not None:
+            extra[...] = 0.5 * jax.random.normal(jax.random.key(10 + i), extra.shape)
     graph, state = nnx.split(layer)
     return graph, nnx.to_pure_dict(state), state
 
@@ -155,6 +160,8 @@ CASES = [  # mesh, router, network, capacity factor, dispatch, priority
     *((where, "gshard", "relu", None, "ragged", "choice") for where in MESHES),
     *((MIXED, n, "swiglu", 1.0, d, "choice") for n in FEW for d in ("gather", "ragged")),
     (MIXED, "gshard-after", "swiglu", 1.0, "ragged", "choice"),
+    *(("one", "gshard", f"{n}+biases", 1.0, d, "choice") for n in ("relu", "swiglu") for d in WAYS),
+    *((MIXED, "gshard", "swiglu+biases", 1.0, d, "choice") for d in WAYS),
 ]
 
 

@@ -39,10 +39,20 @@ def ffn_products(rows: int, batch: int, D: int, F: int, kind: str) -> list[Produ
 
 def layer_products(m: ModelConfig, kind: str, B: int, L: int) -> list[Product]:
     """The products of one layer, without those that move tokens to experts and back."""
-    D, H, J, N, T = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim, B * L
-    out = [Product(1, T, D, H * N), Product(1, T, H * N, D), *[Product(1, T, D, J * N)] * 2]
+    D, H, J, N, V, T = m.d_model, m.heads, m.resolved_kv_heads, m.key_dim, m.value_dim, B * L
+    if m.latent is None:
+        out = [Product(1, T, D, H * N), *[Product(1, T, D, J * N)] * 2]
+    else:
+        Q, C = m.latent.query, m.latent.key_value
+        out = [Product(1, T, D, Q), Product(1, T, Q, H * N)] if Q else [Product(1, T, D, H * N)]
+        out += [
+            Product(1, T, D, C + m.latent.rotary),
+            Product(1, T, C, H * m.resolved_head_dim),
+            Product(1, T, C, H * V),
+        ]
+    out.append(Product(1, T, H * V, D))
     for begin, end in query_blocks(L):  # the causal blocks of queries
-        out += [Product(B * H, end - begin, N, end), Product(B * H, end - begin, end, N)]
+        out += [Product(B * H, end - begin, N, end), Product(B * H, end - begin, end, V)]
     if kind == "dense" or m.moe is None:
         return out + ffn_products(T, 1, D, m.d_ff, m.ffn)
     moe = m.moe

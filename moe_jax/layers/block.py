@@ -12,6 +12,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.common import Keys, dropout, fold
 from moe_jax.layers.ffn import FFN
+from moe_jax.layers.latent import LatentAttention
 from moe_jax.layers.moe import MoELayer, Record
 from moe_jax.layers.norm import Norm
 
@@ -40,14 +41,14 @@ class Block(nnx.Module):
     def __init__(self, m: ModelConfig, kind: str, rules: Rules | None, rngs: nnx.Rngs):
         self.m = m
         self.attention_norm = Norm(m.norm, m.d_model, m.norm_eps)
-        self.attention = Attention(m, rules, rngs)
+        self.attention = (Attention if m.latent is None else LatentAttention)(m, rules, rngs)
         self.ffn_norm = Norm(m.norm, m.d_model, m.norm_eps)
         self.ffn: FFN | MoELayer
         if kind == "moe":
             assert m.moe is not None
-            self.ffn = MoELayer(m.moe, m.d_model, d_ff=m.d_ff, ffn=m.ffn, rules=rules, rngs=rngs)
+            self.ffn = MoELayer(m.moe, m.d_model, d_ff=m.d_ff, ffn=m.ffn, bias=m.bias, rules=rules, rngs=rngs)
         else:
-            self.ffn = FFN(m.ffn, m.d_model, m.d_ff, rules, rngs)
+            self.ffn = FFN(m.ffn, m.d_model, m.d_ff, rules, rngs, bias=m.bias)
 
     def __call__(
         self,

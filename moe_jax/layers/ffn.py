@@ -4,25 +4,31 @@ import jax
 from flax import nnx
 
 from moe_jax.axes import Rules
-from moe_jax.layers.common import ACTIVATIONS, Keys, dropout, fan_in, lay, param, product
+from moe_jax.layers.common import ACTIVATIONS, Keys, along_last, constant, dropout, fan_in, lay, param, product
 
 
 class FFN(nnx.Module):
-    """w_down(act(w_up x)), or w_down(silu(w_gate x) * w_up x) for swiglu."""
+    """w_down(act(w_up x)), or w_down(silu(w_gate x) * w_up x) for swiglu; with biases if asked."""
 
-    def __init__(self, kind: str, d_model: int, d_ff: int, rules: Rules | None, rngs: nnx.Rngs):
+    def __init__(self, kind: str, d_model: int, d_ff: int, rules: Rules | None, rngs: nnx.Rngs, *, bias: bool = False):
         self.kind, self.rules = kind, rules
         D, F = d_model, d_ff
         self.w_gate = param(rngs, (D, F), ("embed", "mlp"), fan_in(D)) if kind == "swiglu" else None
         self.w_up = param(rngs, (D, F), ("embed", "mlp"), fan_in(D))
         self.w_down = param(rngs, (F, D), ("mlp", "embed"), fan_in(F))
+        self.b_gate = constant(0.0, (F,), ("mlp",)) if bias and kind == "swiglu" else None
+        self.b_up = constant(0.0, (F,), ("mlp",)) if bias else None
+        self.b_down = constant(0.0, (D,), ("norm",)) if bias else None
 
     def __call__(
         self, x: jax.Array, *, rate: float = 0.0, keys: Keys = None, places: jax.Array | None = None
     ) -> jax.Array:
         """x [B, L, D] -> [B, L, D]; `rate` is the dropout of the hidden layer, drawn by the tokens' `places` [L]."""
-        h = product(x, self.w_up[...], self.rules)  # [B,L,F]
-        act = ACTIVATIONS[self.kind]
-        h = act(h) if self.w_gate is None else act(product(x, self.w_gate[...], self.rules)) * h
+        h, act = self.times(x, self.w_up, self.b_up), ACTIVATIONS[self.kind]  # [B,L,F]
+        h = act(h) if self.w_gate is None else act(self.times(x, self.w_gate, self.b_gate)) * h
         h = lay(h, self.rules, names=("batch", "length", "act_mlp"))
-        return product(dropout(h, rate, keys, places), self.w_down[...], self.rules)  # [B,L,D]
+        return self.times(dropout(h, rate, keys, places), self.w_down, self.b_down)  # [B,L,D]
+
+    def times(self, x: jax.Array, w: nnx.Param, b: nnx.Param | None) -> jax.Array:
+        y = product(x, w[...], self.rules)
+        return y if b is None else y + along_last(b[...].astype(y.dtype), y)

@@ -99,13 +99,26 @@ class Record(NamedTuple):
 class Experts(nnx.Module):
     """E feed-forward networks side by side, on buffers [E, G, C, D]."""
 
-    def __init__(self, moe: MoEConfig, kind: str, d_model: int, d_ff: int, rules: Rules | None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        moe: MoEConfig,
+        kind: str,
+        d_model: int,
+        d_ff: int,
+        rules: Rules | None,
+        rngs: nnx.Rngs,
+        *,
+        bias: bool = False,
+    ):
         self.kind, self.rules = kind, rules
         E, D, F = moe.experts, d_model, d_ff
         up, down = ("experts", "expert_embed", "expert_mlp"), ("experts", "expert_mlp", "expert_embed")
         self.w_gate = param(rngs, (E, D, F), up, fan_in(D)) if kind == "swiglu" else None
         self.w_up = param(rngs, (E, D, F), up, fan_in(D))
         self.w_down = param(rngs, (E, F, D), down, fan_in(F))
+        self.b_gate = constant(0.0, (E, F), ("experts", "expert_mlp")) if bias and kind == "swiglu" else None
+        self.b_up = constant(0.0, (E, F), ("experts", "expert_mlp")) if bias else None
+        self.b_down = constant(0.0, (E, D), ("experts", "norm")) if bias else None
 
     @property
     def matrices(self) -> int:
@@ -113,24 +126,30 @@ class Experts(nnx.Module):
         return 2 if self.w_gate is None else 3
 
     def weights(self, dtype) -> Weights:
-        """The matrices in `dtype`, for grouped products."""
-        gate = None if self.w_gate is None else self.w_gate[...].astype(dtype)
-        return Weights(gate, self.w_up[...].astype(dtype), self.w_down[...].astype(dtype))
+        """The parameters in `dtype`, for grouped products."""
+        gate, *biases = (
+            None if p is None else p[...].astype(dtype) for p in (self.w_gate, self.b_gate, self.b_up, self.b_down)
+        )
+        return Weights(gate, self.w_up[...].astype(dtype), self.w_down[...].astype(dtype), *biases)
+
+    def times(self, x: jax.Array, w: nnx.Param, b: nnx.Param | None) -> jax.Array:
+        """x [E, R, D] times w [E, D, F] -> [E, R, F]."""
+        y = x @ w[...].astype(x.dtype)
+        return y if b is None else y + b[...].astype(y.dtype)[:, None]
 
     def __call__(self, x: jax.Array, *, rate: float = 0.0, keys: Keys = None) -> jax.Array:
         """[E, G, C, D] -> [E, G, C, D], expert e working on row e; `keys` [G] draw the dropout of the hidden layer."""
         E, G, C, D = x.shape
         x = x.reshape(E, G * C, D)  # one batched product; the groups keep their sharding
-        up, act = self.w_up[...].astype(x.dtype), ACTIVATIONS[self.kind]
-        h = x @ up  # [E, G*C, F]
-        h = act(h) if self.w_gate is None else act(x @ self.w_gate[...].astype(x.dtype)) * h
+        h, act = self.times(x, self.w_up, self.b_up), ACTIVATIONS[self.kind]  # [E, G*C, F]
+        h = act(h) if self.w_gate is None else act(self.times(x, self.w_gate, self.b_gate)) * h
         if self.rules is not None:
             experts, groups, _, _ = self.rules.expert_major
             h = lay(h, self.rules, (experts, groups, self.rules.expert_mlp))
         if keys is not None and rate > 0.0:
             by_group = h.reshape(E, G, C, -1).swapaxes(0, 1)  # [G,E,C,F]
             h = dropout(by_group, rate, keys).swapaxes(0, 1).reshape(h.shape)
-        return (h @ self.w_down[...].astype(x.dtype)).reshape(E, G, C, D)
+        return self.times(h, self.w_down, self.b_down).reshape(E, G, C, D)
 
 
 def typed(layer: "MoELayer", *_: Any, record: bool = False, **__: Any) -> Any:
@@ -150,6 +169,7 @@ class MoELayer(nnx.Module):
         d_model: width D of the tokens.
         d_ff: hidden width F of an expert where `moe.d_ff` is unset.
         ffn: `relu`, `gelu` (two matrices) or `swiglu` (three).
+        bias: give experts and shared experts biases.
         rules: logical axis -> mesh axis; calls then need `jax.set_mesh`. None: no sharding at all.
         rngs: `nnx.Rngs(params=seed)`.
     Raises:
@@ -163,6 +183,7 @@ class MoELayer(nnx.Module):
         *,
         d_ff: int | None = None,
         ffn: str = "swiglu",
+        bias: bool = False,
         rules: Rules | None = None,
         rngs: nnx.Rngs,
     ):
@@ -178,9 +199,9 @@ class MoELayer(nnx.Module):
         self.gate_in, self.router, self.noise = self.gate(rngs, d_model)
         biased = moe.bias_rate is not None
         self.bias = SelectionBias(jnp.zeros(moe.experts), axes=("router_experts",)) if biased else None
-        self.experts = Experts(moe, ffn, d_model, width, rules, rngs)
+        self.experts = Experts(moe, ffn, d_model, width, rules, rngs, bias=bias)
         shared = moe.shared_experts * width
-        self.shared = FFN(ffn, d_model, shared, rules, rngs) if shared else None
+        self.shared = FFN(ffn, d_model, shared, rules, rngs, bias=bias) if shared else None
 
     @any_axes(typed)
     def __call__(

@@ -164,7 +164,13 @@ def over_mesh(rules: Rules, capacity: int, kind: str, exchange: str) -> Callable
         return jax.lax.pcast(x, rest, to="varying") if rest else x
 
     def local(tokens: jax.Array, routing: Routing, slots: Slots, weights: Weights) -> jax.Array:
-        weights = jax.tree.map(lambda w: vary(w, (*rules.experts, *hidden)), weights)
+        last = weights.b_down
+        weights = jax.tree.map(lambda w: vary(w, (*rules.experts, *hidden)), weights._replace(b_down=None))
+        if last is not None:
+            last = vary(last, rules.experts)
+            if hidden:  # slices of the hidden width give partial sums: one of them has the bias
+                last = jnp.where(jax.lax.axis_index(hidden) == 0, last, jnp.zeros((), last.dtype))
+            weights = weights._replace(b_down=last)
         here = (*rules.groups, *share)  # where the tokens of a shard differ
         options = {"n": n, "axes": rules.experts, "exchange": exchange, "share": share}
         y = ragged_experts(vary(tokens, here), routing, slots, weights, capacity, kind, **options)
@@ -173,9 +179,11 @@ def over_mesh(rules: Rules, capacity: int, kind: str, exchange: str) -> Callable
 
     groups, width = spec((rules.groups,)), spec((rules.groups, (), share))
     up, down = spec((rules.experts, (), hidden)), spec((rules.experts, hidden, ()))
+    across, along = spec((rules.experts, hidden)), spec((rules.experts, ()))
 
     def over_shards(tokens: jax.Array, routing: Routing, slots: Slots, weights: Weights) -> jax.Array:
-        specs = (width, groups, groups, (None if weights.w_gate is None else up, up, down))
+        layouts = zip(weights, (up, up, down, across, across, along), strict=True)
+        specs = (width, groups, groups, tuple(None if w is None else layout for w, layout in layouts))
         parts = by_hand(lambda t, r, s, w: local(t, r, s, Weights(*w)), in_specs=specs, out_specs=width)
         return parts(tokens, routing, slots, tuple(weights))
 

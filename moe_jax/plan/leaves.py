@@ -9,19 +9,28 @@ from math import prod
 from typing import NamedTuple
 
 from moe_jax.axes import Rules
-from moe_jax.schema import MeshConfig, ModelConfig, MoEConfig
+from moe_jax.schema import LatentConfig, MeshConfig, ModelConfig, MoEConfig
 
 COMPONENTS = {  # component -> what it is called in tables
     "embed": "embedding",
     "pos": "learned positions",
     "lm_head": "head",
     "attn": "attention",
+    "attn_bias": "attention's biases",
+    "qk_norm": "norms of queries and keys",
+    "mla_norm": "norms of latents",
     "dense_ffn": "dense feed-forward",
+    "dense_ffn_bias": "its biases",
     "experts": "experts",
+    "expert_bias": "experts' biases",
     "shared_experts": "shared experts",
+    "shared_expert_bias": "their biases",
     "router": "routers",
     "norms": "norms",
 }
+ADDED = ("norms", "qk_norm", "mla_norm", "attn_bias", "dense_ffn_bias", "expert_bias", "shared_expert_bias")
+"""Components that multiply no matrix."""
+WIDTHS = ("embed", "expert_embed", "latent_embed")  # the dimension of a matrix over which its product sums, or D
 BATCH_AXES = ("layers", "experts")  # dimensions over which a parameter is many matrices
 NOT_MATRICES = ("norm", "position", "vocab", "router_embed")  # Muon leaves these to AdamW
 
@@ -47,7 +56,7 @@ class Leaf(NamedTuple):
     @property
     def width(self) -> int:
         """Size of the dimension that is the model's width, of a matrix."""
-        return next(n for n, a in zip(self.shape, self.axes, strict=True) if a in ("embed", "expert_embed"))
+        return next(n for n, a in zip(self.shape, self.axes, strict=True) if a in WIDTHS)
 
     def layout(self, rules: Rules) -> tuple[str, ...]:
         """The mesh axes that split it."""
@@ -67,11 +76,16 @@ def expert_width(m: ModelConfig) -> int:
 Part = tuple[str, tuple[int, ...], tuple[str, ...], str]  # what a Leaf holds
 
 
-def feed_forward(kind: str, width: int, hidden: int, name: str, component: str) -> Iterator[Part]:
+def feed_forward(m: ModelConfig, hidden: int, name: str, component: str, biases: str) -> Iterator[Part]:
     """A dense feed-forward layer."""
-    for matrix in ("w_gate", "w_up") if kind == "swiglu" else ("w_up",):
-        yield f"{name}.{matrix}", (width, hidden), ("embed", "mlp"), component
+    width = m.d_model
+    for matrix in ("gate", "up") if m.ffn == "swiglu" else ("up",):
+        yield f"{name}.w_{matrix}", (width, hidden), ("embed", "mlp"), component
+        if m.bias:
+            yield f"{name}.b_{matrix}", (hidden,), ("mlp",), biases
     yield f"{name}.w_down", (hidden, width), ("mlp", "embed"), component
+    if m.bias:
+        yield f"{name}.b_down", (width,), ("norm",), biases
 
 
 def mixture(m: ModelConfig, moe: MoEConfig) -> Iterator[Part]:
@@ -85,11 +99,15 @@ def mixture(m: ModelConfig, moe: MoEConfig) -> Iterator[Part]:
         yield "ffn.router", (width, E), (axis, "router_experts"), "router"
         if moe.router.kind == "noisy_topk":
             yield "ffn.noise", (D, E), ("router_embed", "router_experts"), "router"
-    for matrix in ("w_gate", "w_up") if m.ffn == "swiglu" else ("w_up",):
-        yield f"ffn.experts.{matrix}", (E, D, F), ("experts", "expert_embed", "expert_mlp"), "experts"
+    for matrix in ("gate", "up") if m.ffn == "swiglu" else ("up",):
+        yield f"ffn.experts.w_{matrix}", (E, D, F), ("experts", "expert_embed", "expert_mlp"), "experts"
+        if m.bias:
+            yield f"ffn.experts.b_{matrix}", (E, F), ("experts", "expert_mlp"), "expert_bias"
     yield "ffn.experts.w_down", (E, F, D), ("experts", "expert_mlp", "expert_embed"), "experts"
+    if m.bias:
+        yield "ffn.experts.b_down", (E, D), ("experts", "norm"), "expert_bias"
     if moe.shared_experts:
-        yield from feed_forward(m.ffn, D, moe.shared_experts * F, "ffn.shared", "shared_experts")
+        yield from feed_forward(m, moe.shared_experts * F, "ffn.shared", "shared_experts", "shared_expert_bias")
 
 
 def norm(m: ModelConfig, name: str) -> Iterator[Part]:
@@ -97,20 +115,46 @@ def norm(m: ModelConfig, name: str) -> Iterator[Part]:
         yield f"{name}.{part}", (m.d_model,), ("norm",), "norms"
 
 
+def attention(m: ModelConfig) -> Iterator[Part]:
+    """Multi-head and grouped-query attention."""
+    D, H, J, N = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim
+    for name, heads, axis in (("query", H, "heads"), ("key", J, "kv_heads"), ("value", J, "kv_heads")):
+        yield f"attention.w_{name}", (D, heads, N), ("embed", axis, "head"), "attn"
+        if m.bias:
+            yield f"attention.b_{name}", (heads, N), (axis, "norm"), "attn_bias"
+    yield "attention.w_out", (H, N, D), ("heads", "head", "embed"), "attn"
+    if m.bias:
+        yield "attention.b_out", (D,), ("norm",), "attn_bias"
+    for name in ("query", "key") if m.qk_norm else ():
+        yield f"attention.{name}_norm.scale", (N,), ("norm",), "qk_norm"
+
+
+def latent_attention(m: ModelConfig, latent: LatentConfig) -> Iterator[Part]:
+    """Latent attention."""
+    D, H, N, V, C = m.d_model, m.heads, m.resolved_head_dim, m.value_dim, latent.key_value
+    source, width = "embed", D
+    if latent.query:
+        source, width = "latent_embed", latent.query
+        yield "attention.w_query_down", (D, width), ("embed", "latent"), "attn"
+        yield "attention.query_norm.scale", (width,), ("norm",), "mla_norm"
+    yield "attention.w_query", (width, H, m.key_dim), (source, "heads", "head"), "attn"
+    yield "attention.w_down", (D, C + latent.rotary), ("embed", "latent"), "attn"
+    yield "attention.latent_norm.scale", (C,), ("norm",), "mla_norm"
+    yield "attention.w_key", (C, H, N), ("latent_embed", "heads", "head"), "attn"
+    yield "attention.w_value", (C, H, V), ("latent_embed", "heads", "head"), "attn"
+    yield "attention.w_out", (H, V, D), ("heads", "head", "embed"), "attn"
+
+
 def block(m: ModelConfig, kind: str) -> Iterator[Part]:
     """One layer."""
-    D, H, J, N = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim
-    yield "attention.w_query", (D, H, N), ("embed", "heads", "head"), "attn"
-    yield "attention.w_key", (D, J, N), ("embed", "kv_heads", "head"), "attn"
-    yield "attention.w_value", (D, J, N), ("embed", "kv_heads", "head"), "attn"
-    yield "attention.w_out", (H, N, D), ("heads", "head", "embed"), "attn"
+    yield from attention(m) if m.latent is None else latent_attention(m, m.latent)
     yield from norm(m, "attention_norm")
     yield from norm(m, "ffn_norm")
     if kind == "moe":
         assert m.moe is not None
         yield from mixture(m, m.moe)
     else:
-        yield from feed_forward(m.ffn, D, m.d_ff, "ffn", "dense_ffn")
+        yield from feed_forward(m, m.d_ff, "ffn", "dense_ffn", "dense_ffn_bias")
 
 
 @cache
@@ -149,7 +193,7 @@ def count(m: ModelConfig) -> Count:
     active: dict[str, int] = {}
     for leaf in leaves(m):
         share = leaf.size
-        if m.moe is not None and leaf.component == "experts":
+        if m.moe is not None and leaf.component in ("experts", "expert_bias"):
             share = leaf.size * m.moe.top_k // m.moe.experts
         total[leaf.component] = total.get(leaf.component, 0) + leaf.size
         active[leaf.component] = active.get(leaf.component, 0) + share

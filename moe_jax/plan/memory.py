@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from moe_jax.cost import matrices
 from moe_jax.pattern import query_blocks
-from moe_jax.plan.leaves import BATCH_AXES, Leaf, expert_width
+from moe_jax.plan.leaves import ADDED, BATCH_AXES, WIDTHS, Leaf, expert_width
 from moe_jax.plan.work import Step
 from moe_jax.schema import MeshConfig
 
@@ -57,8 +57,8 @@ def cache(step: Step, length: int | None = None) -> int:
     """Bytes of keys and values that generation holds for the batch, at `length` places a sequence."""
     m = step.cfg.model
     rows = max(1, step.cfg.data.batch // step.shards)  # decoding splits the batch over all token axes
-    width = m.resolved_kv_heads * m.resolved_head_dim // step.over("kv_heads")
-    return 2 * m.layers * rows * (length or step.cfg.data.length) * width * step.width
+    width = m.cached_width if m.latent else m.cached_width // step.over("kv_heads")
+    return m.layers * rows * (length or step.cfg.data.length) * width * step.width
 
 
 # Activations
@@ -133,7 +133,7 @@ def residuals(step: Step, kind: str) -> int:
 
 def cast_weights(step: Step) -> int:
     """Bytes of the layers' matrices in the compute type, which are made once a layer and saved with the rest."""
-    kept = [x for x in step.leaves if x.axes[0] == "layers" and x.component not in ("norms", "router")]
+    kept = [x for x in step.leaves if x.axes[0] == "layers" and x.component not in (*ADDED, "router")]
     if step.width == 4:  # only attention's, which are reshaped
         kept = [x for x in kept if x.component == "attn"]
     return sum(x.shard(step.cfg.rules, step.cfg.mesh) * step.width for x in kept)
@@ -200,7 +200,7 @@ def gathered_layer(step: Step) -> int:
     rules, mesh = step.cfg.rules, step.cfg.mesh
     layers: dict[str, int] = {}
     for leaf in step.leaves:
-        split = mesh.over(tuple(a for n in leaf.axes if n in ("embed", "expert_embed") for a in getattr(rules, n)))
+        split = mesh.over(tuple(a for n in leaf.axes if n in WIDTHS for a in getattr(rules, n)))
         if leaf.axes[0] == "layers" and split > 1:
             block = ".".join(leaf.name.split(".")[:4])  # stacks.i.blocks.j
             layers[block] = layers.get(block, 0) + leaf.shard(rules, mesh) * split // leaf.shape[0] * step.width

@@ -41,7 +41,7 @@ def report(e: Estimate, *, tokens: int | None = None, price: float | None = None
         "memory_per_device": e.memory.kinds | {"peak": e.memory.peak},
         "peak_moment": e.memory.moment,
         "kv_cache_bytes": e.memory.cache,
-        "kv_cache_bytes_per_token": 2 * m.layers * m.resolved_kv_heads * m.resolved_head_dim * e.step.width,
+        "kv_cache_bytes_per_token": m.layers * m.cached_width * e.step.width,
         "fits": e.fits,
         **mixture(e),
         "traffic": [

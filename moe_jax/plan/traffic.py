@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from moe_jax.axes import Axes
 from moe_jax.pattern import STAGE
-from moe_jax.plan.leaves import Leaf
+from moe_jax.plan.leaves import WIDTHS, Leaf
 from moe_jax.plan.work import Step
 
 PASSES = {"all-to-all": 1, "all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
@@ -86,7 +86,7 @@ def keys_and_values(step: Step) -> list[Move]:
     """Keys and values of split sequences, gathered or passed round a ring, which moves as much; back as gradients."""
     m, axes = step.cfg.model, step.cfg.rules.length
     heads = m.resolved_kv_heads // step.over("kv_heads")
-    size = 2 * step.rows * step.cfg.data.length * heads * m.resolved_head_dim * step.width
+    size = 2 * step.rows * step.cfg.data.length * heads * m.key_dim * step.width  # values as wide as keys
     hidden = m.attention_exchange == "ring"
     count = round(m.layers * step.turns)
     return [
@@ -118,7 +118,7 @@ def partial_sums(step: Step) -> list[Move]:
 
 def gathered(step: Step, leaf: Leaf) -> Axes:
     """Mesh axes that split the model width of a parameter: its products need that whole."""
-    return tuple(a for n in leaf.axes if n in ("embed", "expert_embed") for a in getattr(step.cfg.rules, n))
+    return tuple(a for n in leaf.axes if n in WIDTHS for a in getattr(step.cfg.rules, n))
 
 
 def weights(step: Step) -> list[Move]:

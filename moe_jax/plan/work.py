@@ -7,7 +7,7 @@ from typing import NamedTuple
 from moe_jax import cost
 from moe_jax.cost import matrices
 from moe_jax.pattern import Schedule, query_blocks
-from moe_jax.plan.leaves import Count, Leaf, count, expert_width, leaves
+from moe_jax.plan.leaves import ADDED, Count, Leaf, count, expert_width, leaves
 from moe_jax.schema import Config
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -27,9 +27,9 @@ def flops_per_token(cfg: Config, parameters: Count) -> Flops:
     """Model FLOPs: of the matrices one token is multiplied with, and of attention (Chowdhery et al. 2022, appendix B,
     with the causal half). Look-ups and norms multiply nothing; a tied table counts as the head."""
     m, active = cfg.model, parameters.active_components
-    idle = ("pos", "norms") if m.tied_head else ("pos", "norms", "embed")
+    idle = (*ADDED, "pos") if m.tied_head else (*ADDED, "pos", "embed")
     weights = 2 * sum(n for c, n in active.items() if c not in idle)
-    square = 4 * cfg.data.length * m.heads * m.resolved_head_dim * m.layers  # scores and values, every pair
+    square = 2 * cfg.data.length * m.heads * (m.key_dim + m.value_dim) * m.layers  # scores and values, every pair
     return Flops(3 * weights + 3 * square // 2, weights + square // 2, weights + square, 3 * weights, 3 * square // 2)
 
 
@@ -194,10 +194,10 @@ class Step:
     def executed(self) -> dict[str, float]:
         """FLOPs that a device executes in a step, by part; empty slots, recomputation and dispatch among them."""
         m, moe = self.cfg.model, self.cfg.model.moe
-        heads, D, L = m.heads * m.resolved_head_dim, m.d_model, self.cfg.data.length
+        heads, D, L = m.heads * (m.key_dim + m.value_dim), m.d_model, self.cfg.data.length
         seen = sum((end - begin) * end for begin, end in query_blocks(L)) / L / L  # of the square
         once = {c: 2 * n * self.tokens / self.over(axis) for c, n, axis in self.parts()}  # FLOPs of a forward pass
-        once["scores"] = seen * 4 * L * heads / self.over("act_heads") * m.layers * self.tokens
+        once["scores"] = seen * 2 * L * heads / self.over("act_heads") * m.layers * self.tokens
         once["head"] = 2 * m.vocab * D / self.over("act_vocab") * self.table_tokens
         if moe is not None:
             each = 2 * matrices(m.ffn) * D * expert_width(m) / self.over("expert_mlp")

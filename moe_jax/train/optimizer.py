@@ -9,7 +9,7 @@ import optax
 from moe_jax.config import OptimizerConfig
 
 BATCH_AXES = ("layers", "experts")  # dimensions over which a parameter is many matrices
-INPUTS = ("embed", "expert_embed")  # the model width; a matrix reads it or writes it
+INPUTS = ("embed", "expert_embed", "latent_embed")  # the model width; a matrix reads it or writes it
 NOT_MATRICES = ("norm", "position", "vocab", "router_embed")  # Muon leaves these to AdamW
 
 
@@ -42,8 +42,8 @@ def is_axes(x: Any) -> bool:
 
 
 def decayed(axes: Any) -> Any:
-    """Weight decay applies to matrices, not to norms."""
-    return jax.tree.map(lambda a: sum(n not in BATCH_AXES for n in a) >= 2, axes, is_leaf=is_axes)
+    """Weight decay applies to matrices, not to norms and biases."""
+    return jax.tree.map(lambda a: "norm" not in a and sum(n not in BATCH_AXES for n in a) >= 2, axes, is_leaf=is_axes)
 
 
 def muon_dimensions(axes: Any) -> Any:
