@@ -20,7 +20,9 @@ class Rules:
     """Logical axis -> mesh axes. The first block names dimensions of parameters, the second those of activations.
 
     A name maps to no mesh axis (replicated), one, or several (sharded over their product, first one slowest).
-    `act_exchange` is the width of tokens on their way to the experts and back.
+    `act_exchange` is the width of tokens on their way to the experts and back. `residual` splits the length once more
+    where nothing but norms and sums is computed, between attention and feed-forward layers (Korthikanti et al. 2022,
+    sequence parallelism).
     """
 
     vocab: Axes = ("tensor",)
@@ -43,6 +45,7 @@ class Rules:
 
     batch: Axes = ("data", "fsdp", "expert")
     length: Axes = ("context",)
+    residual: Axes = ()
     act_embed: Axes = ()
     act_exchange: Axes = ()
     act_heads: Axes = ("tensor",)
@@ -57,6 +60,11 @@ class Rules:
     def tokens(self) -> Axes:
         """The axes that split tokens: those of the batch, then those of the length."""
         return self.batch + self.length
+
+    @property
+    def stream(self) -> Layout:
+        """Layout of the tokens [B, L, D] between attention and feed-forward layers."""
+        return self.batch, self.length + self.residual, self.act_embed
 
     @property
     def groups(self) -> Axes:
@@ -81,4 +89,4 @@ class Rules:
 
     def by_rows(self) -> "Rules":
         """These rules with whole sequences on every shard and more rows in the batch, as decoding needs it."""
-        return replace(self, batch=self.tokens, length=())
+        return replace(self, batch=self.tokens, length=(), residual=())

@@ -362,6 +362,17 @@ def _check_context(cfg: Config) -> list[Problem]:
     return []
 
 
+def _check_residual(cfg: Config) -> list[Problem]:
+    """Rows that do not split further between attention and feed-forward layers."""
+    rules, length = cfg.rules, cfg.data.length
+    n = cfg.mesh.over(rules.length + rules.residual)
+    if not rules.residual or length % n == 0:
+        return []
+    over = " x ".join(f"mesh.{axis}" for axis in rules.length + rules.residual)
+    why = f"splits rows of {length} tokens over {n} shards ({over}), which does not divide them"
+    return [Problem("rules.residual", why, f"set data.length to a multiple of {n}, or rules.residual=[]")]
+
+
 def _check_groups(cfg: Config) -> list[Problem]:
     """Group sizes against sequences, microbatches and the mesh."""
     moe, length = cfg.model.moe, cfg.data.length
@@ -433,6 +444,7 @@ def check(cfg: Config) -> list[Problem]:
         out += context
     elif moe is not None:
         out += _check_groups(cfg)
+    out += _check_residual(cfg)
     out += [] if moe is None else check_exchange(moe, cfg.rules)
     if moe is not None and moe.experts % mesh.over(cfg.rules.experts):
         over = {a: n for a, n in mesh.sizes.items() if a in cfg.rules.experts}

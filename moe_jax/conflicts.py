@@ -18,6 +18,7 @@ def clashes(rules: Rules) -> list[Problem]:
     names = ("batch", "length", "act_embed"), ("batch", "length", "act_mlp"), ("batch", "length", "act_vocab")
     names += ("batch", "length", "act_heads"), ("batch", "length", "kv_heads")
     layouts = {f"activation ({', '.join(n)})": rules.layout(*n) for n in names}
+    layouts["tokens between layers (batch, length and residual, act_embed)"] = rules.stream
     for name in ("vocab", "position"):
         layouts[f"rows of the embedding ({name}, act_embed)"] = rules.layout(name, "act_embed")
     layouts["cache (batch, kv_heads)"] = rules.by_rows().layout("batch", "kv_heads")

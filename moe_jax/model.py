@@ -1,6 +1,7 @@
 """The decoder transformer: dense and MoE layers in a pattern, scanned and rematerialised."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +15,13 @@ from moe_jax.balance import Stats
 from moe_jax.cache import Cache, Cached, LayerCache, cached_axes, empty_layer, places
 from moe_jax.config import ModelConfig
 from moe_jax.layers.block import Block, Context, Routed
-from moe_jax.layers.common import Keys, dropout, fold, lay, row_keys
+from moe_jax.layers.common import Keys, between, dropout, fold, lay, row_keys
 from moe_jax.layers.embed import Embedding
 from moe_jax.layers.moe import FROM_CONFIG, MoELayer, Record, SelectionBias
 from moe_jax.layers.norm import Norm
 from moe_jax.pattern import Schedule
 from moe_jax.pipeline import of_round, pipelined, shared, split
-from moe_jax.rules import any_axes, spec
+from moe_jax.rules import any_axes, current_mesh, spec
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -208,6 +209,11 @@ class Transformer(nnx.Module):
         if L % (2 * n) and n > 1:
             why = f"rows of {L} tokens do not split into two pieces for each of {n} shards"
             raise ValueError(f"{why}: use a multiple of {2 * n}, or the rules by_rows(), which leave them whole")
+        if self.rules is not None and self.rules.residual:
+            parts = prod(current_mesh().shape[a] for a in self.rules.length + self.rules.residual)
+            if L % parts:
+                why = f"rules.residual splits rows over {parts} shards, and {L} tokens do not divide"
+                raise ValueError(f"{why}: use a multiple of {parts}, or the rules by_rows(), which leave rows whole")
         return n
 
     def options(self, capacity_factor: Any, top_k: Any, record: bool) -> list[dict[str, Any]]:
@@ -240,7 +246,7 @@ class Transformer(nnx.Module):
             if replay is not None:
                 own = [o | {"replay": replay[j]} for j, o in enumerate(own)]
             x, out = nnx.merge(graph, params)(x, context, fold(keys, number), caches, train, own)
-            return lay(x, self.rules, names=("batch", "length", "act_embed")), out
+            return between(x, self.rules), out
 
         loop = self.m.scan and repeats > 1 and all(o == options[0] for o in options)
 
@@ -288,7 +294,7 @@ class Transformer(nnx.Module):
                 params, number = of_round(layer, turn, layouts)
                 none = (None,) * len(kinds)
                 x, (routed, _) = nnx.merge(graph, params)(x, here, fold(own, number), none, train, options[:m])
-                return lay(x, rules, names=("batch", "length", "act_embed")), routed
+                return between(x, rules), routed
 
             again = (
                 one if self.m.remat == "none" else jax.checkpoint(one, policy=REMAT[self.m.remat], prevent_cse=False)

@@ -67,8 +67,7 @@ def begin(x: jax.Array, schedule: Schedule, rules: Rules) -> jax.Array:
             x = jax.lax.all_to_all(pieces, STAGE, 0, 0).reshape(-1, *x.shape[1:])
         return dealt(x, schedule.microbatches, schedule.together)[None]
 
-    rows = rules.layout("batch", "length", "act_embed")
-    layouts = spec((outside.batch, *rows[1:])), spec(((STAGE,), (), *rows))
+    layouts = spec(outside.stream), spec(((STAGE,), (), *rules.stream))
     return jax.shard_map(local, in_specs=layouts[0], out_specs=layouts[1])(x)
 
 
@@ -84,8 +83,7 @@ def end(x: jax.Array, schedule: Schedule, rules: Rules) -> jax.Array:
         last = jax.lax.axis_index(STAGE) == schedule.stages - 1
         return jax.lax.psum(jnp.where(last, x, jnp.zeros_like(x)), STAGE)
 
-    rows = rules.layout("batch", "length", "act_embed")
-    layouts = spec(((), (STAGE,), *rows)), spec((outside.batch, *rows[1:]))
+    layouts = spec(((), (STAGE,), *rules.stream)), spec(outside.stream)
     return jax.shard_map(local, in_specs=layouts[0], out_specs=layouts[1])(x)
 
 
@@ -135,7 +133,7 @@ def pipelined(
     """
     S, M, R, _ = schedule
     everywhere = jnp.arange(S)
-    over = ((STAGE,), *rules.layout("batch", "length", "act_embed"))  # [S,b,L,D]
+    over = ((STAGE,), *rules.stream)  # [S,b,L,D]
 
     leaves, tree = jax.tree.flatten(layers)
     leaves = [a.reshape(R, S, -1, *a.shape[1:]) for a in leaves]

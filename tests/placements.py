@@ -53,6 +53,7 @@ class Cell(NamedTuple):
     rounds: int = 1
     explicit: bool = False  # the mesh has Explicit axes, not Auto ones
     latent: bool = False  # latent attention, not norms of queries and keys and biases
+    split: bool = False  # rows are split over `tensor` between attention and feed-forward layers
 
     @property
     def layers(self) -> int:
@@ -69,7 +70,12 @@ class Cell(NamedTuple):
     def __str__(self) -> str:
         sizes = ",".join(f"{a}={n}" for a, n in zip(MESH_AXES, (self.stages, *self.mesh), strict=True) if n > 1)
         extra = "-share" * self.share + f"-m{self.microbatches}" * (self.microbatches > 1)
-        extra += f"-r{self.rounds}" * (self.rounds > 1) + "-explicit" * self.explicit + "-latent" * self.latent
+        extra += (
+            f"-r{self.rounds}" * (self.rounds > 1)
+            + "-explicit" * self.explicit
+            + "-latent" * self.latent
+            + "-split" * self.split
+        )
         return f"{sizes}-{self.dispatch}-{self.exchange}-{self.attention}-{'+'.join(self.experts)}{extra}"
 
 
@@ -113,7 +119,7 @@ def cells() -> list[Cell]:
             attention = ("gather", "ring")[(i + j) % 2]
             parts = 1 if math.prod(mesh[: AXES.index("context")]) == B else 1 + (i + j) % 3 // 2  # a row for each shard
             out.append(Cell(mesh, dispatch, exchange, attention, experts, share, parts, explicit=j == 1))
-    return [cell._replace(latent=i % 4 == 2) for i, cell in enumerate(out)]
+    return [c._replace(latent=i % 8 in (1, 6), split=c.mesh[-1] > 1 and i % 3 == 0) for i, c in enumerate(out)]
 
 
 def config(cell: Cell | None, layers: int = 2, latent: bool = False) -> Config:
@@ -140,7 +146,8 @@ def config(cell: Cell | None, layers: int = 2, latent: bool = False) -> Config:
         return cfg
     moe = dataclasses.replace(moe, dispatch=cell.dispatch, exchange=cell.exchange)
     # expert weights are gathered over fsdp, whichever axes their experts are on
-    rules = Rules(experts=cell.experts, act_exchange=("tensor",) if cell.share else ())
+    over = {"act_exchange": cell.share, "residual": cell.split}
+    rules = Rules(experts=cell.experts, **{name: ("tensor",) if used else () for name, used in over.items()})
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(model, moe=moe, attention_exchange=cell.attention),
@@ -222,13 +229,18 @@ def stray(cell: Cell, found: list[Collective]) -> list[Collective]:
     rows = 2 * 4 * heads * L * B // cfg.mesh.over(cfg.rules.batch) // cell.microbatches // cfg.mesh.tensor  # k and v
     groups = B * L // GROUP // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches
 
+    tokens = 4 * D * B * L // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches  # bytes
+
     def meant(c: Collective) -> bool:
+        layers = {"attention", "ffn", "head", "embed"}
+        if c.axes == ("tensor",) and cell.split and layers & set(c.modules) and c.op == "all-gather":
+            return c.bytes == tokens
         if cell.stages > 1 and c.axes == ("stage",):
             if c.bytes <= 4 * 8 * cell.layers:  # what is counted by layer and expert
                 return True
             if c.times == 1 and cell.rounds > 1:  # layers are dealt out to the rounds
                 return c.op == "collective-permute" and c.bytes <= cell.rounds * max(weights(cfg))
-            passed = 4 * D * B * L // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches
+            passed = tokens // cfg.mesh.over(cfg.rules.residual)
             ticks = Schedule(cell.stages, cell.microbatches, cell.rounds).ticks
             return (c.op, c.bytes, c.times) == ("collective-permute", passed, ticks)
         if c.axes == ("fsdp",):  # weights of a round are no arguments any more

@@ -23,9 +23,9 @@ CELLS = {str(cell): cell for cell in placements.cells()}
 QUICK = (
     "expert=2,context=2,tensor=2-einsum-shard_map-ring-context-share-m2",
     "data=2,context=2,tensor=2-einsum-hierarchical-gather-data+context-explicit",
-    "data=2,expert=2,context=2-ragged-ragged-ring-expert-explicit",
-    "fsdp=2,expert=2,tensor=2-gather-shard_map-gather-expert-m2-explicit",
-    "stage=2,expert=2,tensor=2-gather-compiler-ring-expert-m4-r2-explicit",
+    "data=2,expert=2,context=2-ragged-ragged-ring-expert-explicit-latent",
+    "fsdp=2,expert=2,tensor=2-gather-shard_map-gather-expert-m2-explicit-split",
+    "stage=2,expert=2,tensor=2-gather-compiler-ring-expert-m4-r2-explicit-split",
     "stage=2,data=2,tensor=2-einsum-shard_map-ring-data-share-m2",
 )
 
@@ -52,7 +52,9 @@ def test_the_battery_is_whole():
     assert {(c.dispatch, c.attention) for c in split} == set(
         itertools.product(("einsum", "gather", "ragged"), ("gather", "ring"))
     )
-    assert {c.dispatch for c in cells if c.share} == {"einsum", "gather", "ragged"}
+    for some in ("share", "split", "latent"):
+        assert {c.dispatch for c in cells if getattr(c, some)} == {"einsum", "gather", "ragged"}, some
+    assert {c.stages > 1 for c in cells if c.split} == {c.stages > 1 for c in cells if c.latent} == {True, False}
     assert {c.microbatches for c in cells} == {1, 2, 4, 8}
 
 

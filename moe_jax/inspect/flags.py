@@ -15,7 +15,7 @@ from moe_jax.pattern import STAGE
 
 Leaves = dict[str, tuple[str, ...]]  # logical axes of each parameter by its name
 # Dimensions of parameters over which they may be stored in parts and gathered for use: fully sharded data parallelism.
-STORED = ("embed", "expert_embed", "router_embed", "position", "norm")
+STORED = ("embed", "expert_embed", "latent_embed", "router_embed", "position", "norm")
 
 
 class Flag(NamedTuple):

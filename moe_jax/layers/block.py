@@ -10,7 +10,7 @@ from moe_jax.balance import Stats
 from moe_jax.cache import Cached, LayerCache
 from moe_jax.config import ModelConfig
 from moe_jax.layers.attention import Attention
-from moe_jax.layers.common import Keys, dropout, fold
+from moe_jax.layers.common import Keys, between, dropout, fold, inside
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.latent import LatentAttention
 from moe_jax.layers.moe import MoELayer, Record
@@ -39,7 +39,7 @@ class Block(nnx.Module):
     """pre-norm: x + f(norm(x)); post-norm: norm(x + f(x)) (Xiong et al. 2020)."""
 
     def __init__(self, m: ModelConfig, kind: str, rules: Rules | None, rngs: nnx.Rngs):
-        self.m = m
+        self.m, self.rules = m, rules
         self.attention_norm = Norm(m.norm, m.d_model, m.norm_eps)
         self.attention = (Attention if m.latent is None else LatentAttention)(m, rules, rngs)
         self.ffn_norm = Norm(m.norm, m.d_model, m.norm_eps)
@@ -66,13 +66,13 @@ class Block(nnx.Module):
             raise ValueError(f"model.dropout={self.m.dropout} draws noise in training: pass key=jax.random.key(...)")
 
         with jax.named_scope("attention"):
-            h = self.attention_norm(x) if pre else x
+            h = inside(self.attention_norm(x) if pre else x, self.rules)
             h, cache = self.attention(h, context.positions, context.segments, cache, context.cached)
-            x = x + dropout(h, self.m.dropout, fold(keys, 0), context.places)
+            x = x + dropout(self.outside(h), self.m.dropout, fold(keys, 0), context.places)
             x = x if pre else self.attention_norm(x)
 
         with jax.named_scope("ffn"):
-            h = self.ffn_norm(x) if pre else x
+            h = inside(self.ffn_norm(x) if pre else x, self.rules)
             routed = None
             if isinstance(self.ffn, MoELayer):
                 mask, key = context.mask, fold(keys, 2)
@@ -81,6 +81,10 @@ class Block(nnx.Module):
                 routed = Routed(*rest)
             else:
                 h = self.ffn(h)
-            x = x + dropout(h, self.m.dropout, fold(keys, 1), context.places)
+            x = x + dropout(self.outside(h), self.m.dropout, fold(keys, 1), context.places)
             x = x if pre else self.ffn_norm(x)
         return x, routed, cache
+
+    def outside(self, h: jax.Array) -> jax.Array:
+        """What a sub-layer made, where the residual stream is."""
+        return h if self.rules is None or not self.rules.residual else between(h, self.rules)

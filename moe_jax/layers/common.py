@@ -83,3 +83,13 @@ def lay(
     if rules is None:
         return x
     return constrain(x, rules.layout(*names) if layout is None else layout)
+
+
+def between(x: jax.Array, rules: Rules | None) -> jax.Array:
+    """x [B, L, D] laid out as tokens are between attention and feed-forward layers."""
+    return x if rules is None else lay(x, rules, rules.stream)
+
+
+def inside(x: jax.Array, rules: Rules | None) -> jax.Array:
+    """x [B, L, D] laid out as attention and feed-forward layers take tokens, where that is another layout."""
+    return x if rules is None or not rules.residual else lay(x, rules, names=("batch", "length", "act_embed"))

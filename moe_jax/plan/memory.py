@@ -82,6 +82,7 @@ class Widths(NamedTuple):
     """Elements of a layer's activations on one device."""
 
     tokens: int  # [T, D]
+    stream: int  # the same between attention and feed-forward layers
     query: int  # [T, H*N]
     key: int  # [T, J*N]: keys, and as many values
     scores: int  # probabilities
@@ -95,17 +96,18 @@ def widths(step: Step, kind: str) -> Widths:
     """The sizes of a dense or MoE layer's activations."""
     m, T, moe = step.cfg.model, step.tokens, step.cfg.model.moe
     tokens, heads = T * m.d_model // step.over("act_embed"), step.over("act_heads")
+    stream = tokens // step.over("residual")
     query = T * m.heads * m.resolved_head_dim // heads
     key = T * m.resolved_kv_heads * m.resolved_head_dim // step.over("kv_heads")
     dense = T * m.d_ff // step.over("act_mlp")
     if kind == "dense" or moe is None:
-        return Widths(tokens, query, key, probabilities(step), dense, 0, 0, 0)
+        return Widths(tokens, stream, query, key, probabilities(step), dense, 0, 0, 0)
     R, F = step.sent_rows, expert_width(m)
     shared = T * moe.shared_experts * F // step.over("act_mlp")
     one_hot = step.groups * moe.experts * tiled(step.group, step.slots, step.platform)
     mask = one_hot if step.dispatch.dispatch == "einsum" else 0
     rows = R * m.d_model // step.cfg.mesh.over(step.cfg.rules.travelling)
-    return Widths(tokens, query, key, probabilities(step), shared, rows, R * F // step.over("expert_mlp"), mask)
+    return Widths(tokens, stream, query, key, probabilities(step), shared, rows, R * F // step.over("expert_mlp"), mask)
 
 
 def nonlinear(ffn: str) -> tuple[int, int]:
@@ -120,7 +122,7 @@ def residuals(step: Step, kind: str) -> int:
     """Bytes that the backward pass of one layer needs, all that `remat=none` saves."""
     w, b, wide = widths(step, kind), step.width, 4
     full, flags = nonlinear(step.cfg.model.ffn)
-    norms = (5 if kind == "moe" else 4) * w.tokens * wide  # two a norm, and the router's input, float32
+    norms = (4 * w.stream + (w.tokens if kind == "moe" else 0)) * wide  # two a norm, and the router's input, float32
     products = (w.tokens + w.query) * b  # what the projections multiply
     L = step.cfg.data.length
     slices = sum(end for _, end in query_blocks(L)) / L  # each block keeps the keys and values that it sees
@@ -149,9 +151,9 @@ def saved(step: Step, kind: str) -> dict[str, int]:
             gates = matrices(step.cfg.model.ffn) - 1
             return {"activations": (2 * w.tokens + w.query + 2 * w.key + gates * w.hidden) * b}
         case "exchange":
-            return {"activations": w.tokens * b, "dispatch": 2 * w.rows * b}
+            return {"activations": w.stream * b, "dispatch": 2 * w.rows * b}
         case _:
-            return {"activations": w.tokens * b}
+            return {"activations": w.stream * b}
 
 
 def working(step: Step, kind: str) -> int:
@@ -245,7 +247,7 @@ def memory(step: Step) -> Memory:
     stacks = sum(4 * x.shard(rules, mesh) for x in step.leaves if x.axes[0] == "layers")
     so_far = gradients(step) if step.one_by_one else 0
     if step.schedule is not None:  # what stages made in each tick, and what enters the first one
-        rows = step.tokens * m.d_model * step.width // step.over("act_embed")
+        rows = step.tokens * m.d_model * step.width // step.over("act_embed", "residual")
         layers["activations"] += rows * (step.schedule.ticks + step.microbatches)
         if step.schedule.rounds > 1:  # layers as they are dealt out to the rounds, beside those of the state
             layers["parameters"] = held["parameters"] + stacks

@@ -72,7 +72,7 @@ def stages(step: Step) -> list[Move]:
     s, m, rules = step.schedule, step.cfg.model, step.cfg.rules
     if s is None:
         return []
-    rows = step.tokens * m.d_model * step.width / step.over("act_embed")
+    rows = step.tokens * m.d_model * step.width / step.over("act_embed", "residual")
     layers = sum(4 * leaf.shard(rules, step.cfg.mesh) for leaf in step.leaves if leaf.axes[0] == "layers")
     outside = ("all-to-all", 4) if step.shared else ("all-reduce", 2)
     return [
