@@ -302,6 +302,8 @@ def collectives(program: Program, mesh: Mesh) -> Iterator[Collective]:
         kind = "reduce-scatter" if fusion is not None else base(one)
         summed = kind == "all-reduce" and gathers(program, run)
         groups = slice_groups(one.rest, mesh) if kind == "send" else device_groups(one.rest, mesh)
+        if not groups:  # a permutation without pairs, which moves nothing
+            continue
         axes, n = axes_of(groups, mesh), max(map(len, groups))
         if not axes:  # groups of one device move nothing
             continue

@@ -253,7 +253,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
             and the file or override that says it.
     """
     files = chain(name)
-    tree: dict = {"name": Path(name).stem}
+    tree: dict = {"name": Path(name).name.removesuffix(".toml")}  # deepspeed_1.3b_moe_128 has no ending
     try:
         for file in files:
             tree = file.over(tree)

@@ -212,8 +212,7 @@ def ragged_gradient(x: jax.Array, g: jax.Array, sizes: jax.Array) -> jax.Array:
 
 def rows_of(bias: jax.Array, sizes: jax.Array, R: int) -> jax.Array:
     """bias [E, F] -> [R, F], that of the expert of each row; zero in rows of no expert."""
-    ends = jnp.cumsum(sizes)
-    expert = jnp.searchsorted(ends, jnp.arange(R, dtype=ends.dtype), side="right", method="compare_all")
+    expert = (jnp.arange(R, dtype=sizes.dtype)[:, None] >= jnp.cumsum(sizes)[None]).sum(1)
     return bias.at[expert].get(mode="fill", fill_value=0)
 
 

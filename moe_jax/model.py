@@ -185,9 +185,8 @@ class Transformer(nnx.Module):
             routed += [] if r is None else [r]
             layers.append(c)
             done = mine.stop
-        if self.final_norm is not None:
-            x = self.final_norm(x)
         with jax.named_scope("head"):
+            x = x if self.final_norm is None else self.final_norm(x)
             logits = self.embedding.logits(x, outside)
         merged = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
         stats, past = (None, None) if merged is None else merged

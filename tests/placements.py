@@ -33,6 +33,7 @@ B, L, D, VOCAB = 8, 32, 16, 40
 COUNTS = 200  # bytes: what is counted by layer, or before ragged rows are sent
 GROUP, SLOTS = 2, 1  # S and C, which is max(1, ceil(2*2*2/8))
 AXES = MESH_AXES[1:]
+SPLIT = [("attention",), ("ffn",), ("embed",), ("head",)]  # what needs whole rows that are split between them
 KINDS = [
     *itertools.product(("einsum", "gather"), ("compiler", "shard_map", "hierarchical")),
     *(("ragged", exchange) for exchange in ("shard_map", "hierarchical", "ragged")),
@@ -139,7 +140,7 @@ def config(cell: Cell | None, layers: int = 2, latent: bool = False) -> Config:
         router=RouterConfig("noisy_topk", jitter=0.1),
     )
     model = ModelConfig(vocab=VOCAB, layers=layers, d_model=D, d_ff=24, heads=8, max_length=L, dropout=0.1, moe=moe)
-    attention = {"latent": LatentConfig(6, 4, 2)} if latent else {"qk_norm": True, "bias": True}
+    attention = {"latent": LatentConfig(16, 8, 2)} if latent else {"qk_norm": True, "bias": True}
     model = dataclasses.replace(model, **attention)
     cfg = Config(model=model, data=DataConfig(length=L, batch=B))
     if cell is None:
@@ -232,9 +233,10 @@ def stray(cell: Cell, found: list[Collective]) -> list[Collective]:
     tokens = 4 * D * B * L // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches  # bytes
 
     def meant(c: Collective) -> bool:
-        layers = {"attention", "ffn", "head", "embed"}
-        if c.axes == ("tensor",) and cell.split and layers & set(c.modules) and c.op == "all-gather":
-            return c.bytes == tokens
+        if c.axes == ("tensor",) and cell.split and c.op == "all-gather" and c.modules in SPLIT:
+            shares = (1, cell.microbatches, cell.microbatches / cell.stages)  # a pipeline has its rows there at once
+            if c.bytes in [tokens * n for n in shares[: 3 if c.modules in SPLIT[2:] and cell.stages > 1 else 1]]:
+                return True
         if cell.stages > 1 and c.axes == ("stage",):
             if c.bytes <= 4 * 8 * cell.layers:  # what is counted by layer and expert
                 return True

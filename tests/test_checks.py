@@ -14,6 +14,10 @@ def adam(kind, **keys):
     return {"train": {"optimizer": {"kind": kind, **keys}}}
 
 
+def latent(**keys):
+    return {"model": {"positions": "rotary", "latent": {}} | keys}
+
+
 def split(n=2, length=16, **keys):
     """A row of tokens split over n shards, with a mixture of experts."""
     return moe(capacity_factor=1.0, **keys) | {"mesh": {"context": n}, "data": {"length": length}}
@@ -121,6 +125,16 @@ IMPOSSIBLE = [  # settings of model.moe, the key that is refused, words of the m
         ({"model": {"layers": None}}, "model.layers", "None"),
         ({"mesh": {"context": 3}}, "data.length", "128 tokens do not split into two pieces for each of 3 shards"),
         (split(length=18, group_size=1), "data.length", "set it to a multiple of 4"),
+        (
+            {"mesh": {"tensor": 4}, "rules": {"residual": ["tensor"]}, "data": {"length": 18}},
+            "rules.residual",
+            "rows of 18 tokens over 4 shards (mesh.context x mesh.tensor), which does not divide them",
+        ),
+        (latent(kv_heads=2), "model.kv_heads", "latent attention makes keys and values for each head"),
+        (latent(positions="learned"), "model.positions", "model.latent.rotary turns a part of each key"),
+        (latent(latent={"rotary": 3}), "model.latent.rotary", "3 is odd"),
+        (latent(qk_norm=True), "model.qk_norm", "set model.qk_norm=false"),
+        (latent(bias=True), "model.bias", "has norms of its own and no biases"),
         (split(), "model.moe.group_size", "groups of one sequence, which do not fit into the pieces of 4 tokens"),
         (
             {"mesh": {"context": 2, "tensor": 4}, "model": {"heads": 4, "kv_heads": 2}},

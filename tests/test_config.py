@@ -9,7 +9,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_jax import config
-from moe_jax.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, RouterConfig, from_dict, load
+from moe_jax.config import (
+    Config,
+    ConfigError,
+    LatentConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+    from_dict,
+    load,
+)
 from moe_jax.schema import ClaimConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -344,7 +354,7 @@ def test_the_reference_is_complete_and_true():
     keys = [row[0].strip("`") for row in rows]
     assert len(keys) == len(set(keys)) > 80
     assert {"train.steps", "mesh.expert", "model.moe.router.kind", "rules.expert_mlp"} <= set(keys)
-    whole = Config(model=ModelConfig(moe=MoEConfig()), claims=ClaimConfig())
+    whole = Config(model=ModelConfig(moe=MoEConfig(), latent=LatentConfig()), claims=ClaimConfig())
     for name, kind, default, meaning in rows:
         node = whole
         for part in name.strip("`").split("."):

@@ -148,6 +148,9 @@ def test_refused_calls():
         whole = Transformer(cfg.model, rules=Rules().by_rows(), rngs=nnx.Rngs(params=0))
         with pytest.raises(ValueError, match=r"a cache holds whole ones: build the model with rules\.by_rows\(\)"):
             module(jnp.zeros((2, 4), int), cache=whole.empty_cache(2, 8))
+        between = Transformer(cfg.model, rules=Rules(length=(), residual=("context",)), rngs=nnx.Rngs(params=0))
+        with pytest.raises(ValueError, match=r"rules\.residual splits rows over 2 shards, and 5 tokens .* by_rows\(\)"):
+            between(jnp.zeros((1, 5), int))
         layer = MoELayer(MoEConfig(d_ff=8, capacity_factor=1.0), 8, rules=Rules(), rngs=nnx.Rngs(params=0))
         with pytest.raises(ValueError, match=r"groups of 8 tokens do not fit into the 2 pieces of 4 .* a divisor of 4"):
             layer(jnp.zeros((1, 8, 8)), train=True)

@@ -23,6 +23,8 @@ from moe_jax.inspect.show import lines
 from moe_jax.layers.common import lay
 from moe_jax.layers.embed import Embedding
 from moe_jax.layers.moe import MoELayer
+from moe_jax.plan.traffic import traffic
+from moe_jax.plan.work import Step
 from moe_jax.topology import parse, topology_mesh
 
 LAYERS, L, D, E, K = 2, 32, 32, 8, 2
@@ -209,6 +211,26 @@ def test_machines_that_are_not_here_exchange_the_least(name, remat):
     found = inspect(cfg, topology_mesh(cfg.mesh, topology), topology=topology)
     check(found, cfg, again=2 if remat == "full" else 0, bytes_each=2)
     assert 0 < found["peak_bytes"] < found["memory_bytes"] == topology.memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", compilable("v5e:2x2"))
+def test_rows_split_between_the_layers(name):
+    """Attention's sums are scattered and each layer gathers what it takes, as often and as much as the plan says."""
+    topology, peaks = parse(name), []
+    for residual in ("[]", '["tensor"]'):
+        mesh = {"expert": 2, "tensor": 2}
+        cfg = small(f"rules.residual={residual}", "model.dtype=bfloat16", mesh=mesh)
+        found = inspect(cfg, topology_mesh(cfg.mesh, topology), topology=topology)
+        peaks.append(found["peak_bytes"])
+    over = [r for r in found["collectives"] if r["axes"] == ["tensor"] and r["module"] in ("attention", "ffn")]
+    step = Step(cfg, topology.platform)
+    planned = {(m.what, m.op): m.count for m in traffic(step) if m.axes == ("tensor",)}
+    for op, what in (("all-gather", "split rows"), ("reduce-scatter", "attention sums")):
+        rows = [r for r in over if r["op"] == op]
+        assert sum(r["count"] for r in rows) == planned[what, op] > 0
+        assert sum(r["bytes"] for r in rows) == planned[what, op] * step.tokens * D * 2 // 2  # half leaves, in 2 bytes
+    assert not [r for r in over if r["op"] == "all-reduce"] and peaks[1] < peaks[0]
 
 
 @pytest.mark.parametrize("name", compilable("v5e:1x1"))

@@ -140,6 +140,11 @@ TRAVEL = {  # rules, mesh, words of the one row of the table
         {"tensor": 4},
         ["w_up", "tokens of width 6 do not divide over 4 shards", "rules.act_exchange=[]"],
     ),
+    "rows split twice over one axis": (
+        {"residual": ("context",)},
+        {"context": 2},
+        ["tokens between layers", "mesh axis 'context' holds two dimensions", "take it out of one"],
+    ),
     "an axis that splits nothing": (
         {"length": ()},
         {"context": 2},
@@ -345,8 +350,9 @@ def test_every_parameter_of_a_transformer():
         assert (axes, shape, placed.shard_shape(shape)) == PLACES[name], path
     assert seen == set(PLACES)
     unused = {f.name for f in fields(Rules)} - {a for axes, _, _ in PLACES.values() for a in axes}
-    # those of activations, and that of an MLP gate, which is tested with the layer
-    assert unused == {"batch", "length", "act_embed", "act_exchange", "act_heads", "act_mlp", "act_vocab", "router_mlp"}
+    # those of activations, and of an MLP gate and latent attention, which are tested with their layers
+    activations = {"batch", "length", "residual", "act_embed", "act_exchange", "act_heads", "act_mlp", "act_vocab"}
+    assert unused == activations | {"router_mlp", "latent", "latent_embed"}
 
 
 def test_fsdp_splits_the_embedding_dimension():

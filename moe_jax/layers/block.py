@@ -10,7 +10,7 @@ from moe_jax.balance import Stats
 from moe_jax.cache import Cached, LayerCache
 from moe_jax.config import ModelConfig
 from moe_jax.layers.attention import Attention
-from moe_jax.layers.common import Keys, between, dropout, fold, inside
+from moe_jax.layers.common import Keys, dropout, fold, gathered, scattered
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.latent import LatentAttention
 from moe_jax.layers.moe import MoELayer, Record
@@ -66,13 +66,13 @@ class Block(nnx.Module):
             raise ValueError(f"model.dropout={self.m.dropout} draws noise in training: pass key=jax.random.key(...)")
 
         with jax.named_scope("attention"):
-            h = inside(self.attention_norm(x) if pre else x, self.rules)
+            h = gathered(self.attention_norm(x) if pre else x, self.rules)
             h, cache = self.attention(h, context.positions, context.segments, cache, context.cached)
-            x = x + dropout(self.outside(h), self.m.dropout, fold(keys, 0), context.places)
+            x = x + dropout(scattered(h, self.rules), self.m.dropout, fold(keys, 0), context.places)
             x = x if pre else self.attention_norm(x)
 
         with jax.named_scope("ffn"):
-            h = inside(self.ffn_norm(x) if pre else x, self.rules)
+            h = gathered(self.ffn_norm(x) if pre else x, self.rules)
             routed = None
             if isinstance(self.ffn, MoELayer):
                 mask, key = context.mask, fold(keys, 2)
@@ -81,10 +81,6 @@ class Block(nnx.Module):
                 routed = Routed(*rest)
             else:
                 h = self.ffn(h)
-            x = x + dropout(self.outside(h), self.m.dropout, fold(keys, 1), context.places)
+            x = x + dropout(scattered(h, self.rules), self.m.dropout, fold(keys, 1), context.places)
             x = x if pre else self.ffn_norm(x)
         return x, routed, cache
-
-    def outside(self, h: jax.Array) -> jax.Array:
-        """What a sub-layer made, where the residual stream is."""
-        return h if self.rules is None or not self.rules.residual else between(h, self.rules)

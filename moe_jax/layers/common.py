@@ -93,3 +93,14 @@ def between(x: jax.Array, rules: Rules | None) -> jax.Array:
 def inside(x: jax.Array, rules: Rules | None) -> jax.Array:
     """x [B, L, D] laid out as attention and feed-forward layers take tokens, where that is another layout."""
     return x if rules is None or not rules.residual else lay(x, rules, names=("batch", "length", "act_embed"))
+
+
+def gathered(x: jax.Array, rules: Rules | None) -> jax.Array:
+    """x [B, L, D] from between the layers, as they take it. Both layouts are stated, here and in `scattered`: the
+    products, and those of the gradients, would take on a part of the other one."""
+    return x if rules is None or not rules.residual else inside(between(x, rules), rules)
+
+
+def scattered(x: jax.Array, rules: Rules | None) -> jax.Array:
+    """x [B, L, D] that a layer made, as tokens are between the layers."""
+    return x if rules is None or not rules.residual else between(inside(x, rules), rules)

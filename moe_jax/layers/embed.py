@@ -6,7 +6,7 @@ from flax import nnx
 
 from moe_jax.axes import Rules
 from moe_jax.config import ModelConfig
-from moe_jax.layers.common import between, fan_in, inside, lay, param, product
+from moe_jax.layers.common import between, fan_in, gathered, lay, param, product, scattered
 from moe_jax.layers.positions import sinusoidal
 
 
@@ -28,7 +28,7 @@ class Embedding(nnx.Module):
             x = x + self.rows(self.positions, "position")[positions]
         if self.m.positions == "sinusoidal":
             x = x + sinusoidal(positions, self.m.d_model)
-        return between(x.astype(self.m.dtype), rules)
+        return between(scattered(x.astype(self.m.dtype), rules), rules)
 
     def rows(self, table: nnx.Param, name: str) -> jax.Array:
         """A table with whole rows: a lookup in split ones would make the partitioner replicate every token."""
@@ -37,5 +37,5 @@ class Embedding(nnx.Module):
     def logits(self, x: jax.Array, rules: Rules | None) -> jax.Array:
         """x [B, L, D] -> [B, L, V] float32, both laid out by `rules`."""
         w = self.table[...].T if self.head is None else self.head[...]
-        out = product(inside(x, rules), w, rules, jnp.float32)
+        out = product(gathered(x, rules), w, rules, jnp.float32)
         return lay(out, rules, names=("batch", "length", "act_vocab"))

@@ -68,5 +68,9 @@ class LatentAttention(nnx.Module):
         return from_heads(y, self.w_out[...], rules), cache
 
     def narrow(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """x [B, L, D] times w [D, C] -> [B, L, C], whole on every device that shares a token."""
-        return lay(product(x, w, self.rules), self.rules, names=("batch", "length", None))
+        """x [B, L, D] times w [D, C] -> [B, L, C], both whole on every device that shares a token.
+
+        Left to itself, the partitioner splits w over what splits the heads, on its way to where it is whole.
+        """
+        w = lay(w.astype(x.dtype), self.rules, names=(None, "latent"))
+        return lay(product(x, w, self.rules), self.rules, names=("batch", "length", "latent"))

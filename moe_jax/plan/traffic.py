@@ -96,24 +96,39 @@ def keys_and_values(step: Step) -> list[Move]:
 
 
 def partial_sums(step: Step) -> list[Move]:
-    """Sums over devices that hold slices of a product: heads, hidden widths and the vocabulary."""
+    """Sums over devices that hold slices of a product: heads, hidden widths and the vocabulary.
+
+    Where rows are split between the layers, a sum of tokens is scattered, and the layers gather what they take.
+    """
     m, rules = step.cfg.model, step.cfg.rules
     row = m.d_model * step.width / step.over("act_embed")
+    split = live(step, rules.residual)
     forward = step.passes("attn")  # one after each sub-layer, and one before it in the backward pass
-    sums = {"attention sums": (rules.act_heads, m.layers, step.tokens * row)}
+
+    def added(what: str, axes: Axes, layers: int, size: float, times: float = forward + 1) -> Move:
+        op = "reduce-scatter" if split and set(live(step, axes)) <= set(split) else "all-reduce"
+        return move(step, what, op, axes, round(layers * times * step.turns), size)
+
     dense = m.layer_kinds.count("dense") + (step.moe_layers if m.moe is not None and m.moe.shared_experts else 0)
-    sums["feed-forward sums"] = (rules.act_mlp, dense, step.tokens * row)
+    out = [
+        added("attention sums", rules.act_heads, m.layers, step.tokens * row),
+        added("feed-forward sums", rules.act_mlp, dense, step.tokens * row),
+    ]
     if m.moe is not None:
         local = step.dispatch.dispatch == "ragged"  # added up at the tokens
         rows = step.tokens if local else step.sent_rows
-        sums["expert sums"] = (rules.expert_mlp, step.moe_layers, rows * row)
-    out = [
-        move(step, what, "all-reduce", axes, round(layers * (forward + 1) * step.turns), size)
-        for what, (axes, layers, size) in sums.items()
+        times = round(step.moe_layers * (2 + step.exchanged_again) * step.turns)
+        out.append(move(step, "expert sums", "all-reduce", rules.expert_mlp, times, rows * row))
+    gathers = round(2 * m.layers * (forward + 1) * step.turns)
+    out.append(move(step, "split rows", "all-gather", split, gathers, step.tokens * row))
+    tables = step.table_tokens * m.d_model
+    op = "reduce-scatter" if split and set(live(step, rules.vocab)) <= set(split) else "all-reduce"
+    return [
+        *out,
+        move(step, "embedding rows", op, rules.vocab, step.table_passes, tables * step.width),
+        move(step, "head sums", "all-reduce", rules.act_vocab, step.table_passes, tables * 4),
+        move(step, "split rows of embedding and head", "all-gather", split, 2 * step.table_passes, tables * step.width),
     ]
-    embedded = step.table_tokens * m.d_model * 4
-    looked_up = move(step, "embedding rows", "all-reduce", rules.vocab, step.table_passes, embedded)
-    return [*out, looked_up]
 
 
 def gathered(step: Step, leaf: Leaf) -> Axes:
