@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.cache import empty_layer
 from moe_jax.config import LatentConfig, ModelConfig
 from moe_jax.layers.attention import Attention, causal_attention
 from moe_jax.layers.common import dropout, fan_in, param, row_keys
@@ -222,6 +223,13 @@ def test_latent_attention_equals_numpy(latent, L):
     want = np.einsum("blhn,hnd->bld", want, f64(layer.w_out[...]))
     np.testing.assert_allclose(np.asarray(got)[segments > 0], want[segments > 0], atol=2e-5)
     assert np.isfinite(got).all()
+
+
+def test_a_latent_cache_is_narrow():
+    """Of a token the one vector that keys and values of all heads are made from, and the part that turns."""
+    for m, kept in ((model(latent=LATENTS["DeepSeek-V3"]), 5 + 2), (model(kv_heads=2), 2 * 2 * 4)):
+        cache = empty_layer(m, 1, 1, 1)
+        assert cache.k.size + cache.v.size == kept == m.cached_width
 
 
 def test_attention_in_eight_blocks_at_most():
