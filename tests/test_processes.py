@@ -154,6 +154,17 @@ def test_other_processes_and_meshes_train_what_one_does(train, whole, tmp_path, 
     assert json.loads(done[0][1])["sample"] == call(*train, *sample, "--workdir", workdir)[1]["sample"]
 
 
+@pytest.mark.slow
+def test_stages_of_a_pipeline_in_two_processes(train, tmp_path, call):
+    """Each process has one of the stages; what they pass on crosses from one to the other."""
+    shape = ["model.moe.every=1", "mesh.stage=2", "mesh.data=1", "mesh.expert=4", "train.microbatches=2"]
+    argv = [*train, *shape, "train.steps=6", "train.checkpoint_every=3"]
+    assert call(*argv, "--workdir", tmp_path / "one")[0] == 0
+    done = [finish(child) for child in several([*argv, "--workdir", tmp_path / "two"], 2, 4)]
+    assert [code for code, _, _ in done] == [0, 0], [log for _, _, log in done]
+    check_all_same(tmp_path / "two", tmp_path / "one")
+
+
 # Deaths
 
 

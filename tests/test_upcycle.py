@@ -112,6 +112,16 @@ def test_the_function_is_preserved(case):
     assert difference(m, method) < 1e-5
 
 
+BIASED = ("copy, top-2", "copy, scaled gates", "split, G=4 relu", "split, G=4 gelu", "split, shared", "split, scale G")
+
+
+@pytest.mark.parametrize("case", BIASED)
+def test_biases_are_preserved_too(case):
+    """Each slice has its part of the hidden layer's, and an equal one of the output's."""
+    method, kind, moe = PRESERVED[case]
+    assert difference(dataclasses.replace(sized(kind, **moe), bias=True), method) < 1e-5
+
+
 # id: method, keys of the experts, options: not promised, and rightly so
 CHANGED = {
     "copy, switch": ("copy", {"top_k": 1, "router": {"kind": "switch"}}, {}),
