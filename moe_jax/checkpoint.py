@@ -229,7 +229,7 @@ def _context(partial: bool = False) -> ocp.Context:
     return context
 
 
-def _agree(value: int) -> int:
+def agree(value: int) -> int:
     """Process 0's value, on every process: a shared folder may look different to each for a moment."""
     return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
@@ -266,7 +266,7 @@ class Checkpoints:
 
     def last(self) -> int | None:
         """The newest step, or None."""
-        step = _agree(max(self.steps(), default=-1))
+        step = agree(max(self.steps(), default=-1))
         return None if step < 0 else step
 
     def save(self, step: int, state: Any, info: dict) -> None:
@@ -281,7 +281,7 @@ class Checkpoints:
         """
         info = json.loads(json.dumps(info, allow_nan=False))  # a copy, and an error here if it is not JSON
         self.wait()
-        if _agree(step in self.steps()):
+        if agree(step in self.steps()):
             return
         try:
             if jax.process_index() == 0:

@@ -234,7 +234,7 @@ def _check_latent(m: ModelConfig, no: Refuse) -> None:
         no("positions", f"is {m.positions!r}, and model.latent.rotary turns a part of each key", "set it to rotary")
     if m.latent.rotary % 2:
         no("latent.rotary", f"{m.latent.rotary} is odd, and rotary positions turn pairs", "use an even width")
-    for name in ("qk_norm", "bias"):
+    for name in ("qk_norm", "biases"):
         if getattr(m, name):
             no(name, "is true, and latent attention has norms of its own and no biases", f"set model.{name}=false")
 

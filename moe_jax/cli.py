@@ -400,7 +400,8 @@ def together(args: argparse.Namespace) -> int:
             args.quiet, args.json = True, True  # process 0 tells the results
         return checked(args, alone)
 
-    return supervise.Supervisor(place, links, lambda line: say(args, line))(work)
+    saves = args.command == "train"
+    return supervise.Supervisor(place, links, lambda line: say(args, line), saves)(work)
 
 
 def alone(args: argparse.Namespace) -> int:

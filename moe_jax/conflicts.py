@@ -16,7 +16,7 @@ Leaf = tuple[str, tuple[int, ...], tuple[str, ...]]  # name, shape, logical axes
 def clashes(rules: Rules) -> list[Problem]:
     """Activations of which two dimensions would lie on one mesh axis, whatever its size."""
     names = ("batch", "length", "act_embed"), ("batch", "length", "act_mlp"), ("batch", "length", "act_vocab")
-    names += ("batch", "length", "act_heads"), ("batch", "length", "kv_heads")
+    names += ("batch", "length", "act_heads"), ("batch", "length", "kv_heads"), ("batch", "length", "latent")
     layouts = {f"activation ({', '.join(n)})": rules.layout(*n) for n in names}
     layouts["tokens between layers (batch, length and residual, act_embed)"] = rules.stream
     for name in ("vocab", "position"):

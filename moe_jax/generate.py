@@ -59,7 +59,7 @@ class Generator:
     def __init__(self, model: Model, mesh: Mesh, known: int, stop: int, sampling: Sampling = SAMPLING):
         require_decoding(model.cfg.model)
         cfg = model.cfg
-        if cfg.mesh.over(cfg.rules.length) > 1:  # a cache holds whole rows: their shards take more of them instead
+        if cfg.mesh.over(cfg.rules.length + cfg.rules.residual) > 1:  # a cache holds whole rows; shards take more rows
             model = Model.of(dataclasses.replace(cfg, rules=cfg.rules.by_rows()))
         self.model, self.mesh, self.known, self.stop, self.sampling = model, mesh, known, stop, sampling
 

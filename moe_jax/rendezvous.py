@@ -42,7 +42,7 @@ class Link:
             piece = self.sock.recv(65536)
             *lines, self.buffer = (self.buffer + piece).split(b"\n")
             messages = [json.loads(line) for line in lines]
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):  # a stranger may send anything
             return None
         if not piece or len(self.buffer) > LONGEST or not all(isinstance(m, dict) for m in messages):
             return None
@@ -50,10 +50,11 @@ class Link:
 
     def close(self) -> None:
         """Say that nothing more comes, and let the other end read what has been sent."""
+        deadline = time.monotonic() + CLOSE_SECONDS
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
             self.sock.settimeout(CLOSE_SECONDS)
-            while self.sock.recv(65536):
+            while self.sock.recv(65536) and time.monotonic() < deadline:
                 pass
         self.sock.close()
 

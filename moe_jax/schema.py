@@ -171,7 +171,7 @@ class ModelConfig:
         None, "latent attention; unset: multi-head or, by kv_heads, grouped-query attention"
     )
     qk_norm: bool = key(False, "an RMSNorm over the head width of each query and key (Qwen3)")
-    bias: bool = key(False, "biases in attention, feed-forward layers and experts; never in routers and the head")
+    biases: bool = key(False, "biases in attention, feed-forward layers and experts; never in routers and the head")
     positions: Literal["learned", "sinusoidal", "rotary"] = key("rotary", "positional encoding")
     rope_theta: Positive = key(10000.0, "base of the rotary frequencies")
     max_length: Count = key(2048, "longest sequence the model accepts")

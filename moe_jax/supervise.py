@@ -6,6 +6,7 @@ process 0 how its child ended, and that one tells all whose end was the first. W
 its closed connection says so; where a machine is, the kernel's keep-alive.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -69,10 +70,11 @@ class Supervisor:
     Args:
         links: of process 0, to all others; of each other, to process 0.
         say: prints a line.
+        saves: whether the command answers a SIGTERM by a checkpoint and its end; else it is killed.
     """
 
-    def __init__(self, place: Place, links: Mapping[int, Link], say: Callable[[str], None]):
-        self.place, self.links, self.say = place, dict(links), say
+    def __init__(self, place: Place, links: Mapping[int, Link], say: Callable[[str], None], saves: bool = True):
+        self.place, self.links, self.say, self.saves = place, dict(links), say, saves
         self.leads = place.index == 0
         self.hosts = {place.index: socket.gethostname()} | {i: link.host for i, link in links.items()}
         self.code: int | None = None  # of the child, once it has ended
@@ -157,7 +159,11 @@ class Supervisor:
                 self.note(self.place.index, self.code)
         elif number in (signal.SIGTERM, signal.SIGINT) and self.code is None:
             name, self.asked = signal.Signals(number).name, self.asked + 1
-            if self.asked == 1:  # to JAX, which agrees with the others on the last step
+            if not self.saves:
+                self.asked = 2
+                self.say(f"{name}: quits")
+                os.kill(self.child, signal.SIGKILL)
+            elif self.asked == 1:  # to JAX, which agrees with the others on the last step
                 self.say(f"{name}: stopping after this step and saving; Ctrl-C again quits without saving")
                 os.kill(self.child, signal.SIGTERM)
             else:
@@ -273,11 +279,14 @@ def work(command: Callable[[], int], leash: int, errors: int) -> NoReturn:
 
             jax.distributed.shutdown()  # together with the others
     except BaseException:
+        code = code or 1
         time.sleep(GRACE_SECONDS)  # where another process has died, this is only its consequence
-        traceback.print_exc()
+        with contextlib.suppress(Exception):
+            traceback.print_exc()
     finally:  # Python's own way out would wait for processes that have died
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # the terminal may be gone
+                stream.flush()
         os._exit(code)
 
 

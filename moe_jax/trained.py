@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
+import jax
+
 from moe_jax import config, mesh
-from moe_jax.checkpoint import open_workdir
+from moe_jax.checkpoint import agree, open_workdir
 from moe_jax.config import Config, Problem, Refused
 from moe_jax.data import Corpus, open_prepared, whole
 from moe_jax.model import Transformer
@@ -58,6 +60,9 @@ class Trained:
         self.other = None if self.cfg.data.path == saved_cfg.data.path else self.cfg.data.path
         mesh.prepare_devices(self.cfg.mesh, fake_devices, processes)
         self.mesh = mesh.build_mesh(self.cfg.mesh)
+        if (newest := agree(self.step)) != self.step:
+            why = f"holds step {newest} for process 0, and step {self.step} for process {jax.process_index()}"
+            raise Refused(Problem("DIR", why, "wait until the run has saved, on a disk that all of them see"))
         self.model = Model.of(self.cfg)
         self.model.validate()
         check_overrides(saved_cfg, self.model, overrides)

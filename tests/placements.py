@@ -140,7 +140,7 @@ def config(cell: Cell | None, layers: int = 2, latent: bool = False) -> Config:
         router=RouterConfig("noisy_topk", jitter=0.1),
     )
     model = ModelConfig(vocab=VOCAB, layers=layers, d_model=D, d_ff=24, heads=8, max_length=L, dropout=0.1, moe=moe)
-    attention = {"latent": LatentConfig(16, 8, 2)} if latent else {"qk_norm": True, "bias": True}
+    attention = {"latent": LatentConfig(16, 8, 2)} if latent else {"qk_norm": True, "biases": True}
     model = dataclasses.replace(model, **attention)
     cfg = Config(model=model, data=DataConfig(length=L, batch=B))
     if cell is None:

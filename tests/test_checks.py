@@ -134,7 +134,7 @@ IMPOSSIBLE = [  # settings of model.moe, the key that is refused, words of the m
         (latent(positions="learned"), "model.positions", "model.latent.rotary turns a part of each key"),
         (latent(latent={"rotary": 3}), "model.latent.rotary", "3 is odd"),
         (latent(qk_norm=True), "model.qk_norm", "set model.qk_norm=false"),
-        (latent(bias=True), "model.bias", "has norms of its own and no biases"),
+        (latent(biases=True), "model.biases", "has norms of its own and no biases"),
         (split(), "model.moe.group_size", "groups of one sequence, which do not fit into the pieces of 4 tokens"),
         (
             {"mesh": {"context": 2, "tensor": 4}, "model": {"heads": 4, "kv_heads": 2}},

@@ -129,11 +129,14 @@ def test_a_call_knows_no_order():
     close(restored(turned.logits, 4), want.logits)
 
 
-def test_text_is_that_of_one_device():
+SPLITS = {"context": Rules(experts=("expert", "context")), "tensor": Rules(residual=("tensor",))}
+
+
+@pytest.mark.parametrize("axis", SPLITS)
+def test_text_is_that_of_one_device(axis):
     """A cache holds whole rows: the shards of a row take rows of their own."""
     numbers, tokens, _, want = made()
-    cfg = tiny(context=2, expert=2)
-    cfg = dataclasses.replace(cfg, rules=Rules(experts=("expert", "context")))
+    cfg = dataclasses.replace(tiny(expert=2, **{axis: 2}), rules=SPLITS[axis])
     model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[:4])
     weights = Weights(jax.device_put(numbers, model.weight_shardings(mesh).params), None)
     assert Generator(model, mesh, 40, 40, Sampling(temperature=0.0))(weights, list(tokens[:3, :5]), 4).tokens == want

@@ -176,7 +176,7 @@ SHAPES = {
     "wide": dict(heads=3, head_dim=6, d_model=8),  # H*N = 18, D = 8
     "no_positions": dict(kv_heads=2, positions="learned"),
     "norms": dict(kv_heads=2, qk_norm=True),
-    "biases": dict(kv_heads=2, bias=True),
+    "biases": dict(kv_heads=2, biases=True),
 }
 
 
@@ -186,7 +186,7 @@ def test_attention_equals_numpy(shape, L):
     m = model(**SHAPES[shape])
     layer = filled(lambda: Attention(m, None, nnx.Rngs(params=0)))
     H, J, N, D = m.heads, m.resolved_kv_heads, m.resolved_head_dim, m.d_model
-    more = 2 * N * m.qk_norm + ((H + 2 * J) * N + D) * m.bias
+    more = 2 * N * m.qk_norm + ((H + 2 * J) * N + D) * m.biases
     assert count(layer) == 2 * D * H * N + 2 * D * J * N + more
     segments, positions = packed(L)
     x = 2.0 * numbers(2, L, D)

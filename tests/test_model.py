@@ -535,7 +535,7 @@ def test_decoding_equals_the_full_forward_pass(positions, kv_heads, norm, order)
 LATENTS = [{"kv_heads": None, "latent": c} for c in (LatentConfig(5, 6, 2, value=3), LatentConfig(None, 6, 4))]
 
 
-@pytest.mark.parametrize("attention", [*LATENTS, {"qk_norm": True, "bias": True}], ids=str)
+@pytest.mark.parametrize("attention", [*LATENTS, {"qk_norm": True, "biases": True}], ids=str)
 def test_decoding_with_other_attention(attention):
     want, got = decode_case(replace(TINY, layers=2, moe=None, **attention))
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)

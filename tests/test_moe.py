@@ -65,7 +65,7 @@ def close(got, want, name):
 def split_layer(moe: MoEConfig, ffn: str, rules: Rules | None):
     """The layer's graph and its weights as a dict of arrays; a large router, so that gates differ, noise and biases."""
     kind, _, bias = ffn.partition("+")
-    layer = MoELayer(moe, D, ffn=kind, bias=bool(bias), rules=rules, rngs=nnx.Rngs(params=3))
+    layer = MoELayer(moe, D, ffn=kind, biases=bool(bias), rules=rules, rngs=nnx.Rngs(params=3))
     if layer.router is not None:
         layer.router[...] = 8.0 * layer.router[...]
     for i, extra in enumerate((layer.noise, layer.bias)):
@@ -201,6 +201,18 @@ def test_equals_the_oracle(where, name, ffn, factor, dispatch, priority):
     assert counts == [want.mask.sum(), load.sum(), want.kept.sum()]
     if factor is not None and name != "expert_choice":
         assert want.kept.sum() < load.sum(), "the test needs drops"
+
+
+def test_padding_is_zero_beside_biases():
+    """Shared experts make something of zeros, too."""
+    moe = MoEConfig(E, 2, d_ff=F, shared_experts=1, capacity_factor=1.0)
+    layer = MoELayer(moe, D, biases=True, rngs=nnx.Rngs(params=0))
+    assert layer.shared is not None
+    for b in (layer.shared.b_gate, layer.shared.b_up, layer.shared.b_down):
+        b[...] = jnp.ones_like(b[...])
+    mask = jnp.arange(L)[None] < jnp.asarray([L, 9])[:, None]
+    y, _ = layer(jax.random.normal(jax.random.key(0), (2, L, D)), mask=mask, train=True)
+    assert not y[1, 9:].any() and bool(y[1, :9].any(-1).all())
 
 
 def test_priorities_differ():

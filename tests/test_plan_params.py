@@ -39,8 +39,8 @@ SETTINGS = [
     ["tiny_deepseek", "model.kv_heads=unset", "model.moe.every=2", "model.ffn=relu"],
     ["tiny_gshard", "model.scan=false", "model.moe.every=1"],
     ["tiny_deepseek", "model.kv_heads=unset", "model.stack_above=12", "model.moe.every=2"],
-    ["tiny_gshard", "model.bias=true", "model.ffn=swiglu", "model.moe.shared_experts=1"],
-    ["tiny_mixtral", "model.bias=true", "model.qk_norm=true", "model.ffn=gelu"],
+    ["tiny_gshard", "model.biases=true", "model.ffn=swiglu", "model.moe.shared_experts=1"],
+    ["tiny_mixtral", "model.biases=true", "model.qk_norm=true", "model.ffn=gelu"],
     ["tiny_deepseek", "model.kv_heads=unset", "model.latent.key_value=12", "model.latent.rotary=4"],
     ["tiny_dense", "model.kv_heads=unset", "model.latent.query=6", "model.latent.value=10", "model.positions=rotary"],
 ]

@@ -165,6 +165,17 @@ def test_stages_of_a_pipeline_in_two_processes(train, tmp_path, call):
     check_all_same(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
+def test_folders_of_one_name_are_not_taken_for_one(train, tmp_path):
+    """Of processes on hosts without a shared disk, the other one finds nothing of what process 0 writes."""
+    port = free_port()
+    argv = [[*train, "--workdir", tmp_path / str(i), "--fake-devices", 4, *flags(i, 2, port)] for i in range(2)]
+    (code, _, log), (own_code, _, own_log) = [finish(child) for child in [start(*a) for a in argv]]
+    assert (code, own_code) == (2, 2), log + own_log
+    assert "is not the folder of that name in which process 0 writes\n    remedy: give all" in own_log, own_log
+    assert "process 1 of 2 on " in log and "was refused" in log, log
+
+
 # Deaths
 
 
@@ -225,16 +236,19 @@ def work(args):
 class args:
     command = "train"
 
-run = supervise.Supervisor(place, links, lambda line: print(line, file=sys.stderr))
+run = supervise.Supervisor(place, links, lambda line: print(line, file=sys.stderr), sys.argv[5] == "True")
 sys.exit(cli.checked(args, lambda args: run(lambda: work(args))))
 """
 SLEEP = "time.sleep(60)"
 
 
-def workers(*code: str) -> tuple[list[subprocess.Popen], list[int]]:
+def workers(*code: str, saves: bool = True) -> tuple[list[subprocess.Popen], list[int]]:
     """Supervised processes that do no more than some lines of Python, and what does it in each."""
     port = free_port()
-    argv = [[sys.executable, "-c", WORKER, str(i), str(len(code)), str(port), text] for i, text in enumerate(code)]
+    argv = [
+        [sys.executable, "-c", WORKER, str(i), str(len(code)), str(port), text, str(saves)]
+        for i, text in enumerate(code)
+    ]
     children = [subprocess.Popen(a, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) for a in argv]
     return children, [int(child.stdout.readline()) for child in children]
 
@@ -316,6 +330,16 @@ def test_a_second_signal_ends_all_at_once():
     assert lines[1] == "SIGINT: quits without saving; the last complete checkpoint stays\n"
     (code, _, log), (own_code, _, _) = map(finish, children)
     assert own_code == 130 and code == 1 and "process 1 of 2 on " in log and "was interrupted" in log
+    assert all(gone(pid) for pid in pids)
+
+
+def test_an_evaluation_ends_at_the_first_signal():
+    """Nothing in it would answer a SIGTERM by a checkpoint."""
+    children, pids = workers(SLEEP, SLEEP, saves=False)
+    children[1].send_signal(signal.SIGTERM)
+    (code, _, log), (own_code, _, own_log) = map(finish, children)
+    assert (own_code, own_log.splitlines()[0]) == (130, "SIGTERM: quits")
+    assert code == 1 and "process 1 of 2 on " in log and "was interrupted" in log
     assert all(gone(pid) for pid in pids)
 
 

@@ -140,6 +140,11 @@ TRAVEL = {  # rules, mesh, words of the one row of the table
         {"tensor": 4},
         ["w_up", "tokens of width 6 do not divide over 4 shards", "rules.act_exchange=[]"],
     ),
+    "latents over an axis of tokens": (
+        {"latent": ("data",)},
+        {"data": 2},
+        ["activation (batch, length, latent)", "mesh axis 'data' holds two dimensions"],
+    ),
     "rows split twice over one axis": (
         {"residual": ("context",)},
         {"context": 2},

@@ -119,7 +119,7 @@ BIASED = ("copy, top-2", "copy, scaled gates", "split, G=4 relu", "split, G=4 ge
 def test_biases_are_preserved_too(case):
     """Each slice has its part of the hidden layer's, and an equal one of the output's."""
     method, kind, moe = PRESERVED[case]
-    assert difference(dataclasses.replace(sized(kind, **moe), bias=True), method) < 1e-5
+    assert difference(dataclasses.replace(sized(kind, **moe), biases=True), method) < 1e-5
 
 
 # id: method, keys of the experts, options: not promised, and rightly so

@@ -6,7 +6,7 @@ from flax import nnx
 
 from moe_jax.axes import Rules
 from moe_jax.config import ModelConfig
-from moe_jax.layers.common import between, fan_in, gathered, lay, param, product, scattered
+from moe_jax.layers.common import between, fan_in, gathered, inside, lay, param, product
 from moe_jax.layers.positions import sinusoidal
 
 
@@ -28,7 +28,7 @@ class Embedding(nnx.Module):
             x = x + self.rows(self.positions, "position")[positions]
         if self.m.positions == "sinusoidal":
             x = x + sinusoidal(positions, self.m.d_model)
-        return between(scattered(x.astype(self.m.dtype), rules), rules)
+        return between(inside(x.astype(self.m.dtype), rules), rules)
 
     def rows(self, table: nnx.Param, name: str) -> jax.Array:
         """A table with whole rows: a lookup in split ones would make the partitioner replicate every token."""

@@ -10,15 +10,17 @@ from moe_jax.layers.common import ACTIVATIONS, Keys, along_last, constant, dropo
 class FFN(nnx.Module):
     """w_down(act(w_up x)), or w_down(silu(w_gate x) * w_up x) for swiglu; with biases if asked."""
 
-    def __init__(self, kind: str, d_model: int, d_ff: int, rules: Rules | None, rngs: nnx.Rngs, *, bias: bool = False):
+    def __init__(
+        self, kind: str, d_model: int, d_ff: int, rules: Rules | None, rngs: nnx.Rngs, *, biases: bool = False
+    ):
         self.kind, self.rules = kind, rules
         D, F = d_model, d_ff
         self.w_gate = param(rngs, (D, F), ("embed", "mlp"), fan_in(D)) if kind == "swiglu" else None
         self.w_up = param(rngs, (D, F), ("embed", "mlp"), fan_in(D))
         self.w_down = param(rngs, (F, D), ("mlp", "embed"), fan_in(F))
-        self.b_gate = constant(0.0, (F,), ("mlp",)) if bias and kind == "swiglu" else None
-        self.b_up = constant(0.0, (F,), ("mlp",)) if bias else None
-        self.b_down = constant(0.0, (D,), ("norm",)) if bias else None
+        self.b_gate = constant(0.0, (F,), ("mlp",)) if biases and kind == "swiglu" else None
+        self.b_up = constant(0.0, (F,), ("mlp",)) if biases else None
+        self.b_down = constant(0.0, (D,), ("norm",)) if biases else None
 
     def __call__(
         self, x: jax.Array, *, rate: float = 0.0, keys: Keys = None, places: jax.Array | None = None

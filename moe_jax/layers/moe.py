@@ -108,7 +108,7 @@ class Experts(nnx.Module):
         rules: Rules | None,
         rngs: nnx.Rngs,
         *,
-        bias: bool = False,
+        biases: bool = False,
     ):
         self.kind, self.rules = kind, rules
         E, D, F = moe.experts, d_model, d_ff
@@ -116,9 +116,9 @@ class Experts(nnx.Module):
         self.w_gate = param(rngs, (E, D, F), up, fan_in(D)) if kind == "swiglu" else None
         self.w_up = param(rngs, (E, D, F), up, fan_in(D))
         self.w_down = param(rngs, (E, F, D), down, fan_in(F))
-        self.b_gate = constant(0.0, (E, F), ("experts", "expert_mlp")) if bias and kind == "swiglu" else None
-        self.b_up = constant(0.0, (E, F), ("experts", "expert_mlp")) if bias else None
-        self.b_down = constant(0.0, (E, D), ("experts", "norm")) if bias else None
+        self.b_gate = constant(0.0, (E, F), ("experts", "expert_mlp")) if biases and kind == "swiglu" else None
+        self.b_up = constant(0.0, (E, F), ("experts", "expert_mlp")) if biases else None
+        self.b_down = constant(0.0, (E, D), ("experts", "norm")) if biases else None
 
     @property
     def matrices(self) -> int:
@@ -169,7 +169,7 @@ class MoELayer(nnx.Module):
         d_model: width D of the tokens.
         d_ff: hidden width F of an expert where `moe.d_ff` is unset.
         ffn: `relu`, `gelu` (two matrices) or `swiglu` (three).
-        bias: give experts and shared experts biases.
+        biases: give experts and shared experts biases.
         rules: logical axis -> mesh axis; calls then need `jax.set_mesh`. None: no sharding at all.
         rngs: `nnx.Rngs(params=seed)`.
     Raises:
@@ -183,7 +183,7 @@ class MoELayer(nnx.Module):
         *,
         d_ff: int | None = None,
         ffn: str = "swiglu",
-        bias: bool = False,
+        biases: bool = False,
         rules: Rules | None = None,
         rngs: nnx.Rngs,
     ):
@@ -199,9 +199,9 @@ class MoELayer(nnx.Module):
         self.gate_in, self.router, self.noise = self.gate(rngs, d_model)
         biased = moe.bias_rate is not None
         self.bias = SelectionBias(jnp.zeros(moe.experts), axes=("router_experts",)) if biased else None
-        self.experts = Experts(moe, ffn, d_model, width, rules, rngs, bias=bias)
+        self.experts = Experts(moe, ffn, d_model, width, rules, rngs, biases=biases)
         shared = moe.shared_experts * width
-        self.shared = FFN(ffn, d_model, shared, rules, rngs, bias=bias) if shared else None
+        self.shared = FFN(ffn, d_model, shared, rules, rngs, biases=biases) if shared else None
 
     @any_axes(typed)
     def __call__(
@@ -275,6 +275,8 @@ class MoELayer(nnx.Module):
             with jax.named_scope("shared_experts"):
                 places = cut.places() if moe.expert_dropout else None
                 shared = self.shared(x, rate=moe.expert_dropout, keys=fold(rows, 2), places=places)
+                if self.shared.b_down is not None:  # which padding would come out as
+                    shared = jnp.where(cut.whole(mask)[..., None], shared, jnp.zeros((), shared.dtype))
         if fallback:
             y = self.with_fallback(h, routing, limited, slots, C, dispatch)
         elif dispatch == "ragged":

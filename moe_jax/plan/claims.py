@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from math import ceil
 
 from moe_jax.plan.hardware import Cluster, parse
+from moe_jax.plan.leaves import EXPERTS
 from moe_jax.plan.work import Step
 from moe_jax.schema import ClaimConfig, Problem
 
@@ -28,7 +29,7 @@ def counts(c: ClaimConfig, step: Step, cluster: Cluster | None) -> Iterator[Prob
             f"{billions(s)} {w}" for s, w in zip(said, ("in total", "active"), strict=True) if s is not None
         )
         why = f"{have[0]:,} parameters ({billions(have[0])}), {have[1]:,} active ({billions(have[1])}), not {claimed}"
-        rest = have[0] - step.count.components.get("experts", 0)
+        rest = have[0] - sum(step.count.components.get(c, 0) for c in EXPERTS)
         why += f"; what is not in experts, {billions(rest)}, is active for every token"
         remedy = "lower model.moe.d_ff, model.layers or model.d_model" if off[0] else f"say {billions(have[1])} active"
         yield Problem("parameters", why, remedy)

@@ -30,7 +30,12 @@ COMPONENTS = {  # component -> what it is called in tables
 }
 ADDED = ("norms", "qk_norm", "mla_norm", "attn_bias", "dense_ffn_bias", "expert_bias", "shared_expert_bias")
 """Components that multiply no matrix."""
-WIDTHS = ("embed", "expert_embed", "latent_embed")  # the dimension of a matrix over which its product sums, or D
+EXPERTS = ("experts", "expert_bias")  # of which a token touches K in E
+WIDTHS = (
+    "embed",
+    "expert_embed",
+    "latent_embed",
+)  # the width of the model, or of the latent that a matrix reads
 BATCH_AXES = ("layers", "experts")  # dimensions over which a parameter is many matrices
 NOT_MATRICES = ("norm", "position", "vocab", "router_embed")  # Muon leaves these to AdamW
 
@@ -55,7 +60,7 @@ class Leaf(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Size of the dimension that is the model's width, of a matrix."""
+        """Size of the dimension that is the model's width, or a latent's, of a matrix."""
         return next(n for n, a in zip(self.shape, self.axes, strict=True) if a in WIDTHS)
 
     def layout(self, rules: Rules) -> tuple[str, ...]:
@@ -81,10 +86,10 @@ def feed_forward(m: ModelConfig, hidden: int, name: str, component: str, biases:
     width = m.d_model
     for matrix in ("gate", "up") if m.ffn == "swiglu" else ("up",):
         yield f"{name}.w_{matrix}", (width, hidden), ("embed", "mlp"), component
-        if m.bias:
+        if m.biases:
             yield f"{name}.b_{matrix}", (hidden,), ("mlp",), biases
     yield f"{name}.w_down", (hidden, width), ("mlp", "embed"), component
-    if m.bias:
+    if m.biases:
         yield f"{name}.b_down", (width,), ("norm",), biases
 
 
@@ -101,10 +106,10 @@ def mixture(m: ModelConfig, moe: MoEConfig) -> Iterator[Part]:
             yield "ffn.noise", (D, E), ("router_embed", "router_experts"), "router"
     for matrix in ("gate", "up") if m.ffn == "swiglu" else ("up",):
         yield f"ffn.experts.w_{matrix}", (E, D, F), ("experts", "expert_embed", "expert_mlp"), "experts"
-        if m.bias:
+        if m.biases:
             yield f"ffn.experts.b_{matrix}", (E, F), ("experts", "expert_mlp"), "expert_bias"
     yield "ffn.experts.w_down", (E, F, D), ("experts", "expert_mlp", "expert_embed"), "experts"
-    if m.bias:
+    if m.biases:
         yield "ffn.experts.b_down", (E, D), ("experts", "norm"), "expert_bias"
     if moe.shared_experts:
         yield from feed_forward(m, moe.shared_experts * F, "ffn.shared", "shared_experts", "shared_expert_bias")
@@ -120,10 +125,10 @@ def attention(m: ModelConfig) -> Iterator[Part]:
     D, H, J, N = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim
     for name, heads, axis in (("query", H, "heads"), ("key", J, "kv_heads"), ("value", J, "kv_heads")):
         yield f"attention.w_{name}", (D, heads, N), ("embed", axis, "head"), "attn"
-        if m.bias:
+        if m.biases:
             yield f"attention.b_{name}", (heads, N), (axis, "norm"), "attn_bias"
     yield "attention.w_out", (H, N, D), ("heads", "head", "embed"), "attn"
-    if m.bias:
+    if m.biases:
         yield "attention.b_out", (D,), ("norm",), "attn_bias"
     for name in ("query", "key") if m.qk_norm else ():
         yield f"attention.{name}_norm.scale", (N,), ("norm",), "qk_norm"
@@ -193,7 +198,7 @@ def count(m: ModelConfig) -> Count:
     active: dict[str, int] = {}
     for leaf in leaves(m):
         share = leaf.size
-        if m.moe is not None and leaf.component in ("experts", "expert_bias"):
+        if m.moe is not None and leaf.component in EXPERTS:
             share = leaf.size * m.moe.top_k // m.moe.experts
         total[leaf.component] = total.get(leaf.component, 0) + leaf.size
         active[leaf.component] = active.get(leaf.component, 0) + share

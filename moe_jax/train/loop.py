@@ -24,7 +24,7 @@ from moe_jax.mesh import fetch
 from moe_jax.metrics import MetricsLog, Progress, load_max_over_mean, read_metrics
 from moe_jax.picture import draw_run
 from moe_jax.train.evaluate import Evaluator, local_rows, to_devices
-from moe_jax.train.resume import AgreedStop, Stop, changes, checkpoint_info, claimed, locked
+from moe_jax.train.resume import AgreedStop, Stop, changes, check_shared, checkpoint_info, claimed, locked
 from moe_jax.train.state import Model, State
 from moe_jax.train.step import lower_train_step, schedule
 
@@ -69,11 +69,13 @@ class Run:
     def __call__(self) -> dict[str, Any]:
         """Train, and return the report of the run."""
         if not self.main:
+            check_shared(self.workdir)
             self.corpus = wait_prepared(self.workdir / "tokens", self.cfg.data)
             return self.run()
         with contextlib.ExitStack() as stack:
             with claimed(self.workdir):
                 stack.enter_context(locked(self.workdir))
+                check_shared(self.workdir)
                 self.corpus = prepare(self.cfg.data, self.workdir / "tokens")
             return self.run()
 

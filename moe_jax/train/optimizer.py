@@ -9,7 +9,7 @@ import optax
 from moe_jax.config import OptimizerConfig
 
 BATCH_AXES = ("layers", "experts")  # dimensions over which a parameter is many matrices
-INPUTS = ("embed", "expert_embed", "latent_embed")  # the model width; a matrix reads it or writes it
+INPUTS = ("embed", "expert_embed", "latent_embed")  # the model's width, or a latent's; a matrix reads or writes it
 NOT_MATRICES = ("norm", "position", "vocab", "router_embed")  # Muon leaves these to AdamW
 
 

@@ -4,20 +4,25 @@ import contextlib
 import fcntl
 import importlib.metadata
 import os
+import secrets
 import select
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.experimental import multihost_utils
 
 from moe_jax import config
-from moe_jax.checkpoint import MARKER, check_workdir, claim_workdir
+from moe_jax.checkpoint import MARKER, agree, check_workdir, claim_workdir
 from moe_jax.config import Config, Problem, Refused
 from moe_jax.data import Corpus
 
+SHARED_SECONDS = 20.0  # for a shared disk to show what another process wrote
 WRITTEN_BY = ("jax", "flax", "optax", "orbax-checkpoint", "moe-jax")
 FREE = (
     "name",
@@ -148,6 +153,29 @@ def locked(workdir: Path) -> Generator[None]:
             remedy = "wait until it ends, stop it, or use another --workdir"
             raise Refused(Problem("--workdir", f"another run is using {workdir}", remedy)) from None
         yield
+
+
+def check_shared(workdir: Path) -> None:
+    """Hold that all processes have one workdir: each finds there what process 0 has just written.
+
+    Raises:
+        Refused: in a process that does not.
+    """
+    if jax.process_count() == 1:
+        return
+    note, number = workdir / ".shared", secrets.randbits(31)
+    if jax.process_index() == 0:
+        note.write_text(str(number))
+    number = agree(number)
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not note.is_file() or note.read_text() != str(number):
+        if time.monotonic() > deadline:
+            why = f"{workdir} on {socket.gethostname()} is not the folder of that name in which process 0 writes"
+            raise Refused(Problem("--workdir", why, "give all processes a folder on a disk that all of them see"))
+        time.sleep(0.1)
+    multihost_utils.sync_global_devices("workdir")
+    if jax.process_index() == 0:
+        note.unlink()
 
 
 def checkpoint_info(cfg: Config, corpus: Corpus, step: int) -> dict[str, Any]:
