@@ -280,7 +280,7 @@ def work(command: Callable[[], int], leash: int, errors: int) -> NoReturn:
             jax.distributed.shutdown()  # together with the others
     except BaseException:
         code = code or 1
-        time.sleep(GRACE_SECONDS)  # where another process has died, this is only its consequence
+        time.sleep(GRACE_SECONDS + 2)  # where another process has died or was refused, this is only its consequence
         with contextlib.suppress(Exception):
             traceback.print_exc()
     finally:  # Python's own way out would wait for processes that have died
