@@ -25,7 +25,6 @@
 # %%
 import importlib
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,14 +46,14 @@ if any(importlib.util.find_spec(name) is None for name in ("moe_jax", "flax")):
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", str(checkout())], check=True)
     importlib.invalidate_caches()
 
-# JAX reads these when it starts. Fake devices everywhere, so that every machine shows the same programs.
-os.environ["JAX_NUM_CPU_DEVICES"] = "4"
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 import jax
 
+from moe_jax.config import MeshConfig
+from moe_jax.mesh import build_mesh, prepare_devices
+
+prepare_devices(MeshConfig(expert=4), fake_devices=4)  # on every machine, so that all show the same programs
+mesh = build_mesh(MeshConfig(expert=4))
 devices = jax.devices()
-assert [d.platform for d in devices] == ["cpu"] * 4, "JAX started before this cell: restart the kernel, run all cells"
 print(f"{len(devices)} fake devices of the CPU")
 
 # %%
@@ -66,7 +65,7 @@ import numpy as np
 from flax import nnx
 from matplotlib.patches import Rectangle
 
-from moe_jax import MeshConfig, MoEConfig, MoELayer, RouterConfig, Rules, build_mesh, place
+from moe_jax import MoEConfig, MoELayer, RouterConfig, Rules, place
 from moe_jax.capacity import assign, capacity
 from moe_jax.collectives import read
 from moe_jax.dispatch import einsum_combine, einsum_dispatch, einsum_plan
@@ -131,7 +130,7 @@ print(f"each of {E} experts has C = {C} slots for each of {n} groups of S = {S} 
 # `owner` below does not trust the rules. It asks JAX's arrays for their shards, and the picture is drawn from that.
 
 # %%
-mesh, rules = build_mesh(MeshConfig(expert=n), devices), Rules()
+rules = Rules()
 number = {device: i for i, device in enumerate(mesh.devices.flat)}
 
 

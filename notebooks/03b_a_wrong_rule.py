@@ -23,7 +23,6 @@
 # %%
 import importlib
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,14 +44,14 @@ if any(importlib.util.find_spec(name) is None for name in ("moe_jax", "flax")):
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", str(checkout())], check=True)
     importlib.invalidate_caches()
 
-# JAX reads these when it starts. Fake devices everywhere, so that every machine shows the same programs.
-os.environ["JAX_NUM_CPU_DEVICES"] = "4"
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 import jax
 
+from moe_jax.config import MeshConfig
+from moe_jax.mesh import build_mesh, prepare_devices
+
+prepare_devices(MeshConfig(expert=4), fake_devices=4)  # on every machine, so that all show the same programs
+mesh = build_mesh(MeshConfig(expert=4))
 devices = jax.devices()
-assert [d.platform for d in devices] == ["cpu"] * 4, "JAX started before this cell: restart the kernel, run all cells"
 print(f"{len(devices)} fake devices of the CPU")
 
 # %%
@@ -63,14 +62,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
 
-from moe_jax import MeshConfig, MoEConfig, MoELayer, RouterConfig, Rules, build_mesh, config, place
+from moe_jax import MoEConfig, MoELayer, RouterConfig, Rules, config, place
 from moe_jax.inspect.report import inspect
 from moe_jax.inspect.show import lines
 from moe_jax.rules import RulesError
 
 n, E, D = 4, 8, 8
 MOE = MoEConfig(experts=E, top_k=1, d_ff=8, capacity_factor=4.0, min_capacity=1, router=RouterConfig(kind="switch"))
-mesh = build_mesh(MeshConfig(expert=n), devices)
 x = jnp.asarray(np.random.default_rng(0).normal(size=(n, 4, D)), jnp.float32)
 
 

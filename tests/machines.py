@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from moe_jax.topology import missing_compiler, parse
+from moe_jax.topology import COMPILERS, missing_compiler, parse
 
 # Where the development extra installs both compilers. A case never skips there: without its compiler it fails, with
 # what to install, so that no skip can hide that a proof was not made.
@@ -14,13 +14,15 @@ INSTALLED = sys.platform == "linux" and platform.machine() == "x86_64"
 
 def compilable(*names):
     """A case for each topology; elsewhere one whose compiler is missing is skipped, with why and what to install."""
-    reasons = {name: None if INSTALLED else missing_compiler(parse(name).platform) for name in names}
-    return [name if why is None else pytest.param(name, marks=skipped(name, why)) for name, why in reasons.items()]
+    return [name if INSTALLED else pytest.param(name, marks=absent(name)) for name in names]
 
 
-def skipped(name, why):
-    """The summary of a run says for which program nothing was proved, why, and the remedy."""
+def absent(name):
+    """No mark where the compiler is here; else a skip, by which a run ends with what was not proved, and the remedy."""
+    platform_of = parse(name).platform
+    if (why := missing_compiler(platform_of)) is None:
+        return ()
     here = f"{sys.platform} {platform.machine()}"
-    found = f"nothing was proved for {name}: {why}; make test installs it on Linux x86_64 alone, and this is {here}"
-    remedy = f"install that extra if it has a package for {here}, or test on Linux x86_64"
-    return pytest.mark.skip(f"{found}. Remedy: {remedy}")
+    install = f"python -m pip install -e '.[{COMPILERS[platform_of][1]}]', if it has packages for {here}"
+    why = f"NOT PROVED for {name}: {why}, and make test installs it on Linux x86_64 alone"
+    return pytest.mark.skip(f"{why}. Remedy: {install}; or make test on Linux x86_64, where no machine is skipped")

@@ -106,10 +106,8 @@ def cells() -> list[Cell]:
         experts = pair if exchange == "hierarchical" or i % 4 == 0 else one
         share, attention = mesh[-1] > 1 and i % 2 == 0, ("gather", "ring")[i // 2 % 2]
         parts, rounds = (max(2, stages // 2), 1) if i % 3 or stages == 8 else (stages, 2)
-        if (
-            rounds == 2 and 2 * parts * math.prod(mesh[: AXES.index("context")]) <= B
-        ):  # then rounds wait for one another
-            parts *= 2
+        rows = B // math.prod(mesh[: AXES.index("context")])  # of a shard
+        parts *= 2 if rounds == 2 and 2 * parts <= rows else 1  # with more than there are stages, rounds wait
         out.append(Cell(mesh, dispatch, exchange, attention, experts, share, parts, stages, rounds, i % 2 == 1))
     for i, mesh in enumerate(factorisations(8, len(AXES))):
         for j in range(2):

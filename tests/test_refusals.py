@@ -109,7 +109,7 @@ def test_config_refused(place, call, name, needles):
 def test_unwritable_workdir_refused(place, call, kind):
     if kind == "read-only folder":
         if os.geteuid() == 0:
-            pytest.skip("nothing is read-only to root")
+            pytest.skip("nothing is read-only to root. Remedy: run the tests as another user")
         (place / "hollow").chmod(0o500)
         workdir = "hollow/run"
     else:

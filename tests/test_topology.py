@@ -1,8 +1,10 @@
 """Machines that are not here: their names, their sizes, and meshes over their devices."""
 
+import re
 import subprocess
 import sys
 
+import machines
 import pytest
 from machines import compilable
 
@@ -73,6 +75,21 @@ def test_a_missing_compiler_is_refused(monkeypatch):
     for name, extra in ("v5e:2x4", "tpu-compiler"), ("h100:1x4", "gpu-compiler"):
         with pytest.raises(Refused, match=rf"not installed[^\n]*\n    remedy: pip install 'moe-jax\[{extra}\]'"):
             topology_mesh(MeshConfig(data=parse(name).size), parse(name))
+
+
+@pytest.mark.parametrize("name, extra", [("v5e:2x4", "tpu-compiler"), ("h100:1x4", "gpu-compiler")])
+def test_where_a_compiler_is_missing_the_skip_says_what_was_not_proved(monkeypatch, name, extra):
+    """Elsewhere than where make test installs it; there such a test runs, and fails."""
+    monkeypatch.setattr(machines, "INSTALLED", False)
+    assert not machines.compilable(name)[0].marks
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    (mark,) = machines.compilable(name)[0].marks
+    assert mark.name == "skip"
+    assert re.fullmatch(
+        rf"NOT PROVED for {name}: the \w+ compiler is not installed.*\. Remedy: .* '\.\[{extra}\]'.*", mark.args[0]
+    )
+    monkeypatch.setattr(machines, "INSTALLED", True)
+    assert machines.compilable(name) == [name]
 
 
 def test_a_mesh_of_another_size_is_refused():

@@ -132,7 +132,7 @@ def schedule(e: Estimate) -> Iterator[Problem]:
         rows = e.cfg.data.batch // e.cfg.mesh.over(e.cfg.rules.batch)
         enough = (m for m in range(1, rows + 1) if rows % m == 0 and s._replace(microbatches=m).bubble <= BUBBLE)
         need = next(enough, None)
-        remedy = "raise data.batch, and it with it" if need is None else f"raise it to {need}"
+        remedy = "raise data.batch, then this" if need is None else f"raise it to {need}"
         why = f"{s.bubble:.0%} of the {s.ticks} ticks of a step leave a stage without work"
         yield Problem("train.microbatches", why, f"{remedy}, or raise train.rounds where the layers allow")
     if e.times is not None and e.times.hidden > max(e.times.compute, e.times.memory):

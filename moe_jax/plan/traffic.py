@@ -158,8 +158,8 @@ def weights(step: Step) -> list[Move]:
 def one(step: Step, leaf: Leaf) -> int:
     """Elements of a parameter on a device, of one layer where layers are stacked."""
     rules, mesh = step.cfg.rules, step.cfg.mesh
-    stages = mesh.over(rules.layers) if leaf.axes[0] == "layers" else 1
-    return leaf.shard(rules, mesh) * stages // (leaf.shape[0] if leaf.axes[0] == "layers" else 1)
+    here = leaf.shard(rules, mesh)
+    return here * mesh.over(rules.layers) // leaf.shape[0] if leaf.axes[0] == "layers" else here
 
 
 def gradients(step: Step) -> list[Move]:
