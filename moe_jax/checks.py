@@ -239,6 +239,24 @@ def _check_latent(m: ModelConfig, no: Refuse) -> None:
             no(name, "is true, and latent attention has norms of its own and no biases", f"set model.{name}=false")
 
 
+def check_built(m: ModelConfig) -> list[Problem]:
+    """What is counted, and no model has."""
+    if m.encoder is None:
+        return []
+    why = "an encoder with a decoder: its parameters, FLOPs and bytes are counted, and no model of it is made"
+    return [Problem("model.encoder", why, "use `moe-jax plan`, or model.encoder=unset with another model.positions")]
+
+
+def _check_encoder(m: ModelConfig, no: Refuse) -> None:
+    """Settings that belong to an encoder, or have no meaning beside one."""
+    if m.positions == "relative" and m.encoder is None:
+        no("positions", "is 'relative', which belongs to an encoder with a decoder", "set it to rotary")
+    if m.encoder is None:
+        return
+    if m.latent is not None:
+        no("latent", "is set, and an encoder with its decoder has multi-head attention", "take it out")
+
+
 def check_model(m: ModelConfig) -> list[Problem]:
     """Impossible combinations inside the model."""
     out = []
@@ -250,6 +268,7 @@ def check_model(m: ModelConfig) -> list[Problem]:
         no("heads", f"d_model {m.d_model} is not divisible by {m.heads} heads", "set model.head_dim or change heads")
     if m.heads % m.resolved_kv_heads:
         no("kv_heads", f"{m.heads} heads are not a multiple of {m.kv_heads} key/value heads", "use a divisor of heads")
+    _check_encoder(m, no)
     if m.latent is not None:
         _check_latent(m, no)
     elif m.positions == "rotary" and m.resolved_head_dim % 2:
@@ -266,7 +285,7 @@ def check_model(m: ModelConfig) -> list[Problem]:
             no("moe.router.kind", why, "use another router, or permit it with model.moe.router.lookahead=true")
         elif m.moe.router.lookahead and m.moe.router.kind != "expert_choice":
             no("moe.router.lookahead", f"has no effect on the {m.moe.router.kind} router", "leave it out")
-        if m.layers < m.moe.first_dense + m.moe.every:
+        if "moe" not in m.layer_kinds + m.encoder_kinds:
             why = f"first_dense={m.moe.first_dense}, every={m.moe.every} leave no MoE layer among {m.layers}"
             no("moe.every", why, "lower model.moe.every or first_dense, or raise model.layers")
     return out

@@ -156,6 +156,15 @@ class LatentConfig:
 
 
 @dataclass(frozen=True)
+class EncoderConfig:
+    """The encoder that the decoder reads (Vaswani et al. 2017): layers like its own, that see both ways."""
+
+    __pydantic_config__ = STRICT
+    layers: Depth = key(4, "number of layers, dense and MoE by the same pattern as the decoder's")
+    vocab: Count | None = key(None, "vocabulary of an embedding of its own; unset: it shares the decoder's")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The transformer."""
 
@@ -170,9 +179,15 @@ class ModelConfig:
     latent: LatentConfig | None = key(
         None, "latent attention; unset: multi-head or, by kv_heads, grouped-query attention"
     )
+    encoder: EncoderConfig | None = key(
+        None,
+        "an encoder, to which every layer attends too; unset: a decoder alone. `moe-jax plan` counts it, no run has it",
+    )
     qk_norm: bool = key(False, "an RMSNorm over the head width of each query and key (Qwen3)")
     biases: bool = key(False, "biases in attention, feed-forward layers and experts; never in routers and the head")
-    positions: Literal["learned", "sinusoidal", "rotary"] = key("rotary", "positional encoding")
+    positions: Literal["learned", "sinusoidal", "rotary", "relative"] = key(
+        "rotary", "positional encoding; relative: T5's biases by distance, which need model.encoder"
+    )
     rope_theta: Positive = key(10000.0, "base of the rotary frequencies")
     max_length: Count = key(2048, "longest sequence the model accepts")
     norm: Literal["layer", "rms"] = key("rms", "LayerNorm or RMSNorm")
@@ -227,15 +242,35 @@ class ModelConfig:
     @property
     def layer_kinds(self) -> tuple[str, ...]:
         """`dense` or `moe` for each layer, bottom first."""
+        return self._kinds(self.layers)
+
+    @property
+    def encoder_kinds(self) -> tuple[str, ...]:
+        """The same of the encoder."""
+        return self._kinds(self.encoder.layers) if self.encoder else ()
+
+    @property
+    def attentions(self) -> int:
+        """How often a token and an input beside it pass attention: in each layer, and from decoder to encoder."""
+        return self.layers * (2 if self.encoder else 1) + len(self.encoder_kinds)
+
+    def _kinds(self, layers: int) -> tuple[str, ...]:
         if self.moe is None:
-            return ("dense",) * self.layers
+            return ("dense",) * layers
         first, every = self.moe.first_dense, self.moe.every
-        return tuple("moe" if i >= first and (i - first + 1) % every == 0 else "dense" for i in range(self.layers))
+        return tuple("moe" if i >= first and (i - first + 1) % every == 0 else "dense" for i in range(layers))
 
     @property
     def runs(self) -> list[tuple[tuple[str, ...], int]]:
         """Kinds of the layers of a period, and its repeats: the parameters of a run's repeats are stacked."""
-        kinds = self.layer_kinds
+        return self._runs(self.layer_kinds)
+
+    @property
+    def encoder_runs(self) -> list[tuple[tuple[str, ...], int]]:
+        """The same of the encoder."""
+        return self._runs(self.encoder_kinds)
+
+    def _runs(self, kinds: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
         return pattern(kinds) if len(kinds) > self.stack_above else [((kind,), 1) for kind in kinds]
 
 

@@ -59,9 +59,21 @@ def held_to_the_model(cfg):
     assert counted.bias == sum(x.size for x in jax.tree.leaves(model.bias_shapes))
 
 
-@pytest.mark.parametrize("name", config.config_names())
+ENCODERS = [name for name in config.config_names() if config.load(name).model.encoder]  # counted, not made
+
+
+@pytest.mark.parametrize("name", [n for n in config.config_names() if n not in ENCODERS])
 def test_every_config_counts_like_its_model(name):
     held_to_the_model(config.load(name))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_encoder_is_held_to_a_published_count(name):
+    assert name in GOLDEN["models"] or name == "switch_c"  # below
+    with pytest.raises(
+        config.ConfigError, match=r"model.encoder: .*\n +remedy: use `moe-jax plan`"
+    ):
+        Model.of(config.load(name))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: " ".join(s))
@@ -77,8 +89,32 @@ def test_published_counts_to_the_unit(name):
     counted = count(cfg.model)
     assert counted.total == want["total"] and counted.active == want["active"]
     assert counted.components == want["components"]
-    assert cfg.data.length == want["seq_len"]
-    assert Step(cfg, "tpu").flops.train == want["train_flops_per_token"]
+    if name not in ENCODERS:  # below
+        assert cfg.data.length == want["seq_len"]
+        assert Step(cfg, "tpu").flops.train == want["train_flops_per_token"]
+
+
+def test_switch_c():
+    """ "1571B" (Fedus et al. 2022, table 9): 30 layers of 2048 experts, and attention, routers, embedding and norms."""
+    counted = count(config.load("switch_c").model)
+    D, F, layers, E = 2080, 6144, 30, 2048
+    experts, rest = layers * E * 2 * D * F, 32128 * D + 45 * 4 * D * 2048 + layers * D * E + (2 * 15 + 3 * 15 + 2) * D
+    assert counted.total == experts + rest + 2 * 32 * 32 and round(counted.total / 1e9) == 1571
+    assert counted.active == counted.total - layers * (E - 1) * 2 * D * F
+
+
+def test_flops_of_an_encoder_with_its_decoder():
+    """A token of each, layer by layer; the encoder and the reading of it see every pair, the decoder half."""
+    step = Step(config.load("switch_base_8"), "tpu")
+    D, F, N, V, L, E = 768, 3072, 12 * 64, 32128, 512, 8
+    feed_forward = 12 * 2 * (2 * D * F) * 2 + 12 * 2 * D * E  # 24 layers, 12 of them with routers and one expert of E
+    own, reading = 24 * 4 * 2 * D * N, 12 * 4 * 2 * D * N
+    scores = 12 * (2 * 2 * L * N) + 12 * (2 * 2 * L * N) // 2 + 12 * (2 * 2 * L * N)  # encoder, decoder, between
+    head = 2 * D * V
+    assert step.flops.infer == feed_forward + own + reading + scores + head
+    assert step.flops.train == 3 * step.flops.infer and step.moe_layers == 12
+    decoder = feed_forward // 2 + own // 2 + reading // 2 + head  # it makes no keys of the input again
+    assert step.flops.decode == decoder + 2 * 12 * (2 * 2 * L * N)
 
 
 def test_mixtral_8x22b():

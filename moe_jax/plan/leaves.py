@@ -13,10 +13,14 @@ from moe_jax.schema import LatentConfig, MeshConfig, ModelConfig, MoEConfig
 
 COMPONENTS = {  # component -> what it is called in tables
     "embed": "embedding",
+    "encoder_embed": "the encoder's embedding",
     "pos": "learned positions",
     "lm_head": "head",
     "attn": "attention",
     "attn_bias": "attention's biases",
+    "cross_attn": "attention to the encoder",
+    "cross_attn_bias": "biases of that",
+    "rel_bias": "relative positions",
     "qk_norm": "norms of queries and keys",
     "mla_norm": "norms of latents",
     "dense_ffn": "dense feed-forward",
@@ -28,9 +32,13 @@ COMPONENTS = {  # component -> what it is called in tables
     "router": "routers",
     "norms": "norms",
 }
-ADDED = ("norms", "qk_norm", "mla_norm", "attn_bias", "dense_ffn_bias", "expert_bias", "shared_expert_bias")
+ADDED = ("norms", "qk_norm", "mla_norm", "rel_bias")
+ADDED += ("attn_bias", "cross_attn_bias", "dense_ffn_bias", "expert_bias", "shared_expert_bias")
 """Components that multiply no matrix."""
+LOOKED_UP = ("embed", "encoder_embed", "pos")  # of which a token reads rows
 EXPERTS = ("experts", "expert_bias")  # of which a token touches K in E
+KEYS_AND_VALUES = tuple(f".cross_attention.{part}_{of}" for part in "wb" for of in ("key", "value"))
+BUCKETS = 32  # of distances, each with a bias for every head (Raffel et al. 2020, section 2.1)
 WIDTHS = (
     "embed",
     "expert_embed",
@@ -51,6 +59,17 @@ class Leaf(NamedTuple):
     @property
     def size(self) -> int:
         return prod(self.shape)
+
+    @property
+    def block(self) -> str:
+        """The layer of a period that it belongs to, as `stacks.0.blocks.1`."""
+        stack, _, rest = self.name.partition(".blocks.")
+        return f"{stack}.blocks.{rest.partition('.')[0]}"
+
+    @property
+    def of_input(self) -> bool:
+        """Whether only the encoder's tokens pass it, so that decoding does not."""
+        return self.name.startswith("encoder.") or self.name.endswith(KEYS_AND_VALUES)
 
     @property
     def is_matrix(self) -> bool:
@@ -79,6 +98,7 @@ def expert_width(m: ModelConfig) -> int:
 
 
 Part = tuple[str, tuple[int, ...], tuple[str, ...], str]  # what a Leaf holds
+Runs = list[tuple[tuple[str, ...], int]]  # kinds of the layers of a period, and its repeats
 
 
 def feed_forward(m: ModelConfig, hidden: int, name: str, component: str, biases: str) -> Iterator[Part]:
@@ -120,18 +140,18 @@ def norm(m: ModelConfig, name: str) -> Iterator[Part]:
         yield f"{name}.{part}", (m.d_model,), ("norm",), "norms"
 
 
-def attention(m: ModelConfig) -> Iterator[Part]:
+def attention(m: ModelConfig, name: str = "attention", component: str = "attn") -> Iterator[Part]:
     """Multi-head and grouped-query attention."""
     D, H, J, N = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim
-    for name, heads, axis in (("query", H, "heads"), ("key", J, "kv_heads"), ("value", J, "kv_heads")):
-        yield f"attention.w_{name}", (D, heads, N), ("embed", axis, "head"), "attn"
+    for part, heads, axis in (("query", H, "heads"), ("key", J, "kv_heads"), ("value", J, "kv_heads")):
+        yield f"{name}.w_{part}", (D, heads, N), ("embed", axis, "head"), component
         if m.biases:
-            yield f"attention.b_{name}", (heads, N), (axis, "norm"), "attn_bias"
-    yield "attention.w_out", (H, N, D), ("heads", "head", "embed"), "attn"
+            yield f"{name}.b_{part}", (heads, N), (axis, "norm"), f"{component}_bias"
+    yield f"{name}.w_out", (H, N, D), ("heads", "head", "embed"), component
     if m.biases:
-        yield "attention.b_out", (D,), ("norm",), "attn_bias"
-    for name in ("query", "key") if m.qk_norm else ():
-        yield f"attention.{name}_norm.scale", (N,), ("norm",), "qk_norm"
+        yield f"{name}.b_out", (D,), ("norm",), f"{component}_bias"
+    for part in ("query", "key") if m.qk_norm else ():
+        yield f"{name}.{part}_norm.scale", (N,), ("norm",), "qk_norm"
 
 
 def latent_attention(m: ModelConfig, latent: LatentConfig) -> Iterator[Part]:
@@ -150,10 +170,13 @@ def latent_attention(m: ModelConfig, latent: LatentConfig) -> Iterator[Part]:
     yield "attention.w_out", (H, V, D), ("heads", "head", "embed"), "attn"
 
 
-def block(m: ModelConfig, kind: str) -> Iterator[Part]:
-    """One layer."""
+def block(m: ModelConfig, kind: str, reads: bool = False) -> Iterator[Part]:
+    """One layer; `reads`: it attends to the encoder too."""
     yield from attention(m) if m.latent is None else latent_attention(m, m.latent)
     yield from norm(m, "attention_norm")
+    if reads:
+        yield from attention(m, "cross_attention", "cross_attn")
+        yield from norm(m, "cross_norm")
     yield from norm(m, "ffn_norm")
     if kind == "moe":
         assert m.moe is not None
@@ -162,23 +185,33 @@ def block(m: ModelConfig, kind: str) -> Iterator[Part]:
         yield from feed_forward(m, m.d_ff, "ffn", "dense_ffn", "dense_ffn_bias")
 
 
+def stack(m: ModelConfig, runs: Runs, prefix: str = "", reads: bool = False) -> Iterator[Leaf]:
+    """The layers of a decoder or encoder, with what they share; equal ones lie along a leading dimension."""
+    if m.final_norm:
+        yield from (Leaf(*part) for part in norm(m, f"{prefix}final_norm"))
+    if m.positions == "relative":
+        yield Leaf(f"{prefix}relative", (BUCKETS, m.heads), ("norm", "heads"), "rel_bias")
+    for i, (kinds, repeats) in enumerate(runs):
+        for j, kind in enumerate(kinds):
+            for name, shape, axes, component in block(m, kind, reads):
+                full = f"{prefix}stacks.{i}.blocks.{j}.{name}"
+                yield Leaf(full, (repeats, *shape), ("layers", *axes), component)
+
+
 @cache
 def leaves(m: ModelConfig) -> tuple[Leaf, ...]:
-    """Every parameter of a model; equal layers are stacked along a leading dimension."""
+    """Every parameter of a model."""
     D, V = m.d_model, m.vocab
     out = [Leaf("embedding.table", (V, D), ("vocab", "embed"), "embed")]
     if m.positions == "learned":
         out.append(Leaf("embedding.positions", (m.max_length, D), ("position", "embed"), "pos"))
     if not m.tied_head:
         out.append(Leaf("embedding.head", (D, V), ("embed", "vocab"), "lm_head"))
-    if m.final_norm:
-        out += [Leaf(*part) for part in norm(m, "final_norm")]
-    for i, (kinds, repeats) in enumerate(m.runs):
-        for j, kind in enumerate(kinds):
-            for name, shape, axes, component in block(m, kind):
-                full = f"stacks.{i}.blocks.{j}.{name}"
-                out.append(Leaf(full, (repeats, *shape), ("layers", *axes), component))
-    return tuple(out)
+    if m.encoder is not None:
+        if m.encoder.vocab is not None:
+            out.append(Leaf("encoder.table", (m.encoder.vocab, D), ("vocab", "embed"), "encoder_embed"))
+        out += stack(m, m.encoder_runs, "encoder.")
+    return (*out, *stack(m, m.runs, reads=m.encoder is not None))
 
 
 class Count(NamedTuple):
@@ -188,6 +221,7 @@ class Count(NamedTuple):
     active: int  # that one token touches: K of the E experts of each MoE layer
     components: dict[str, int]
     active_components: dict[str, int]
+    active_of_input: int  # of the active ones, those that multiply tokens of an encoder alone
     bias: int  # selection biases, which no gradient moves: not among the parameters
 
 
@@ -196,13 +230,15 @@ def count(m: ModelConfig) -> Count:
     """Parameters in total and active, by component."""
     total: dict[str, int] = {}
     active: dict[str, int] = {}
+    of_input = 0
     for leaf in leaves(m):
         share = leaf.size
         if m.moe is not None and leaf.component in EXPERTS:
             share = leaf.size * m.moe.top_k // m.moe.experts
         total[leaf.component] = total.get(leaf.component, 0) + leaf.size
         active[leaf.component] = active.get(leaf.component, 0) + share
+        of_input += share if leaf.of_input and leaf.component not in (*ADDED, "encoder_embed") else 0
     biased = m.moe is not None and m.moe.bias_rate is not None
-    bias = m.layer_kinds.count("moe") * m.moe.experts if m.moe is not None and biased else 0
+    bias = (m.layer_kinds + m.encoder_kinds).count("moe") * m.moe.experts if m.moe is not None and biased else 0
     named = {c: total[c] for c in COMPONENTS if c in total}
-    return Count(sum(total.values()), sum(active.values()), named, {c: active[c] for c in named}, bias)
+    return Count(sum(total.values()), sum(active.values()), named, {c: active[c] for c in named}, of_input, bias)

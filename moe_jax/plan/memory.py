@@ -58,7 +58,8 @@ def cache(step: Step, length: int | None = None) -> int:
     m = step.cfg.model
     rows = max(1, step.cfg.data.batch // step.shards)  # decoding splits the batch over all token axes
     width = m.cached_width if m.latent else m.cached_width // step.over("kv_heads")
-    return m.layers * rows * (length or step.cfg.data.length) * width * step.width
+    layers = m.layers * (2 if m.encoder else 1)  # keys and values of the encoder too
+    return layers * rows * (length or step.cfg.data.length) * width * step.width
 
 
 # Activations
@@ -204,8 +205,9 @@ def gathered_layer(step: Step) -> int:
     for leaf in step.leaves:
         split = mesh.over(tuple(a for n in leaf.axes if n in WIDTHS for a in getattr(rules, n)))
         if leaf.axes[0] == "layers" and split > 1:
-            block = ".".join(leaf.name.split(".")[:4])  # stacks.i.blocks.j
-            layers[block] = layers.get(block, 0) + leaf.shard(rules, mesh) * split // leaf.shape[0] * step.width
+            layers[leaf.block] = (
+                layers.get(leaf.block, 0) + leaf.shard(rules, mesh) * split // leaf.shape[0] * step.width
+            )
     return max(layers.values(), default=0)
 
 
@@ -238,7 +240,7 @@ def memory(step: Step) -> Memory:
     logits = step.table_tokens * m.vocab * 4 // step.over("act_vocab")
     held = state(step) | {"batch": 5 * 4 * step.tokens * step.microbatches}
     layers: dict[str, int] = {}
-    kinds = Counter(m.layer_kinds)
+    kinds = Counter(step.kinds)
     for kind, times in kinds.items():
         for name, size in saved(step, kind).items():
             layers[name] = layers.get(name, 0) + round(times * size * (step.turns if step.schedule else 1))

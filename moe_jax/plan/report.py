@@ -41,7 +41,7 @@ def report(e: Estimate, *, tokens: int | None = None, price: float | None = None
         "memory_per_device": e.memory.kinds | {"peak": e.memory.peak},
         "peak_moment": e.memory.moment,
         "kv_cache_bytes": e.memory.cache,
-        "kv_cache_bytes_per_token": m.layers * m.cached_width * e.step.width,
+        "kv_cache_bytes_per_token": m.layers * m.cached_width * e.step.width * (2 if m.encoder else 1),
         "fits": e.fits,
         **mixture(e),
         "traffic": [

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from moe_jax.cost import einsum_overhead, matrices
 from moe_jax.plan.hardware import Cluster, Wiring
-from moe_jax.plan.leaves import EXPERTS, Leaf, expert_width
+from moe_jax.plan.leaves import EXPERTS, LOOKED_UP, Leaf, expert_width
 from moe_jax.plan.memory import cache
 from moe_jax.plan.traffic import Move, gathered, traffic
 from moe_jax.plan.work import Step
@@ -136,17 +136,18 @@ def decode(step: Step, cluster: Cluster) -> Decode:
     """
     m, moe, mesh, batch = step.cfg.model, step.cfg.model.moe, step.cfg.mesh, step.cfg.data.batch
     rules, touched, seconds = step.cfg.rules, 0.0, 0.0
-    read: float = whole(step, (x for x in step.leaves if x.component not in (*EXPERTS, "embed", "pos")))
+    decoder = [x for x in step.leaves if not x.of_input]
+    read: float = whole(step, (x for x in decoder if x.component not in (*EXPERTS, *LOOKED_UP)))
     read += step.count.components["embed"] // mesh.over(rules.vocab) if m.tied_head else 0
     if moe is not None:
         replicas = mesh.over(
             tuple(a for a in rules.tokens if a not in rules.experts)
         )  # each serves a part of the batch
         touched = moe.experts * (1 - (1 - moe.top_k / moe.experts) ** max(1.0, batch / replicas))
-        read += whole(step, (x for x in step.leaves if x.component in EXPERTS)) * touched / moe.experts
+        read += whole(step, (x for x in decoder if x.component in EXPERTS)) * touched / moe.experts
         rows = max(1, batch // step.shards) * moe.top_k
         one = wiring(step, cluster).seconds("all-to-all", rules.experts, rows * m.d_model * step.width)
-        seconds = 2 * step.moe_layers * one
+        seconds = 2 * m.layer_kinds.count("moe") * one
     kept = cache(step)
     total = (read * step.width + kept) / cluster.chip.hbm_speed + seconds
     return Decode(touched, read * step.width, kept, seconds, total, batch / total)

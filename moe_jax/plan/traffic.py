@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from moe_jax.axes import Axes
 from moe_jax.pattern import STAGE
-from moe_jax.plan.leaves import WIDTHS, Leaf
+from moe_jax.plan.leaves import LOOKED_UP, WIDTHS, Leaf
 from moe_jax.plan.work import Step
 
 PASSES = {"all-to-all": 1, "all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
@@ -88,7 +88,7 @@ def keys_and_values(step: Step) -> list[Move]:
     heads = m.resolved_kv_heads // step.over("kv_heads")
     size = 2 * step.rows * step.cfg.data.length * heads * m.key_dim * step.width  # values as wide as keys
     hidden = m.attention_exchange == "ring"
-    count = round(m.layers * step.turns)
+    count = round(m.attentions * step.turns)
     return [
         move(step, "keys and values", "all-gather", axes, count * step.passes("attn"), size, hidden),
         move(step, "keys and values", "reduce-scatter", axes, count, size, hidden),
@@ -109,9 +109,9 @@ def partial_sums(step: Step) -> list[Move]:
         op = "reduce-scatter" if split and set(live(step, axes)) <= set(split) else "all-reduce"
         return move(step, what, op, axes, round(layers * times * step.turns), size)
 
-    dense = m.layer_kinds.count("dense") + (step.moe_layers if m.moe is not None and m.moe.shared_experts else 0)
+    dense = step.kinds.count("dense") + (step.moe_layers if m.moe is not None and m.moe.shared_experts else 0)
     out = [
-        added("attention sums", rules.act_heads, m.layers, step.tokens * row),
+        added("attention sums", rules.act_heads, m.attentions, step.tokens * row),
         added("feed-forward sums", rules.act_mlp, dense, step.tokens * row),
     ]
     if m.moe is not None:
@@ -119,15 +119,22 @@ def partial_sums(step: Step) -> list[Move]:
         rows = step.tokens if local else step.sent_rows
         times = round(step.moe_layers * (2 + step.exchanged_again) * step.turns)
         out.append(move(step, "expert sums", "all-reduce", rules.expert_mlp, times, rows * row))
-    gathers = round(2 * m.layers * (forward + 1) * step.turns)
+    gathers = round((m.attentions + len(step.kinds)) * (forward + 1) * step.turns)
     out.append(move(step, "split rows", "all-gather", split, gathers, step.tokens * row))
-    tables = step.table_tokens * m.d_model
+    tables, lookups = step.table_tokens * m.d_model, 2 if m.encoder else 1
     op = "reduce-scatter" if split and set(live(step, rules.vocab)) <= set(split) else "all-reduce"
     return [
         *out,
-        move(step, "embedding rows", op, rules.vocab, step.table_passes, tables * step.width),
+        move(step, "embedding rows", op, rules.vocab, lookups * step.table_passes, tables * step.width),
         move(step, "head sums", "all-reduce", rules.act_vocab, step.table_passes, tables * 4),
-        move(step, "split rows of embedding and head", "all-gather", split, 2 * step.table_passes, tables * step.width),
+        move(
+            step,
+            "split rows of embedding and head",
+            "all-gather",
+            split,
+            (lookups + 1) * step.table_passes,
+            tables * step.width,
+        ),
     ]
 
 
@@ -146,7 +153,7 @@ def weights(step: Step) -> list[Move]:
             continue
         stacked = leaf.axes[0] == "layers"
         layers = leaf.shape[0] if stacked else 1
-        passes = step.passes("attn") + 1 if leaf.component not in ("embed", "pos") else 1
+        passes = step.passes("attn") + 1 if leaf.component not in LOOKED_UP else 1
         size = one(step, leaf) * mesh.over(axes) * step.width
         entry = out.setdefault(axes, [0.0, 0.0])
         runs = passes * layers * (step.turns if stacked else step.table_passes)
@@ -182,7 +189,7 @@ def gradients(step: Step) -> list[Move]:
             entry[0] += runs
             entry[1] += one(step, leaf) * 4 * mesh.over(inner) * runs
         if outer:
-            name = ".".join(leaf.name.split(".")[:4]) if stacked else "tables"  # stacks.i.blocks.j
+            name = leaf.block if stacked else "tables"
             here = layers // mesh.over(rules.layers) if stacked else 1
             times, so_far = reduce.setdefault(outer, {}).get(name, (here, 0))
             reduce[outer][name] = times, so_far + leaf.shard(rules, mesh) * 4

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from moe_jax import cost
 from moe_jax.cost import matrices
 from moe_jax.pattern import Schedule, query_blocks
-from moe_jax.plan.leaves import ADDED, Count, Leaf, count, expert_width, leaves
+from moe_jax.plan.leaves import ADDED, LOOKED_UP, Count, Leaf, count, expert_width, leaves
 from moe_jax.schema import Config
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -25,12 +25,21 @@ class Flops(NamedTuple):
 
 def flops_per_token(cfg: Config, parameters: Count) -> Flops:
     """Model FLOPs: of the matrices one token is multiplied with, and of attention (Chowdhery et al. 2022, appendix B,
-    with the causal half). Look-ups and norms multiply nothing; a tied table counts as the head."""
+    with the causal half). Look-ups and norms multiply nothing; a tied table counts as the head.
+
+    A token of a decoder comes with one of its encoder, where attention sees both ways, as from one to the other.
+    """
     m, active = cfg.model, parameters.active_components
-    idle = (*ADDED, "pos") if m.tied_head else (*ADDED, "pos", "embed")
+    idle = (*ADDED, *(c for c in LOOKED_UP if c != "embed" or not m.tied_head))
     weights = 2 * sum(n for c, n in active.items() if c not in idle)
-    square = 2 * cfg.data.length * m.heads * (m.key_dim + m.value_dim) * m.layers  # scores and values, every pair
-    return Flops(3 * weights + 3 * square // 2, weights + square // 2, weights + square, 3 * weights, 3 * square // 2)
+    each = 2 * cfg.data.length * m.heads * (m.key_dim + m.value_dim)  # scores and values, every pair
+    square, own, reading = (
+        each * m.attentions - each * m.layers // 2,
+        each * m.layers,
+        each * m.layers * bool(m.encoder),
+    )
+    decode = weights - 2 * parameters.active_of_input + own + reading
+    return Flops(3 * (weights + square), weights + square, decode, 3 * weights, 3 * square)
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,11 @@ class Step:
     @cached_property
     def flops(self) -> Flops:
         return flops_per_token(self.cfg, self.count)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """`dense` or `moe` for each layer of decoder and encoder; each sees `data.length` tokens of a sequence."""
+        return self.cfg.model.layer_kinds + self.cfg.model.encoder_kinds
 
     @property
     def width(self) -> int:
@@ -123,7 +137,7 @@ class Step:
 
     @cached_property
     def moe_layers(self) -> int:
-        return self.cfg.model.layer_kinds.count("moe")
+        return self.kinds.count("moe")
 
     @property
     def exchanged_again(self) -> int:
@@ -197,7 +211,8 @@ class Step:
         heads, D, L = m.heads * (m.key_dim + m.value_dim), m.d_model, self.cfg.data.length
         seen = sum((end - begin) * end for begin, end in query_blocks(L)) / L / L  # of the square
         once = {c: 2 * n * self.tokens / self.over(axis) for c, n, axis in self.parts()}  # FLOPs of a forward pass
-        once["scores"] = seen * 2 * L * heads / self.over("act_heads") * m.layers * self.tokens
+        seen = seen * m.layers + (m.attentions - m.layers)  # of the squares of all layers
+        once["scores"] = seen * 2 * L * heads / self.over("act_heads") * self.tokens
         once["head"] = 2 * m.vocab * D / self.over("act_vocab") * self.table_tokens
         if moe is not None:
             each = 2 * matrices(m.ffn) * D * expert_width(m) / self.over("expert_mlp")
@@ -212,5 +227,11 @@ class Step:
 
     def parts(self) -> list[tuple[str, int, str]]:
         """Matrices that every token passes: component, parameters, the logical axis that splits their work."""
-        axes = {"attn": "act_heads", "dense_ffn": "act_mlp", "shared_experts": "act_mlp", "router": "router_experts"}
+        axes = {
+            "attn": "act_heads",
+            "cross_attn": "act_heads",
+            "dense_ffn": "act_mlp",
+            "shared_experts": "act_mlp",
+            "router": "router_experts",
+        }
         return [(c, self.count.components[c], a) for c, a in axes.items() if c in self.count.components]
