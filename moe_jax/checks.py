@@ -415,6 +415,9 @@ def _check_stages(cfg: Config) -> list[Problem]:
     if stages == 1:
         return _idle(cfg.train, "train", ["rounds"], "mesh.stage=1 is no pipeline", "set mesh.stage above 1")
     out = []
+    if cfg.model.encoder is not None:
+        why = f"is {stages}, and the stages of a pipeline share one run of layers, not an encoder's and a decoder's"
+        out.append(Problem("mesh.stage", why, "set mesh.stage=1"))
     runs = cfg.model.runs
     repeats = runs[0][1] if len(runs) == 1 else 0
     if repeats % (stages * rounds) or not repeats:
