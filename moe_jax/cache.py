@@ -22,6 +22,8 @@ class LayerCache(NamedTuple):
 
     k: jax.Array  # [B, J, M, N]: J key/value heads, M places
     v: jax.Array  # [B, J, M, N]
+    source_k: jax.Array | None = None  # the same of what an encoder read, as many places as it has
+    source_v: jax.Array | None = None
 
 
 class Cache(NamedTuple):
@@ -30,6 +32,7 @@ class Cache(NamedTuple):
     layers: Any  # the model's stacks of LayerCache
     start: jax.Array  # [B] int32, first place that holds a token of the row
     filled: jax.Array  # [] int32, places filled so far
+    source: jax.Array | None = None  # [B, M] int32, segments of what an encoder read: 1, and 0 for padding
 
 
 class Cached(NamedTuple):
@@ -39,11 +42,15 @@ class Cached(NamedTuple):
     place: jax.Array  # [] int32, the first place written
 
 
-def empty_layer(m: ModelConfig, batch: int, places: int, repeats: int) -> LayerCache:
-    """Zeros for `repeats` layers: k and v [repeats, B, J, M, N]."""
-    heads, key, value = (1, m.cached_width, 0) if m.latent else (m.resolved_kv_heads, m.key_dim, m.value_dim)
-    k, v = ((repeats, batch, heads, places, width) for width in (key, value))
-    return LayerCache(jnp.zeros(k, m.dtype), jnp.zeros(v, m.dtype))
+def empty_layer(m: ModelConfig, batch: int, places: int, repeats: int, source: int = 0) -> LayerCache:
+    """Zeros for `repeats` layers: k and v [repeats, B, J, M, N]; `source`: places of what an encoder reads."""
+
+    def zeros(places: int, width: int) -> jax.Array:
+        return jnp.zeros((repeats, batch, 1 if m.latent else m.resolved_kv_heads, places, width), m.dtype)
+
+    own = (m.cached_width, 0) if m.latent else (m.key_dim, m.value_dim)
+    arrays = [zeros(places, width) for width in own]
+    return LayerCache(*arrays, *(zeros(source, width) for width in own if m.encoder))
 
 
 def places(cache: Cache) -> int:
@@ -54,7 +61,7 @@ def places(cache: Cache) -> int:
 def write(cache: LayerCache, k: jax.Array, v: jax.Array, place: jax.Array) -> LayerCache:
     """Store k and v [B, J, L, N] from `place` on."""
     at = (0, 0, place, 0)
-    return LayerCache(
-        jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at),
-        jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at),
+    return cache._replace(
+        k=jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at),
+        v=jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at),
     )

@@ -234,27 +234,36 @@ def _check_latent(m: ModelConfig, no: Refuse) -> None:
         no("positions", f"is {m.positions!r}, and model.latent.rotary turns a part of each key", "set it to rotary")
     if m.latent.rotary % 2:
         no("latent.rotary", f"{m.latent.rotary} is odd, and rotary positions turn pairs", "use an even width")
+    if m.encoder is not None:
+        no("encoder", "is set, and latent attention has none to read", "take one of them out")
     for name in ("qk_norm", "biases"):
         if getattr(m, name):
             no(name, "is true, and latent attention has norms of its own and no biases", f"set model.{name}=false")
 
 
-def check_built(m: ModelConfig) -> list[Problem]:
-    """What is counted, and no model has."""
-    if m.encoder is None:
-        return []
-    why = "an encoder with a decoder: its parameters, FLOPs and bytes are counted, and no model of it is made"
-    return [Problem("model.encoder", why, "use `moe-jax plan`, or model.encoder=unset with another model.positions")]
-
-
-def _check_encoder(m: ModelConfig, no: Refuse) -> None:
-    """Settings that belong to an encoder, or have no meaning beside one."""
-    if m.positions == "relative" and m.encoder is None:
-        no("positions", "is 'relative', which belongs to an encoder with a decoder", "set it to rotary")
-    if m.encoder is None:
-        return
-    if m.latent is not None:
-        no("latent", "is set, and an encoder with its decoder has multi-head attention", "take it out")
+def _check_encoder(cfg: Config) -> list[Problem]:
+    """What an encoder, or positions by distance, cannot be combined with."""
+    m, encoder, out = cfg.model, cfg.model.encoder, []
+    whole = "set mesh.context=1 (or another axis of rules.length)"
+    if m.positions == "relative" and cfg.mesh.over(cfg.rules.length) > 1:
+        why = "is 'relative', and the attention of split rows adds no biases to its scores"
+        out.append(Problem("model.positions", why, f"{whole}, or use rotary"))
+    if encoder is None:
+        return out
+    if cfg.mesh.stage > 1:
+        why = f"is {cfg.mesh.stage}, and the stages of a pipeline share one run of layers, not an encoder's too"
+        out.append(Problem("mesh.stage", why, "set it to 1"))
+    if cfg.mesh.over(cfg.rules.length) > 1:
+        out.append(Problem("model.encoder", "its rows are whole, and rules.length splits rows over the mesh", whole))
+    length = encoder.length or cfg.data.length
+    if length > m.max_length:
+        why = f"{length} exceeds model.max_length={m.max_length}"
+        out.append(Problem("model.encoder.length", why, "raise model.max_length"))
+    size = m.moe.group_size if m.moe is not None else None
+    if isinstance(size, int) and length != cfg.data.length and (length % size or cfg.data.length % size):
+        why = f"is {size}, which does not divide the rows of both, {length} tokens of an encoder and {cfg.data.length}"
+        out.append(Problem("model.moe.group_size", why, "use a divisor of both"))
+    return out
 
 
 def check_model(m: ModelConfig) -> list[Problem]:
@@ -268,7 +277,6 @@ def check_model(m: ModelConfig) -> list[Problem]:
         no("heads", f"d_model {m.d_model} is not divisible by {m.heads} heads", "set model.head_dim or change heads")
     if m.heads % m.resolved_kv_heads:
         no("kv_heads", f"{m.heads} heads are not a multiple of {m.kv_heads} key/value heads", "use a divisor of heads")
-    _check_encoder(m, no)
     if m.latent is not None:
         _check_latent(m, no)
     elif m.positions == "rotary" and m.resolved_head_dim % 2:
@@ -415,9 +423,6 @@ def _check_stages(cfg: Config) -> list[Problem]:
     if stages == 1:
         return _idle(cfg.train, "train", ["rounds"], "mesh.stage=1 is no pipeline", "set mesh.stage above 1")
     out = []
-    if cfg.model.encoder is not None:
-        why = f"is {stages}, and the stages of a pipeline share one run of layers, not an encoder's and a decoder's"
-        out.append(Problem("mesh.stage", why, "set mesh.stage=1"))
     runs = cfg.model.runs
     repeats = runs[0][1] if len(runs) == 1 else 0
     if repeats % (stages * rounds) or not repeats:
@@ -466,7 +471,7 @@ def check(cfg: Config) -> list[Problem]:
         out += context
     elif moe is not None:
         out += _check_groups(cfg)
-    out += _check_residual(cfg)
+    out += _check_residual(cfg) + _check_encoder(cfg)
     out += [] if moe is None else check_exchange(moe, cfg.rules)
     if moe is not None and moe.experts % mesh.over(cfg.rules.experts):
         over = {a: n for a, n in mesh.sizes.items() if a in cfg.rules.experts}

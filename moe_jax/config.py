@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from moe_jax.checks import check, check_built, check_exchange, check_model, check_moe, require_decoding
+from moe_jax.checks import check, check_exchange, check_model, check_moe, require_decoding
 from moe_jax.files import File, chain, config_names, named_in, nearest, set_in
 from moe_jax.schema import (
     Config,
@@ -195,10 +195,7 @@ def require(settings: ModelConfig | MoEConfig, name: str, *, learns: bool = True
         TypeAdapter(type(settings)).validate_json(json.dumps(to_dict(settings)))
     except ValidationError as e:
         raise ConfigError(*(_problem(x | {"loc": (name, *x["loc"])}) for x in e.errors())) from None
-    if isinstance(settings, MoEConfig):
-        problems = check_moe(settings, name, learns=learns)
-    else:
-        problems = check_model(settings) + check_built(settings)
+    problems = check_moe(settings, name, learns=learns) if isinstance(settings, MoEConfig) else check_model(settings)
     if problems:
         raise ConfigError(*problems)
 

@@ -1,4 +1,4 @@
-"""The decoder transformer: dense and MoE layers in a pattern, scanned and rematerialised."""
+"""The transformer, a decoder alone or with an encoder: dense and MoE layers in a pattern, scanned, rematerialised."""
 
 from collections.abc import Sequence
 from math import prod
@@ -12,17 +12,21 @@ from jax.sharding import PartitionSpec
 from moe_jax import config, sequence
 from moe_jax.axes import Rules
 from moe_jax.balance import Stats
-from moe_jax.cache import Cache, Cached, LayerCache, cached_axes, empty_layer, places
+from moe_jax.cache import Cache, Cached, cached_axes, empty_layer, places
 from moe_jax.config import ModelConfig
+from moe_jax.layers.attention import Source
 from moe_jax.layers.block import Block, Context, Routed
-from moe_jax.layers.common import Keys, between, dropout, fold, lay, row_keys
+from moe_jax.layers.common import Keys, between, dropout, fan_in, fold, gathered, lay, param, row_keys
 from moe_jax.layers.embed import Embedding
 from moe_jax.layers.moe import FROM_CONFIG, MoELayer, Record, SelectionBias
 from moe_jax.layers.norm import Norm
+from moe_jax.layers.positions import relative
 from moe_jax.pattern import Schedule
 from moe_jax.pipeline import of_round, pipelined, shared, split
 from moe_jax.rules import any_axes, current_mesh, spec
+from moe_jax.schema import BUCKETS
 
+ENCODER = 2**16  # what its random keys are folded with: more than a model has runs of layers
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -39,11 +43,15 @@ class Output(NamedTuple):
     record: Record | None = None  # leading axis as in stats; where every token went, if it was asked for
 
 
+Run = tuple[tuple[str, ...], int]
+"""Kinds of the layers of a period, and its repeats."""
+
+
 class Period(nnx.Module):
     """The layers of one period of a stack."""
 
-    def __init__(self, m: ModelConfig, kinds: tuple[str, ...], rules: Rules | None, rngs: nnx.Rngs):
-        self.blocks = nnx.List([Block(m, kind, rules, rngs) for kind in kinds])
+    def __init__(self, m: ModelConfig, kinds: tuple[str, ...], rules: Rules | None, rngs: nnx.Rngs, **place: bool):
+        self.blocks = nnx.List([Block(m, kind, rules, rngs, **place) for kind in kinds])
 
     def __call__(self, x, context: Context, keys: Keys, caches: tuple, train: bool, options: Sequence[dict]):
         """`options` of each MoE layer -> x, what each MoE layer returns beside it, caches of all layers."""
@@ -56,12 +64,13 @@ class Period(nnx.Module):
         return x, (tuple(routed), tuple(out))
 
 
-def stacked(m: ModelConfig, kinds: tuple[str, ...], repeats: int, rules: Rules | None, rngs: nnx.Rngs) -> Period:
-    """`repeats` periods with their parameters stacked along a leading `layers` axis."""
+def stacked(m: ModelConfig, run: Run, rules: Rules | None, rngs: nnx.Rngs, **place: bool) -> Period:
+    """The periods of a run with their parameters stacked along a leading `layers` axis; `place` as of `Block`."""
+    kinds, repeats = run
 
     @nnx.vmap(in_axes=0, out_axes=0)
     def create(key):
-        return Period(m, kinds, rules, nnx.Rngs(params=key))
+        return Period(m, kinds, rules, nnx.Rngs(params=key), **place)
 
     period = create(jax.random.split(rngs.params(), repeats))
     for _, variable in nnx.to_flat_state(nnx.state(period, (nnx.Param, SelectionBias))):
@@ -89,8 +98,25 @@ def cached(model: "Transformer", *_: Any, **__: Any) -> Any:
     return none if model.rules is None else Cache._make((spec(model.rules.layout(*cached_axes(model.m))), none, none))
 
 
+class Encoder(nnx.Module):
+    """Layers that see both ways, over the decoder's embedding or one of their own."""
+
+    def __init__(self, m: ModelConfig, rules: Rules | None, rngs: nnx.Rngs):
+        assert m.encoder is not None
+        self.runs, V = tuple(m.encoder_runs), m.encoder.vocab
+        self.table = None if V is None else param(rngs, (V, m.d_model), ("vocab", "embed"), fan_in(m.d_model))
+        self.stacks = nnx.List([stacked(m, run, rules, rngs, both_ways=True) for run in self.runs])
+        self.final_norm = Norm(m.norm, m.d_model, m.norm_eps) if m.final_norm else None
+        self.relative = biases(m, rngs)
+
+
+def biases(m: ModelConfig, rngs: nnx.Rngs) -> nnx.Param | None:
+    """The biases of distances of all layers."""
+    return param(rngs, (BUCKETS, m.heads), ("norm", "heads"), fan_in(m.d_model)) if m.positions == "relative" else None
+
+
 class Transformer(nnx.Module):
-    """A causal language model.
+    """A causal language model; with `model.encoder` it also reads what that makes of another sequence.
 
     Args:
         m: the model's config.
@@ -105,8 +131,10 @@ class Transformer(nnx.Module):
         self.m, self.rules = m, rules
         self.runs = tuple(m.runs)
         self.embedding = Embedding(m, rules, rngs)
-        self.stacks = nnx.List([stacked(m, kinds, n, rules, rngs) for kinds, n in self.runs])
+        self.stacks = nnx.List([stacked(m, run, rules, rngs, reads=m.encoder is not None) for run in self.runs])
         self.final_norm = Norm(m.norm, m.d_model, m.norm_eps) if m.final_norm else None
+        self.relative = biases(m, rngs)
+        self.encoder = None if m.encoder is None else Encoder(m, rules, rngs)
 
     @any_axes(typed)
     def __call__(
@@ -124,6 +152,9 @@ class Transformer(nnx.Module):
         record: bool = False,
         balanced: bool = False,
         schedule: Schedule | None = None,
+        inputs: jax.Array | None = None,
+        input_segments: jax.Array | None = None,
+        input_positions: jax.Array | None = None,
     ) -> Output:
         """tokens [B, L] int32 -> logits [B, L, V] float32, routing statistics, cache.
 
@@ -141,8 +172,11 @@ class Transformer(nnx.Module):
             balanced: the tokens of every argument are in the order of `sequence.balanced`, and so are the results:
                 where rows are split, logits then need not be moved back.
             schedule: how the rows pass through the stages of a pipeline; without one, layers are brought to all stages.
+            inputs: [B, M] int32, what the encoder reads, with segments and positions of their own; a token attends to
+                the inputs of its segment. With a cache in its first call alone.
         Raises:
-            ValueError: rows too long, or that do not split over the mesh; a cache where they are split.
+            ValueError: rows too long, or that do not split over the mesh; a cache where they are split; inputs missing,
+                or without an encoder.
         """
         B, L = tokens.shape
         if L > self.m.max_length:
@@ -151,6 +185,11 @@ class Transformer(nnx.Module):
             raise ValueError("a pipeline keeps no record, replay or cache: call without a schedule")
         if cache is not None and positions is not None:
             raise ValueError("positions cannot be given with a cache, which counts them: leave them out")
+        if self.encoder is not None and (schedule is not None or record or replay is not None):
+            raise ValueError("a model with an encoder has no record, replay or schedule: leave them out")
+        if (self.encoder is None or (cache is not None and cache.source is not None)) != (inputs is None):
+            why = "a model without an encoder reads none" if self.encoder is None else "its encoder reads them once"
+            raise ValueError(f"inputs are {'missing' if inputs is None else 'given'}: {why}")
         n = self.shards(L, cache)
         order = jnp.asarray(sequence.places(L, n))  # [L]
         turned = 1 if balanced else n  # shards for which the order of the tokens is still to be changed
@@ -165,22 +204,32 @@ class Transformer(nnx.Module):
         else:
             context = self.cached_context(cache, segments, tokens)
         keys = row_keys(key if train else None, B)
+        options = self.options(capacity_factor, top_k, record)
+        routed, layers, done = [], [], 0
+        if self.encoder is not None:
+            done = self.m.encoder_kinds.count("moe")
+            if inputs is not None:
+                given = inputs, input_segments, input_positions
+                source, routed = self.encode(*given, fold(keys, ENCODER), train, options[:done])
+            else:
+                assert cache is not None and cache.source is not None
+                source = Source(cache.source, None)
+            context = context._replace(source=source)
+        context = self.with_bias(context, self.relative, L if cache is None else places(cache), False, cache)
 
         outside = self.rules if self.rules is None or schedule is None else shared(self.rules, B)
         with jax.named_scope("embed"):
             x = dropout(
                 self.embedding(tokens, context.positions, outside), self.m.dropout, fold(keys, 0), context.places
             )
-        options = self.options(capacity_factor, top_k, record)
-        routed, layers, done = [], [], 0
-        for i, (stack, (kinds, repeats)) in enumerate(zip(self.stacks, self.runs, strict=True)):
+        for i, (stack, run) in enumerate(zip(self.stacks, self.runs, strict=True)):
             caches = None if cache is None else cache.layers[i]
-            mine = slice(done, done + kinds.count("moe") * repeats)
+            mine = slice(done, done + run[0].count("moe") * run[1])
             past = None if replay is None else replay[mine]
             if schedule is None:
-                x, r, c = self.run(stack, i, x, context, fold(keys, 1 + i), caches, train, options[mine], past)
+                x, r, c = self.run(stack, run, x, context, fold(keys, 1 + i), caches, train, options[mine], past)
             else:
-                x, r = self.pipeline(stack, i, x, context, fold(keys, 1 + i), train, options[mine], schedule)
+                x, r = self.pipeline(stack, run, x, context, fold(keys, 1 + i), train, options[mine], schedule)
                 c = None
             routed += [] if r is None else [r]
             layers.append(c)
@@ -193,9 +242,53 @@ class Transformer(nnx.Module):
         if cache is not None:
             # A write past the last place would overwrite it in silence: such a call returns no numbers.
             logits = jnp.where(cache.filled + L <= places(cache), logits, jnp.nan)
-            cache = Cache(tuple(layers), cache.start, cache.filled + L)
+            read = cache.source if context.source is None else context.source.segments
+            cache = Cache(tuple(layers), cache.start, cache.filled + L, read)
         past = jax.tree.map(lambda a: sequence.restored(a, turned, 2), past)
         return Output(sequence.restored(logits, turned), stats, cache, past)
+
+    def encode(
+        self,
+        inputs: jax.Array,
+        segments: jax.Array | None,
+        positions: jax.Array | None,
+        keys: Keys,
+        train: bool,
+        options: Sequence[dict[str, Any]],
+    ) -> tuple[Source, list[Routed]]:
+        """inputs [B, M] int32 -> what the decoder reads, and what the MoE layers return beside it."""
+        assert self.encoder is not None
+        B, M = inputs.shape
+        if M > self.m.max_length:
+            raise ValueError(f"{M} inputs exceed model.max_length={self.m.max_length}")
+        if sequence.shards(self.rules) > 1:
+            why = "rules.length splits rows, and those of an encoder are whole"
+            raise ValueError(f"{why}: build the model with rules.by_rows()")
+        segments = jnp.ones((B, M), jnp.int32) if segments is None else segments
+        positions = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32), (B, M)) if positions is None else positions
+        context = Context(positions, segments, segments > 0, inputs, None)
+        context = self.with_bias(context, self.encoder.relative, M, True)
+        with jax.named_scope("embed"):
+            x = self.embedding(inputs, positions, self.rules, self.encoder.table)
+            x = dropout(x, self.m.dropout, fold(keys, 0))
+        routed, done = [], 0
+        for i, (stack, run) in enumerate(zip(self.encoder.stacks, self.encoder.runs, strict=True)):
+            mine = slice(done, done + run[0].count("moe") * run[1])
+            x, r, _ = self.run(stack, run, x, context, fold(keys, 1 + i), None, train, options[mine], None)
+            routed += [] if r is None else [r]
+            done = mine.stop
+        x = x if self.encoder.final_norm is None else self.encoder.final_norm(x)
+        return Source(segments, gathered(x, self.rules)), routed
+
+    def with_bias(
+        self, context: Context, table: nnx.Param | None, keys: int, both_ways: bool, cache: Cache | None = None
+    ) -> Context:
+        """The context of layers whose scores get the biases of distances to the places 0, 1, ... of the keys."""
+        if table is None:
+            return context
+        queries = jnp.arange(context.tokens.shape[1]) + (0 if cache is None else cache.filled)
+        bias = relative(table[...], queries, jnp.arange(keys), both_ways)
+        return context._replace(bias=lay(bias, self.rules, names=("act_heads", None, None)))
 
     def shards(self, L: int, cache: Cache | None) -> int:
         """Shards of a row of L tokens over the current mesh."""
@@ -217,7 +310,7 @@ class Transformer(nnx.Module):
 
     def options(self, capacity_factor: Any, top_k: Any, record: bool) -> list[dict[str, Any]]:
         """What each MoE layer is called with, bottom first."""
-        count = self.m.layer_kinds.count("moe")
+        count = (self.m.encoder_kinds + self.m.layer_kinds).count("moe")
         values = {"capacity_factor": capacity_factor, "top_k": top_k}
         for name, value in values.items():
             if not isinstance(value, list | tuple):
@@ -229,12 +322,12 @@ class Transformer(nnx.Module):
         pairs = zip(*values.values(), strict=True)
         return [{"capacity_factor": f, "top_k": k, "record": record} for f, k in pairs]
 
-    def run(self, stack: Period, i: int, x, context: Context, keys: Keys, caches, train: bool, options, replay):
+    def run(self, stack: Period, run: Run, x, context: Context, keys: Keys, caches, train: bool, options, replay):
         """One stack of equal periods: as a loop, unless it has one, `model.scan` is off, or the options differ.
 
         Returns x, what the MoE layers return beside it [repeats * m, ...] in the order of the layers, and the caches.
         """
-        kinds, repeats = self.runs[i]
+        kinds, repeats = run
         m = kinds.count("moe")
         caches = (None,) * len(kinds) if caches is None else caches
         graph, params = nnx.split(stack)
@@ -271,11 +364,11 @@ class Transformer(nnx.Module):
         return x, in_order(routed), caches
 
     def pipeline(
-        self, stack: Period, i: int, x, context: Context, keys: Keys, train: bool, options, schedule: Schedule
+        self, stack: Period, run: Run, x, context: Context, keys: Keys, train: bool, options, schedule: Schedule
     ):
         """`run` with a stage of the mesh for each share of the periods, which microbatches of rows pass through."""
         assert self.rules is not None
-        kinds, repeats = self.runs[i]
+        kinds, repeats = run
         m, rules = kinds.count("moe"), self.rules
         if repeats % (schedule.stages * schedule.rounds) or any(o != options[0] for o in options):
             why = f"{repeats} repeats of {kinds} are no equal shares of {schedule}, or their options differ"
@@ -287,7 +380,7 @@ class Transformer(nnx.Module):
 
         def stage(layers: Any, turn: jax.Array, x: jax.Array, rows: tuple[Context, Keys]) -> tuple[jax.Array, Any]:
             here, own = rows
-            here = here._replace(places=context.places)
+            here = here._replace(places=context.places, bias=context.bias)
 
             def one(x: jax.Array, layer: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
                 params, number = of_round(layer, turn, layouts)
@@ -300,16 +393,19 @@ class Transformer(nnx.Module):
             )
             return jax.lax.scan(again, x, layers)
 
-        rows = split((context._replace(places=None), keys), schedule.microbatches, schedule.together, rules)
+        rows = split((context._replace(places=None, bias=None), keys), schedule.microbatches, schedule.together, rules)
         x, routed = pipelined(stage, (params, jnp.arange(repeats)), layouts, x, rows, schedule, rules)
         return x, in_order(routed) if routed else None
 
     @any_axes(cached)
-    def empty_cache(self, batch: int, places: int, lengths: jax.Array | None = None, width: int = 0) -> Cache:
+    def empty_cache(
+        self, batch: int, places: int, lengths: jax.Array | None = None, width: int = 0, inputs: int = 0
+    ) -> Cache:
         """A cache of `places` for a batch of prompts whose right ends are aligned at `width` tokens.
 
         Args:
             lengths: [B] int32 tokens of each prompt; default: all `width`.
+            inputs: tokens M that the encoder will read.
         Raises:
             ConfigError: a router that needs the whole sequence.
         """
@@ -319,8 +415,8 @@ class Transformer(nnx.Module):
         start = jnp.zeros((batch,), jnp.int32) if lengths is None else (width - lengths).astype(jnp.int32)
         layers = []
         for kinds, repeats in self.runs:
-            one = empty_layer(self.m, batch, places, repeats)
-            one = LayerCache(*(lay(a, self.rules, names=cached_axes(self.m)) for a in one))
+            one = empty_layer(self.m, batch, places, repeats, inputs)
+            one = jax.tree.map(lambda a: lay(a, self.rules, names=cached_axes(self.m)), one)
             layers.append((one,) * len(kinds))
         return Cache(tuple(layers), start, jnp.zeros((), jnp.int32))
 

@@ -23,6 +23,8 @@ NonNegative = Annotated[float, Limit(ge=0)]
 Rate = Annotated[float, Limit(ge=0, lt=1)]
 Fractional = Annotated[float, Limit(gt=0, lt=1)]
 
+BUCKETS = 32  # of distances, each with a bias for every head: model.positions=relative
+
 
 def key(default: Any, doc: str) -> Any:
     """A documented field; the text ends up in the reference of keys."""
@@ -157,10 +159,11 @@ class LatentConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The encoder that the decoder reads (Vaswani et al. 2017): layers like its own, that see both ways."""
+    """The encoder that a decoder reads (Vaswani et al. 2017, section 3.1): layers like its own that see both ways."""
 
     __pydantic_config__ = STRICT
     layers: Depth = key(4, "number of layers, dense and MoE by the same pattern as the decoder's")
+    length: Count | None = key(None, "tokens M that it reads beside each sequence; unset: data.length")
     vocab: Count | None = key(None, "vocabulary of an embedding of its own; unset: it shares the decoder's")
 
 
@@ -181,12 +184,13 @@ class ModelConfig:
     )
     encoder: EncoderConfig | None = key(
         None,
-        "an encoder, to which every layer attends too; unset: a decoder alone. `moe-jax plan` counts it, no run has it",
+        "an encoder of what stands before the sequence in its document, to which every layer attends too (T5, Switch); "
+        "unset: a decoder alone",
     )
     qk_norm: bool = key(False, "an RMSNorm over the head width of each query and key (Qwen3)")
     biases: bool = key(False, "biases in attention, feed-forward layers and experts; never in routers and the head")
     positions: Literal["learned", "sinusoidal", "rotary", "relative"] = key(
-        "rotary", "positional encoding; relative: T5's biases by distance, which need model.encoder"
+        "rotary", "positional encoding; relative: T5's biases of the scores by distance, for encoder and decoder"
     )
     rope_theta: Positive = key(10000.0, "base of the rotary frequencies")
     max_length: Count = key(2048, "longest sequence the model accepts")

@@ -1,4 +1,7 @@
-"""Causal multi-head and grouped-query attention (Vaswani et al. 2017, section 3.2; Ainslie et al. 2023)."""
+"""Multi-head and grouped-query attention (Vaswani et al. 2017, section 3.2; Ainslie et al. 2023): causal, of an encoder
+that sees both ways, and from a decoder to what its encoder read."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,40 +18,77 @@ from moe_jax.pattern import query_blocks
 from moe_jax.sequence import shards
 
 
-def weighted_values(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, width: int | None = None) -> jax.Array:
+def weighted_values(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    width: int | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
     """softmax(q k^T / sqrt(N)) v with the softmax in float32.
 
     Args:
         q: [B, J, R, L, N], R query heads to each of the J key/value heads; k, v: [B, J, M, N], whose widths may differ;
             mask: [B, L, M] bool.
         width: in place of N under the root.
+        bias: [J*R, L, M] float32, added to the scores of all rows.
     """
     scores = jnp.einsum("bjrln,bjmn->bjrlm", q, k, preferred_element_type=jnp.float32)
     scores = scores * fan_in(q.shape[-1] if width is None else width)
+    if bias is not None:
+        scores = scores + bias.reshape(1, *scores.shape[1:])
     scores = jnp.where(mask[:, None, None], scores, -1e30)  # finite: a row of padding sees nothing, and must not be NaN
     return jnp.einsum("bjrlm,bjmn->bjrln", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+def causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, bias: jax.Array | None = None
+) -> jax.Array:
     """Attention of each token to the earlier ones of its segment, in query blocks that skip the future.
 
     Args:
         q: [B, J, R, L, N]; k, v: [B, J, L, N], whose widths may differ; segments: [B, L] int32, 0 for padding.
+        bias: [J*R, L, L] float32, added to the scores.
     """
     out = []
     for begin, end in query_blocks(q.shape[-2]):
         causal = jnp.arange(begin, end)[:, None] >= jnp.arange(end)[None]
         mask = causal[None] & (segments[:, begin:end, None] == segments[:, None, :end])  # [B, rows, end]
-        out.append(weighted_values(q[..., begin:end, :], k[..., :end, :], v[..., :end, :], mask))
+        added = None if bias is None else bias[:, begin:end, :end]
+        out.append(weighted_values(q[..., begin:end, :], k[..., :end, :], v[..., :end, :], mask, bias=added))
     return out[0] if len(out) == 1 else jnp.concatenate(out, axis=-2)
 
 
-def over_rows(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, m: ModelConfig, rules: Rules | None
+def whole_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, seen: jax.Array, bias: jax.Array | None = None
 ) -> jax.Array:
-    """`causal_attention` of whole rows, also of those that are split over the mesh."""
+    """Attention of each token [B, L] to all of its segment among [B, M], before it and after; 0 where there is none.
+
+    Args:
+        q: [B, J, R, L, N]; k, v: [B, J, M, N]; segments: [B, L] int32 of the queries, seen: [B, M] int32 of the keys, 0
+            for padding.
+        bias: [J*R, L, M] float32, added to the scores.
+    """
+    mask = (segments[:, :, None] == seen[:, None]) & (seen[:, None] > 0)  # [B,L,M]
+    y = weighted_values(q, k, v, mask, bias=bias)
+    return jnp.where(mask.any(-1)[:, None, None, :, None], y, jnp.zeros((), y.dtype))
+
+
+def over_rows(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    m: ModelConfig,
+    rules: Rules | None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """`causal_attention` of whole rows, also of those that are split over the mesh, which take no bias."""
     if rules is None or shards(rules) == 1:
-        return causal_attention(q, k, v, segments)
+        return causal_attention(q, k, v, segments, bias)
+    if bias is not None:
+        raise ValueError("rules.length splits rows, whose attention adds no relative positions: build with by_rows()")
     wide = [(0, 0)] * (v.ndim - 1) + [(0, k.shape[-1] - v.shape[-1])]  # keys and values travel as one array
     return split_attention(q, k, jnp.pad(v, wide), segments, rules, m.attention_exchange)[..., : v.shape[-1]]
 
@@ -69,10 +109,14 @@ def from_heads(y: jax.Array, w: jax.Array, rules: Rules | None) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Projections to H query and J key/value heads of width N, attention, projection back to D. H*N is free of D."""
+    """Projections to H query and J key/value heads of width N, attention, projection back to D. H*N is free of D.
 
-    def __init__(self, m: ModelConfig, rules: Rules | None, rngs: nnx.Rngs):
-        self.m, self.rules = m, rules
+    Args:
+        both_ways: tokens see the later ones of their segment too, as in an encoder.
+    """
+
+    def __init__(self, m: ModelConfig, rules: Rules | None, rngs: nnx.Rngs, both_ways: bool = False):
+        self.m, self.rules, self.both_ways = m, rules, both_ways
         D, H, J, N = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim
         self.w_query = param(rngs, (D, H, N), ("embed", "heads", "head"), fan_in(D))
         self.w_key = param(rngs, (D, J, N), ("embed", "kv_heads", "head"), fan_in(D))
@@ -92,6 +136,7 @@ class Attention(nnx.Module):
         segments: jax.Array,
         cache: LayerCache | None = None,
         cached: Cached | None = None,
+        bias: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, L, D] -> ([B, L, D], cache).
 
@@ -100,22 +145,69 @@ class Attention(nnx.Module):
                 `sequence.balanced`.
             cache: k and v [B, J, M, N]; keys and values are written from `cached.place` on, and the tokens attend to
                 the places that `cached.visible` shows.
+            bias: [H, L, M] float32, added to the scores.
         """
         m, rules = self.m, self.rules
-        B, L, _ = x.shape
-        q = to_heads(x, self.w_query[...], "act_heads", rules, self.b_query)
-        k = to_heads(x, self.w_key[...], "kv_heads", rules, self.b_key)
-        v = to_heads(x, self.w_value[...], "kv_heads", rules, self.b_value)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+        q, (k, v) = self.queries(x), self.keys_and_values(x)
         if m.positions == "rotary":
             q, k = rotary(q, positions, m.rope_theta), rotary(k, positions, m.rope_theta)
-        J = k.shape[1]
-        q = q.reshape(B, J, -1, L, q.shape[-1])  # [B,J,R,L,N]
+        q = groups(q, k)
         if cache is not None and cached is not None:
             cache = write(cache, k, v, cached.place)
-            y = weighted_values(q, cache.k, cache.v, cached.visible)
+            y = weighted_values(q, cache.k, cache.v, cached.visible, bias=bias)
+        elif self.both_ways:
+            y = whole_attention(q, k, v, segments, segments, bias)
         else:
-            y = over_rows(q, k, v, segments, m, rules)
-        y = from_heads(y, self.w_out[...], rules)
-        return (y if self.b_out is None else y + along_last(self.b_out[...].astype(y.dtype), y)), cache
+            y = over_rows(q, k, v, segments, m, rules, bias)
+        return self.back(y), cache
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """x [B, L, D] -> [B, H, L, N]."""
+        q = to_heads(x, self.w_query[...], "act_heads", self.rules, self.b_query)
+        return q if self.query_norm is None else self.query_norm(q)
+
+    def keys_and_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [B, M, D] -> twice [B, J, M, N]."""
+        k = to_heads(x, self.w_key[...], "kv_heads", self.rules, self.b_key)
+        v = to_heads(x, self.w_value[...], "kv_heads", self.rules, self.b_value)
+        return (k if self.key_norm is None else self.key_norm(k)), v
+
+    def back(self, y: jax.Array) -> jax.Array:
+        """y [B, J, R, L, N] -> [B, L, D]."""
+        y = from_heads(y, self.w_out[...], self.rules)
+        return y if self.b_out is None else y + along_last(self.b_out[...].astype(y.dtype), y)
+
+
+def groups(q: jax.Array, k: jax.Array) -> jax.Array:
+    """q [B, H, L, N] by the heads of k [B, J, ...] that they share -> [B, J, R, L, N]."""
+    return q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
+
+
+class Source(NamedTuple):
+    """What a decoder reads."""
+
+    segments: jax.Array  # [B, M] int32, 0 for padding
+    tokens: jax.Array | None  # [B, M, D] as the encoder left them; None where a cache holds their keys and values
+
+
+class CrossAttention(Attention):
+    """From the tokens of a decoder to those that its encoder read (Vaswani et al. 2017, section 3.2.3), whatever their
+    order: no positions."""
+
+    def read(
+        self, x: jax.Array, segments: jax.Array, source: Source, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """x [B, L, D] -> ([B, L, D], cache), which holds the keys and values of the source from its first call on.
+
+        Args:
+            segments: [B, L] int32: a token reads the source of its segment, and nothing where there is none.
+        """
+        if source.tokens is not None:
+            k, v = self.keys_and_values(source.tokens)
+            if cache is not None:
+                cache = cache._replace(source_k=k.astype(cache.k.dtype), source_v=v.astype(cache.v.dtype))
+        else:
+            assert cache is not None and cache.source_k is not None and cache.source_v is not None
+            k, v = cache.source_k, cache.source_v
+        y = whole_attention(groups(self.queries(x), k), k, v, segments, source.segments)
+        return self.back(y), cache

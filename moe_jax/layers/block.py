@@ -9,7 +9,7 @@ from moe_jax.axes import Rules
 from moe_jax.balance import Stats
 from moe_jax.cache import Cached, LayerCache
 from moe_jax.config import ModelConfig
-from moe_jax.layers.attention import Attention
+from moe_jax.layers.attention import Attention, CrossAttention, Source
 from moe_jax.layers.common import Keys, dropout, fold, gathered, scattered
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.latent import LatentAttention
@@ -26,6 +26,8 @@ class Context(NamedTuple):
     tokens: jax.Array  # [B, L] int32
     cached: Cached | None  # None without a cache
     places: jax.Array | None = None  # [L] int32 of tokens in the order of `sequence.balanced`; None in their own
+    bias: jax.Array | None = None  # [H, L, M] float32 of relative positions
+    source: Source | None = None  # what an encoder read
 
 
 class Routed(NamedTuple):
@@ -36,12 +38,29 @@ class Routed(NamedTuple):
 
 
 class Block(nnx.Module):
-    """pre-norm: x + f(norm(x)); post-norm: norm(x + f(x)) (Xiong et al. 2020)."""
+    """pre-norm: x + f(norm(x)); post-norm: norm(x + f(x)) (Xiong et al. 2020).
 
-    def __init__(self, m: ModelConfig, kind: str, rules: Rules | None, rngs: nnx.Rngs):
+    Args:
+        kind: `dense` or `moe`.
+        both_ways: of an encoder. reads: of a decoder that has one.
+    """
+
+    def __init__(
+        self,
+        m: ModelConfig,
+        kind: str,
+        rules: Rules | None,
+        rngs: nnx.Rngs,
+        *,
+        both_ways: bool = False,
+        reads: bool = False,
+    ):
         self.m, self.rules = m, rules
         self.attention_norm = Norm(m.norm, m.d_model, m.norm_eps)
-        self.attention = (Attention if m.latent is None else LatentAttention)(m, rules, rngs)
+        self.attention: Attention | LatentAttention
+        self.attention = Attention(m, rules, rngs, both_ways) if m.latent is None else LatentAttention(m, rules, rngs)
+        self.cross_norm = Norm(m.norm, m.d_model, m.norm_eps) if reads else None
+        self.cross_attention = CrossAttention(m, rules, rngs) if reads else None
         self.ffn_norm = Norm(m.norm, m.d_model, m.norm_eps)
         self.ffn: FFN | MoELayer
         if kind == "moe":
@@ -67,9 +86,16 @@ class Block(nnx.Module):
 
         with jax.named_scope("attention"):
             h = gathered(self.attention_norm(x) if pre else x, self.rules)
-            h, cache = self.attention(h, context.positions, context.segments, cache, context.cached)
+            h, cache = self.attention(h, context.positions, context.segments, cache, context.cached, context.bias)
             x = x + dropout(scattered(h, self.rules), self.m.dropout, fold(keys, 0), context.places)
             x = x if pre else self.attention_norm(x)
+
+        if self.cross_attention is not None and self.cross_norm is not None and context.source is not None:
+            with jax.named_scope("attention"):
+                h = gathered(self.cross_norm(x) if pre else x, self.rules)
+                h, cache = self.cross_attention.read(h, context.segments, context.source, cache)
+                x = x + dropout(scattered(h, self.rules), self.m.dropout, fold(keys, 3), context.places)
+                x = x if pre else self.cross_norm(x)
 
         with jax.named_scope("ffn"):
             h = gathered(self.ffn_norm(x) if pre else x, self.rules)

@@ -21,9 +21,15 @@ class Embedding(nnx.Module):
         self.positions = param(rngs, (m.max_length, D), ("position", "embed"), 0.02) if learned else None
         self.head = None if m.tied_head else param(rngs, (D, V), ("embed", "vocab"), fan_in(D))
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array, rules: Rules | None) -> jax.Array:
-        """tokens, positions [B, L] int32 -> [B, L, D] in the compute type, laid out by `rules`."""
-        x = self.rows(self.table, "vocab")[tokens]  # [B,L,D]
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, rules: Rules | None, table: nnx.Param | None = None
+    ) -> jax.Array:
+        """tokens, positions [B, L] int32 -> [B, L, D] in the compute type, laid out by `rules`.
+
+        Args:
+            table: [V, D] of an encoder, in place of the decoder's.
+        """
+        x = self.rows(self.table if table is None else table, "vocab")[tokens]  # [B,L,D]
         if self.positions is not None:
             x = x + self.rows(self.positions, "position")[positions]
         if self.m.positions == "sinusoidal":

@@ -42,8 +42,10 @@ class LatentAttention(nnx.Module):
         segments: jax.Array,
         cache: LayerCache | None = None,
         cached: Cached | None = None,
+        bias: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """x [B, L, D] -> ([B, L, D], cache); arguments as of `Attention`, the cache as `LayerCache` says."""
+        """x [B, L, D] -> ([B, L, D], cache); arguments as of `Attention`, the cache as `LayerCache` says. Positions are
+        rotary, so that there is no bias."""
         m, rules, N, C = self.m, self.rules, self.m.resolved_head_dim, self.latent.key_value
         h = x
         if self.w_query_down is not None and self.query_norm is not None:

@@ -9,7 +9,7 @@ from math import prod
 from typing import NamedTuple
 
 from moe_jax.axes import Rules
-from moe_jax.schema import LatentConfig, MeshConfig, ModelConfig, MoEConfig
+from moe_jax.schema import BUCKETS, LatentConfig, MeshConfig, ModelConfig, MoEConfig
 
 COMPONENTS = {  # component -> what it is called in tables
     "embed": "embedding",
@@ -38,7 +38,6 @@ ADDED += ("attn_bias", "cross_attn_bias", "dense_ffn_bias", "expert_bias", "shar
 LOOKED_UP = ("embed", "encoder_embed", "pos")  # of which a token reads rows
 EXPERTS = ("experts", "expert_bias")  # of which a token touches K in E
 KEYS_AND_VALUES = tuple(f".cross_attention.{part}_{of}" for part in "wb" for of in ("key", "value"))
-BUCKETS = 32  # of distances, each with a bias for every head (Raffel et al. 2020, section 2.1)
 WIDTHS = (
     "embed",
     "expert_embed",
