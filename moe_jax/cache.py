@@ -22,7 +22,7 @@ class LayerCache(NamedTuple):
 
     k: jax.Array  # [B, J, M, N]: J key/value heads, M places
     v: jax.Array  # [B, J, M, N]
-    source_k: jax.Array | None = None  # the same of what an encoder read, as many places as it has
+    source_k: jax.Array | None = None  # the same of what an encoder read, from the first call on
     source_v: jax.Array | None = None
 
 
@@ -42,15 +42,13 @@ class Cached(NamedTuple):
     place: jax.Array  # [] int32, the first place written
 
 
-def empty_layer(m: ModelConfig, batch: int, places: int, repeats: int, source: int = 0) -> LayerCache:
-    """Zeros for `repeats` layers: k and v [repeats, B, J, M, N]; `source`: places of what an encoder reads."""
+def empty_layer(m: ModelConfig, batch: int, places: int, repeats: int) -> LayerCache:
+    """Zeros for `repeats` layers: k and v [repeats, B, J, M, N]."""
 
-    def zeros(places: int, width: int) -> jax.Array:
+    def zeros(width: int) -> jax.Array:
         return jnp.zeros((repeats, batch, 1 if m.latent else m.resolved_kv_heads, places, width), m.dtype)
 
-    own = (m.cached_width, 0) if m.latent else (m.key_dim, m.value_dim)
-    arrays = [zeros(places, width) for width in own]
-    return LayerCache(*arrays, *(zeros(source, width) for width in own if m.encoder))
+    return LayerCache(*(zeros(n) for n in ((m.cached_width, 0) if m.latent else (m.key_dim, m.value_dim))))
 
 
 def places(cache: Cache) -> int:

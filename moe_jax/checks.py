@@ -255,7 +255,7 @@ def _check_encoder(cfg: Config) -> list[Problem]:
         out.append(Problem("mesh.stage", why, "set it to 1"))
     if cfg.mesh.over(cfg.rules.length) > 1:
         out.append(Problem("model.encoder", "its rows are whole, and rules.length splits rows over the mesh", whole))
-    length = encoder.length or cfg.data.length
+    length = cfg.inputs
     if length > m.max_length:
         why = f"{length} exceeds model.max_length={m.max_length}"
         out.append(Problem("model.encoder.length", why, "raise model.max_length"))

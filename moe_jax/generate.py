@@ -1,4 +1,7 @@
-"""Text from a model: prefill once, then one compiled loop of decoding steps with a key/value cache, dropless."""
+"""Text from a model: prefill once, then one compiled loop of decoding steps with a key/value cache, dropless.
+
+An encoder reads all of a prompt but its last token, from which the decoder goes on.
+"""
 
 import dataclasses
 import time
@@ -69,12 +72,19 @@ class Generator:
         return jax.random.split(base, rows)
 
     def prefill(
-        self, weights: Weights, tokens: jax.Array, lengths: jax.Array, places: int
+        self, weights: Weights, tokens: jax.Array, lengths: jax.Array, new: int
     ) -> tuple[jax.Array, Cache | None]:
-        """tokens [B, L], right-aligned prompts -> next tokens [B] and the filled cache."""
+        """tokens [B, L], right-aligned prompts of so many tokens -> next tokens [B] and a cache with room for `new`."""
         module = self.model.module(*weights)
+        before = {}
+        if self.model.cfg.model.encoder is not None:
+            place = jnp.arange(tokens.shape[1] - 1)[None] + (lengths[:, None] - tokens.shape[1])
+            before = {"inputs": tokens[:, :-1], "input_segments": (place >= 0).astype(jnp.int32)}
+            before |= {"input_positions": jnp.maximum(place, 0)}
+            tokens, lengths = tokens[:, -1:], jnp.ones_like(lengths)
         B, L = tokens.shape
-        out = module(tokens, cache=module.empty_cache(B, places, lengths, L), capacity_factor=None)
+        cache = module.empty_cache(B, L + new, lengths, L)
+        out = module(tokens, cache=cache, capacity_factor=None, **before)
         return choose(out.logits[:, -1], self.keys(jnp.asarray(0), B), self.sampling, self.known), out.cache
 
     def decode(self, weights: Weights, first: jax.Array, cache: Cache, steps: int) -> jax.Array:
@@ -117,7 +127,7 @@ class Generator:
             wide = sharding(self.mesh, (self.model.cfg.rules.batch,))
             placed = (jax.device_put(a, wide) for a in (tokens, lengths))
             first_args = (weights, *placed)
-            prefill = jax.jit(self.prefill, static_argnums=3).lower(*first_args, longest + new_tokens).compile()
+            prefill = jax.jit(self.prefill, static_argnums=3).lower(*first_args, new_tokens).compile()
             first, cache = prefill(*first_args)
             decode = jax.jit(self.decode, static_argnums=3).lower(weights, first, cache, new_tokens - 1).compile()
             start = time.perf_counter()

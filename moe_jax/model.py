@@ -398,14 +398,11 @@ class Transformer(nnx.Module):
         return x, in_order(routed) if routed else None
 
     @any_axes(cached)
-    def empty_cache(
-        self, batch: int, places: int, lengths: jax.Array | None = None, width: int = 0, inputs: int = 0
-    ) -> Cache:
+    def empty_cache(self, batch: int, places: int, lengths: jax.Array | None = None, width: int = 0) -> Cache:
         """A cache of `places` for a batch of prompts whose right ends are aligned at `width` tokens.
 
         Args:
             lengths: [B] int32 tokens of each prompt; default: all `width`.
-            inputs: tokens M that the encoder will read.
         Raises:
             ConfigError: a router that needs the whole sequence.
         """
@@ -415,7 +412,7 @@ class Transformer(nnx.Module):
         start = jnp.zeros((batch,), jnp.int32) if lengths is None else (width - lengths).astype(jnp.int32)
         layers = []
         for kinds, repeats in self.runs:
-            one = empty_layer(self.m, batch, places, repeats, inputs)
+            one = empty_layer(self.m, batch, places, repeats)
             one = jax.tree.map(lambda a: lay(a, self.rules, names=cached_axes(self.m)), one)
             layers.append((one,) * len(kinds))
         return Cache(tuple(layers), start, jnp.zeros((), jnp.int32))

@@ -401,6 +401,12 @@ class Config:
     train: TrainConfig = key(TrainConfig, "the run")
     claims: ClaimConfig | None = key(None, "what a description claims; unset: nothing")
 
+    @property
+    def inputs(self) -> int:
+        """Tokens M in front of each sequence that the encoder reads; 0 without one."""
+        encoder = self.model.encoder
+        return 0 if encoder is None else encoder.length or self.data.length
+
 
 setattr(Rules, "__pydantic_config__", STRICT)  # noqa: B010  # axes.py knows no pydantic
 

@@ -20,6 +20,7 @@ by a.
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -145,25 +146,34 @@ def upcycle(params: Any, m: ModelConfig, method: Method, *, noise: float = 0.0, 
     how = cut(m, method)
     _check_params(params, m)
     fresh, bias = _new(m, seed)
-    # A dense model's layers, in one array or in one each -> [layers, ...]
-    dense = [params["stacks"][str(i)]["blocks"]["0"] for i in range(len(params["stacks"]))]
-    source = jax.tree.map(lambda *own: jnp.concatenate(own), *dense)
-    stacks: dict[str, Any] = {}
-    done = 0
-    for i, (kinds, repeats) in enumerate(m.runs):
-        stop = done + repeats * len(kinds)
-        blocks: dict[str, Any] = {}
-        for j, kind in enumerate(kinds):
-            mine = slice(done + j, stop, len(kinds))
-            block = jax.tree.map(operator.itemgetter(mine), source)  # [layers, ...] -> [repeats, ...]
-            if kind == "moe":
-                like = fresh["stacks"][str(i)]["blocks"][str(j)]["ffn"]
-                key = jax.random.fold_in(jax.random.key(seed), 1 + done + j)
-                block |= {"ffn": _experts(block["ffn"], like, m, how, noise, key)}
-            blocks[str(j)] = block
-        stacks[str(i)] = {"blocks": blocks}
-        done = stop
-    return Weights(params | {"stacks": stacks}, bias)
+    key = jax.random.key(seed)
+
+    def layers(dense: Any, fresh: Any, runs: Sequence[tuple[tuple[str, ...], int]], key: jax.Array) -> dict[str, Any]:
+        """The parameters of a decoder or encoder, with those of its layers made anew."""
+        # A dense model's layers, in one array or in one each -> [layers, ...]
+        each = [dense["stacks"][str(i)]["blocks"]["0"] for i in range(len(dense["stacks"]))]
+        source = jax.tree.map(lambda *own: jnp.concatenate(own), *each)
+        stacks: dict[str, Any] = {}
+        done = 0
+        for i, (kinds, repeats) in enumerate(runs):
+            stop = done + repeats * len(kinds)
+            blocks: dict[str, Any] = {}
+            for j, kind in enumerate(kinds):
+                mine = slice(done + j, stop, len(kinds))
+                block = jax.tree.map(operator.itemgetter(mine), source)  # [layers, ...] -> [repeats, ...]
+                if kind == "moe":
+                    like = fresh["stacks"][str(i)]["blocks"][str(j)]["ffn"]
+                    own = jax.random.fold_in(key, 1 + done + j)
+                    block |= {"ffn": _experts(block["ffn"], like, m, how, noise, own)}
+                blocks[str(j)] = block
+            stacks[str(i)] = {"blocks": blocks}
+            done = stop
+        return dense | {"stacks": stacks}
+
+    out = layers(params, fresh, m.runs, key)
+    if m.encoder is not None:
+        out["encoder"] = layers(params["encoder"], fresh["encoder"], m.encoder_runs, jax.random.fold_in(key, 0))
+    return Weights(out, bias)
 
 
 def _new(m: ModelConfig, seed: int) -> Weights:

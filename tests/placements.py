@@ -16,6 +16,7 @@ from moe_jax.collectives import Collective, read
 from moe_jax.config import (
     Config,
     DataConfig,
+    EncoderConfig,
     LatentConfig,
     MeshConfig,
     ModelConfig,
@@ -30,6 +31,7 @@ from moe_jax.train.state import Model
 from moe_jax.train.step import total_loss
 
 B, L, D, VOCAB = 8, 32, 16, 40
+INPUTS = 16  # of an encoder
 COUNTS = 200  # bytes: what is counted by layer, or before ragged rows are sent
 GROUP, SLOTS = 2, 1  # S and C, which is max(1, ceil(2*2*2/8))
 AXES = MESH_AXES[1:]
@@ -55,6 +57,7 @@ class Cell(NamedTuple):
     explicit: bool = False  # the mesh has Explicit axes, not Auto ones
     latent: bool = False  # latent attention, not norms of queries and keys and biases
     split: bool = False  # rows are split over `tensor` between attention and feed-forward layers
+    encoder: bool = False  # there is an encoder of rows of half the length, and positions are relative
 
     @property
     def layers(self) -> int:
@@ -76,6 +79,7 @@ class Cell(NamedTuple):
             + "-explicit" * self.explicit
             + "-latent" * self.latent
             + "-split" * self.split
+            + "-encoder" * self.encoder
         )
         return f"{sizes}-{self.dispatch}-{self.exchange}-{self.attention}-{'+'.join(self.experts)}{extra}"
 
@@ -118,12 +122,15 @@ def cells() -> list[Cell]:
             attention = ("gather", "ring")[(i + j) % 2]
             parts = 1 if math.prod(mesh[: AXES.index("context")]) == B else 1 + (i + j) % 3 // 2  # a row for each shard
             out.append(Cell(mesh, dispatch, exchange, attention, experts, share, parts, explicit=j == 1))
-    return [c._replace(latent=i % 8 in (1, 6), split=c.mesh[-1] > 1 and i % 3 == 0) for i, c in enumerate(out)]
+    out = [c._replace(latent=i % 8 in (1, 6), split=c.mesh[-1] > 1 and i % 3 == 0) for i, c in enumerate(out)]
+    whole = [c for c in out if c.stages == 1 and c.mesh[AXES.index("context")] == 1]
+    return out + [c._replace(latent=False, encoder=True) for i, c in enumerate(whole) if i % 4 in (1, 2)]
 
 
-def config(cell: Cell | None, layers: int = 2, latent: bool = False) -> Config:
+def config(cell: Cell | None, layers: int = 2, latent: bool = False, encoder: bool = False) -> Config:
     """A model with all that could depend on the mesh; without a cell on one device, its microbatches one by one."""
-    layers, latent = (layers, latent) if cell is None else (cell.layers, cell.latent)
+    if cell is not None:
+        layers, latent, encoder = cell.layers, cell.latent, cell.encoder
     moe = MoEConfig(
         experts=8,
         top_k=2,
@@ -139,6 +146,8 @@ def config(cell: Cell | None, layers: int = 2, latent: bool = False) -> Config:
     )
     model = ModelConfig(vocab=VOCAB, layers=layers, d_model=D, d_ff=24, heads=8, max_length=L, dropout=0.1, moe=moe)
     attention = {"latent": LatentConfig(16, 8, 2)} if latent else {"qk_norm": True, "biases": True}
+    if encoder:
+        attention |= {"encoder": EncoderConfig(layers=layers, length=INPUTS), "positions": "relative"}
     model = dataclasses.replace(model, **attention)
     cfg = Config(model=model, data=DataConfig(length=L, batch=B))
     if cell is None:
@@ -157,15 +166,21 @@ def config(cell: Cell | None, layers: int = 2, latent: bool = False) -> Config:
 
 
 @functools.cache
-def batch() -> dict[str, np.ndarray]:
-    """Random tokens, in two segments and padding, which begin inside of pieces."""
+def batch(encoder: bool) -> dict[str, np.ndarray]:
+    """Random tokens, in two segments and padding, which begin inside of pieces; and what stands before them."""
     rng = np.random.default_rng(0)
     segments = np.repeat(np.where(np.arange(L) < 11, 1, 2)[None], B, 0).astype(np.int32)
     segments[::2, -5:] = 0
     positions = np.where(np.arange(L) < 11, np.arange(L), np.arange(L) - 11)[None].repeat(B, 0).astype(np.int32)
     tokens = rng.integers(0, VOCAB, (B, L + 1)).astype(np.int32)
     rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments, "positions": positions}
-    return rows | {"weights": (segments > 0).astype(np.float32)}
+    rows |= {"weights": (segments > 0).astype(np.float32)}
+    if not encoder:
+        return rows
+    before = np.where(np.arange(INPUTS) < 5, 0, 1)[None].repeat(B, 0).astype(np.int32)
+    before[::2] = np.where(np.arange(INPUTS) < 9, 1, 2)
+    inputs = rng.integers(0, VOCAB, (B, INPUTS)).astype(np.int32)
+    return rows | {"inputs": inputs, "input_segments": before, "input_positions": np.zeros_like(inputs)}
 
 
 class Step(NamedTuple):
@@ -192,7 +207,7 @@ def step(cfg: Config, explicit: bool = False) -> tuple[Step, list[Collective]]:
         return total_loss(model, params, batch, keys)
 
     with jax.set_mesh(mesh):
-        rows = jax.device_put(batch(), NamedSharding(mesh, PartitionSpec(cfg.rules.batch)))
+        rows = jax.device_put(batch(cfg.inputs > 0), NamedSharding(mesh, PartitionSpec(cfg.rules.batch)))
         params = jax.device_put(params, where)
         run = jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=(None, where)).lower(params, rows).compile()
         (value, sums), gradient = run(params, rows)
@@ -208,12 +223,15 @@ def exchanges(cell: Cell) -> list[tuple[Axes, int]]:
     sizes, ways = cfg.mesh.sizes, 4 if cell.microbatches == 1 or cell.stages > 1 else 6
     wide = tuple(a for a in AXES if a in cell.experts and a in sizes)
     stages = [(a,) for a in wide] if cell.exchange == "hierarchical" else [wide] * bool(wide)
-    groups = B * L // GROUP // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches  # of a shard
-    number = 8 * groups * SLOTS  # [E, G, C] of one shard
-    if cell.dispatch == "ragged":
-        n, tokens = cfg.mesh.over(cell.experts), groups * GROUP
-        number = n * min(tokens * min(2, 8 // n), groups * 8 // n * SLOTS)  # [n, M], the worst case
-    return sorted(ways * [(s, 4 * number * D // (cfg.mesh.tensor if cell.share else 1)) for s in stages])
+    out = []
+    for length in (L, cfg.inputs) if cell.encoder else (L,):
+        groups = B * length // GROUP // cfg.mesh.over(cfg.rules.tokens) // cell.microbatches  # of a shard
+        number = 8 * groups * SLOTS  # [E, G, C] of one shard
+        if cell.dispatch == "ragged":
+            n, tokens = cfg.mesh.over(cell.experts), groups * GROUP
+            number = n * min(tokens * min(2, 8 // n), groups * 8 // n * SLOTS)  # [n, M], the worst case
+        out += ways * [(s, 4 * number * D // (cfg.mesh.tensor if cell.share else 1)) for s in stages]
+    return sorted(out)
 
 
 def stray(cell: Cell, found: list[Collective]) -> list[Collective]:
@@ -233,7 +251,8 @@ def stray(cell: Cell, found: list[Collective]) -> list[Collective]:
     def meant(c: Collective) -> bool:
         if c.axes == ("tensor",) and cell.split and c.op == "all-gather" and c.modules in SPLIT:
             shares = (1, cell.microbatches, cell.microbatches / cell.stages)  # a pipeline has its rows there at once
-            if c.bytes in [tokens * n for n in shares[: 3 if c.modules in SPLIT[2:] and cell.stages > 1 else 1]]:
+            shares = shares[: 3 if c.modules in SPLIT[2:] and cell.stages > 1 else 1]
+            if c.bytes in [tokens * n for n in (*shares, cfg.inputs / L)]:
                 return True
         if cell.stages > 1 and c.axes == ("stage",):
             if c.bytes <= 4 * 8 * cell.layers:  # what is counted by layer and expert
@@ -270,9 +289,9 @@ def only_weights(c: Collective) -> bool:
 
 
 @functools.cache
-def expected(layers: int, latent: bool) -> Step:
+def expected(layers: int, latent: bool, encoder: bool) -> Step:
     """What one device says; no number of it depends on the dispatcher."""
-    return step(config(None, layers, latent))[0]
+    return step(config(None, layers, latent, encoder))[0]
 
 
 def agree(got: Step, want: Step) -> None:

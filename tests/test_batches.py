@@ -78,6 +78,38 @@ def test_windows_are_those_of_a_slow_loop(packing, sizes, length):
 
 @pytest.mark.parametrize("packing", ["pack", "pad"])
 @calm
+@given(sizes=SIZES, length=st.integers(1, 20), before=st.integers(1, 25))
+def test_the_text_in_front_of_a_window(packing, sizes, length, before):
+    """The tokens before it, of its own document alone in padded rows; a document is one segment in both."""
+    file = token_file(*sizes)  # token t stands at place t - 1
+    number = np.searchsorted(file.ends, np.arange(len(file)), side="right")
+    windows = Windows(file, length, packing, before)
+    for got, alone in zip(windows, Windows(file, length, packing), strict=True):
+        assert all((got[k] == alone[k]).all() for k in ("tokens", "targets", "weights", "positions"))
+        first = int(got["tokens"][0]) - 1  # place of the window
+        own = number[first]
+        want = [
+            place + 1 if place >= 0 and (packing == "pack" or number[place] == own) else 0
+            for place in range(first - before, first)
+        ]
+        assert got["inputs"].tolist() == want
+        ids = np.concatenate([got["inputs"], got["tokens"]])
+        segments = np.concatenate([got["input_segments"], got["segments"]])
+        assert ((segments == 0) == (ids == 0)).all() and segments[ids > 0][0] == 1
+        steps = np.diff(number[ids[ids > 0] - 1])
+        assert (np.diff(segments[ids > 0]) == steps).all()
+        inside = got["inputs"] > 0
+        follows = np.diff(got["input_positions"][inside])
+        assert (follows[np.diff(got["input_segments"][inside]) == 0] == 1).all()
+        starts = np.diff(got["input_segments"][inside], prepend=0) > 0
+        assert (got["input_positions"][inside][starts] == 0).all()
+        assert {got[k].dtype.name for k in ("inputs", "input_segments", "input_positions")} == {"int32"}
+    if len(windows):  # a row beyond them is nothing but padding
+        assert not any(rows.any() for rows in windows.gather([len(windows)]).values())
+
+
+@pytest.mark.parametrize("packing", ["pack", "pad"])
+@calm
 @given(sizes=SIZES, length=st.integers(1, 20))
 def test_every_token_but_the_first_of_a_document_is_a_target_once(packing, sizes, length):
     file = token_file(*sizes)

@@ -69,7 +69,7 @@ def test_a_step_is_that_of_one_device(name):
     And what travels is what has to: tokens to their experts and home, each time at the least bytes, keys and values.
     """
     cell = CELLS[name]
-    want = placements.expected(cell.layers, cell.latent)
+    want = placements.expected(cell.layers, cell.latent, cell.encoder)
     assert (want.stats.kept < want.stats.routed).all(), "the test needs drops"
     got, found = placements.step(placements.config(cell), cell.explicit)
     placements.agree(got, want)

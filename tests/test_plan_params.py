@@ -70,9 +70,7 @@ def test_every_config_counts_like_its_model(name):
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_encoder_is_held_to_a_published_count(name):
     assert name in GOLDEN["models"] or name == "switch_c"  # below
-    with pytest.raises(
-        config.ConfigError, match=r"model.encoder: .*\n +remedy: use `moe-jax plan`"
-    ):
+    with pytest.raises(config.ConfigError, match=r"model.encoder: .*\n +remedy: use `moe-jax plan`"):
         Model.of(config.load(name))
 
 

@@ -37,8 +37,12 @@ def ffn_products(rows: int, batch: int, D: int, F: int, kind: str) -> list[Produ
     return [Product(batch, rows, D, F)] * (2 if kind == "swiglu" else 1) + [Product(batch, rows, F, D)]
 
 
-def layer_products(m: ModelConfig, kind: str, B: int, L: int) -> list[Product]:
-    """The products of one layer, without those that move tokens to experts and back."""
+def layer_products(m: ModelConfig, kind: str, B: int, L: int, *, inputs: int = 0, reads: bool = False) -> list[Product]:
+    """The products of one layer, without those that move tokens to experts and back.
+
+    Args:
+        inputs: tokens M of an encoder: those of its own layers, or, with `reads`, what a decoder's layer attends to.
+    """
     D, H, J, N, V, T = m.d_model, m.heads, m.resolved_kv_heads, m.key_dim, m.value_dim, B * L
     if m.latent is None:
         out = [Product(1, T, D, H * N), *[Product(1, T, D, J * N)] * 2]
@@ -51,8 +55,11 @@ def layer_products(m: ModelConfig, kind: str, B: int, L: int) -> list[Product]:
             Product(1, T, C, H * V),
         ]
     out.append(Product(1, T, H * V, D))
-    for begin, end in query_blocks(L):  # the causal blocks of queries
+    for begin, end in query_blocks(L) if reads or not inputs else [(0, L)]:  # the causal blocks of queries, or all
         out += [Product(B * H, end - begin, N, end), Product(B * H, end - begin, end, V)]
+    if reads:
+        out += [Product(1, T, D, H * N), *[Product(1, B * inputs, D, J * N)] * 2, Product(1, T, H * V, D)]
+        out += [Product(B * H, L, N, inputs), Product(B * H, L, inputs, V)]
     if kind == "dense" or m.moe is None:
         return out + ffn_products(T, 1, D, m.d_ff, m.ffn)
     moe = m.moe
@@ -67,8 +74,10 @@ def layer_products(m: ModelConfig, kind: str, B: int, L: int) -> list[Product]:
 
 def step_products(cfg: Config) -> list[list[Product]]:
     """Products of every layer, then of the head."""
-    m, B, L = cfg.model, cfg.data.batch, cfg.data.length
-    return [layer_products(m, kind, B, L) for kind in m.layer_kinds] + [[Product(1, B * L, m.d_model, m.vocab)]]
+    m, B, L, M = cfg.model, cfg.data.batch, cfg.data.length, cfg.inputs
+    encoder = [layer_products(m, kind, B, M, inputs=M) for kind in m.encoder_kinds]
+    layers = [layer_products(m, kind, B, L, inputs=M, reads=M > 0) for kind in m.layer_kinds]
+    return [*encoder, *layers, [Product(1, B * L, m.d_model, m.vocab)]]
 
 
 def products_alone(cfg: Config) -> Callable[[], list[Any]]:
@@ -107,6 +116,10 @@ class Trainer:
             "positions": jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape),
             "weights": jnp.ones(shape, jnp.float32),
         }
+        if M := cfg.inputs:
+            inputs = jnp.roll(tokens, 1, 1)[:, jnp.arange(M) % shape[1]]
+            whole = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32), inputs.shape)
+            batch |= {"inputs": inputs, "input_segments": jnp.ones_like(inputs), "input_positions": whole}
         self.batch = jax.device_put(batch, sharding(self.mesh, (cfg.rules.batch, ())))
         self.compiled = lower_train_step(self.model, self.mesh).compile()
 
@@ -120,7 +133,7 @@ def dense_twin(cfg: Config) -> Config:
     m, moe = cfg.model, cfg.model.moe
     assert moe is not None
     width = (moe.d_ff or m.d_ff) * (moe.top_k + moe.shared_experts)
-    if "dense" in m.layer_kinds and width != m.d_ff:
+    if "dense" in m.layer_kinds + m.encoder_kinds and width != m.d_ff:
         why = f"some layers are dense, {m.d_ff} wide, and the twin's layers all have one width, {width}"
         raise Refused(Problem("model.d_ff", why, f"set model.d_ff={width}"))
     return replace(cfg, model=replace(m, moe=None, d_ff=width))

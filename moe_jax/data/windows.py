@@ -16,15 +16,18 @@ class Windows:
     Each item is a dict of arrays [L]: `tokens`, `targets` (the next token), `segments` (1, 2, ... per document in the
     window; 0 is padding), `positions` (from 0 in each segment), all int32, and `weights` float32: 1 where token and
     target belong to one document, its eos included, and 0 at the first token of the next document and at padding.
+
+    `before` M, for an encoder: also `inputs` [M], the tokens in front of the window, with `input_segments`, which count
+    on with those of the window so that each document is one segment, and `input_positions` likewise.
     """
 
-    def __init__(self, file: TokenFile, length: int, packing: str):
+    def __init__(self, file: TokenFile, length: int, packing: str, before: int = 0):
         kinds: dict[str, Callable] = {"pack": self._packed, "pad": self._padded}
         if packing not in kinds:
             raise ValueError(f"packing is {packing!r}; use one of {', '.join(kinds)}")
         if length < 1:
             raise ValueError(f"length is {length}; a window holds at least 1 token")
-        self.file, self.length, self.packing = file, length, packing
+        self.file, self.length, self.packing, self.before = file, length, packing, before
         # Plain arrays over the same mapped memory: indexing a memmap makes another one each time.
         self._tokens, self._ends = np.asarray(file.tokens), np.asarray(file.ends)
         self._span = kinds[packing]
@@ -66,12 +69,32 @@ class Windows:
         place = np.minimum(place, len(self._tokens) - 1)
         chunk = self._tokens[place].astype(np.int32)
         document = np.searchsorted(self._ends, place, side="right")
-        inputs = document[:, :-1]
+        inputs, first = document[:, :-1], document[:, :1]
         begins = np.maximum(start[:, None], self._begin(inputs))
-        return {
+        out = {}
+        if self.before:
+            out, first = self._in_front(start, stop, first)
+        return out | {
             "tokens": np.where(real, chunk[:, :-1], 0),
             "targets": np.where(real, chunk[:, 1:], 0),
-            "segments": np.where(real, inputs - document[:, :1] + 1, 0).astype(np.int32),
+            "segments": np.where(real, inputs - first + 1, 0).astype(np.int32),
             "positions": np.where(real, place[:, :-1] - begins, 0).astype(np.int32),
             "weights": (real & (inputs == document[:, 1:])).astype(np.float32),
         }
+
+    def _in_front(
+        self, start: np.ndarray, stop: np.ndarray, own: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The tokens in front of windows that begin at `start` [B] in documents `own` [B, 1], and the first document
+        [B, 1] of each; in rows of one document those of it."""
+        place = start[:, None] - self.before + np.arange(self.before)  # [B,M]
+        document = np.searchsorted(self._ends, np.maximum(place, 0), side="right")
+        real = (place >= 0) & (stop > 0)[:, None] & ((self.packing == "pack") | (document == own))
+        first = np.where(real, document, own).min(1, keepdims=True)
+        begins = np.maximum(start[:, None] - self.before, self._begin(document))
+        rows = {
+            "inputs": self._tokens[np.maximum(place, 0)].astype(np.int32),
+            "input_segments": (document - first + 1).astype(np.int32),
+            "input_positions": (place - begins).astype(np.int32),
+        }
+        return {name: np.where(real, row, 0) for name, row in rows.items()}, first

@@ -43,8 +43,8 @@ def bucket(distance: jax.Array, both_ways: bool) -> jax.Array:
     ahead = jnp.where(distance < 0, buckets, 0) if both_ways else 0
     far = jnp.abs(distance) if both_ways else jnp.maximum(distance, 0)
     exact = buckets // 2
-    scale = (buckets - exact) / math.log(FAR / exact)
-    grown = exact + (jnp.log(jnp.maximum(far, 1).astype(jnp.float32) / exact) * scale).astype(jnp.int32)
+    share = jnp.log(jnp.maximum(far, 1).astype(jnp.float32) / exact) / math.log(FAR / exact)
+    grown = exact + (share * (buckets - exact)).astype(jnp.int32)
     return ahead + jnp.where(far < exact, far, jnp.minimum(grown, buckets - 1))
 
 

@@ -24,8 +24,8 @@ def local_rows(model: Model, mesh: Mesh) -> list[int]:
 
 def to_devices(batch: dict[str, np.ndarray], model: Model, mesh: Mesh) -> dict[str, jax.Array]:
     """The `local_rows` of a batch [rows, L] as arrays [B, L] sharded over the token axes."""
-    rows, shape = sharding(mesh, (model.cfg.rules.batch, ())), (model.cfg.data.batch, model.cfg.data.length)
-    return {name: jax.make_array_from_process_local_data(rows, value, shape) for name, value in batch.items()}
+    rows, B = sharding(mesh, (model.cfg.rules.batch, ())), model.cfg.data.batch
+    return {n: jax.make_array_from_process_local_data(rows, v, (B, *v.shape[1:])) for n, v in batch.items()}
 
 
 class Evaluator:
@@ -33,7 +33,7 @@ class Evaluator:
 
     def __init__(self, model: Model, mesh: Mesh, corpus: Corpus):
         self.model, self.mesh, self.corpus = model, mesh, corpus
-        self.windows = Windows(corpus.heldout, model.cfg.data.length, model.cfg.data.packing)
+        self.windows = Windows(corpus.heldout, model.cfg.data.length, model.cfg.data.packing, model.cfg.inputs)
         self.steps: dict[float | None, Callable[[Weights, Any], Sums]] = {}
 
     def batches(self, count: int) -> Iterable[dict[str, np.ndarray]]:

@@ -82,7 +82,7 @@ class Run:
     def run(self) -> dict[str, Any]:
         """Everything after the text is at hand."""
         data = self.cfg.data
-        self.windows = Windows(self.corpus.train, data.length, data.packing)
+        self.windows = Windows(self.corpus.train, data.length, data.packing, self.cfg.inputs)
         self.evaluator = Evaluator(self.model, self.mesh, self.corpus)
         self.bigram = bigram_loss(self.windows, self.evaluator.windows, self.cfg.model.vocab)
         state = self.start()

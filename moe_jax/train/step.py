@@ -20,7 +20,11 @@ from moe_jax.sequence import ordered, shards
 from moe_jax.train.state import Model, State, Weights, nnx_keys, text_keys
 
 Batch = dict[str, jax.Array]
-"""tokens, targets, segments, positions [B, L] int32 and weights [B, L] float32."""
+"""tokens, targets, segments, positions [B, L] int32 and weights [B, L] float32; for an encoder also inputs,
+input_segments and input_positions [B, M] int32."""
+
+
+INPUTS = ("inputs", "input_segments", "input_positions")
 
 
 class Sums(NamedTuple):
@@ -73,6 +77,7 @@ def forward(model: Model, weights: Weights, batch: Batch, *, train: bool, keys=N
         capacity_factor=capacity_factor,
         balanced=True,
         schedule=schedule(model.cfg),
+        **{name: rows for name, rows in batch.items() if name in INPUTS},
     )
     nats = cross_entropy(out.logits, batch["targets"]) * batch["weights"]
     targets = (batch["weights"] > 0).sum(dtype=jnp.int32)
@@ -163,7 +168,9 @@ def batch_targets(model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     data = model.cfg.data
     rows = sharding(mesh, (model.cfg.rules.batch, ()))
     names = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32) | {"weights": jnp.float32}
-    return {n: jax.ShapeDtypeStruct((data.batch, data.length), t, sharding=rows) for n, t in names.items()}
+    out = {n: jax.ShapeDtypeStruct((data.batch, data.length), t, sharding=rows) for n, t in names.items()}
+    before = jax.ShapeDtypeStruct((data.batch, model.cfg.inputs), jnp.int32, sharding=rows)
+    return out | (dict.fromkeys(INPUTS, before) if model.cfg.inputs else {})
 
 
 def lower_train_step(model: Model, mesh: Mesh) -> jax.stages.Lowered:
@@ -195,7 +202,7 @@ def moved(model: Model, bias: Any, stats: Stats | None) -> Any:
     if stats is None or moe is None or moe.bias_rate is None:
         return bias
     loads, done = [], 0
-    for kinds, repeats in model.cfg.model.runs:
+    for kinds, repeats in (*model.cfg.model.encoder_runs, *model.cfg.model.runs):
         m = kinds.count("moe")
         by_layer = stats.load[done : done + repeats * m].reshape(repeats, m, moe.experts)
         loads += [by_layer[:, j] for j in range(m)]

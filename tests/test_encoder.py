@@ -1,0 +1,265 @@
+"""A decoder with an encoder: against float64 by hand, token by token; what reads what; decoding; the text in front."""
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_layers import complex_rotary, f64, filled, numbers
+
+from moe_jax.config import EncoderConfig, ModelConfig, MoEConfig
+from moe_jax.layers.attention import whole_attention
+from moe_jax.layers.positions import bucket, relative, sinusoidal
+from moe_jax.model import Transformer
+
+T5 = ModelConfig(
+    vocab=13,
+    layers=2,
+    d_model=16,
+    d_ff=24,
+    heads=4,
+    head_dim=6,
+    max_length=160,
+    positions="relative",
+    ffn="relu",
+    encoder=EncoderConfig(layers=3),
+)
+MOE = MoEConfig(experts=4, top_k=1, d_ff=12, every=2, capacity_factor=None)
+RNG = np.random.default_rng(3)
+INPUTS = RNG.integers(0, 13, (3, 150)).astype(np.int32)  # longer than the distances that T5 tells apart
+TOKENS = RNG.integers(0, 13, (3, 9)).astype(np.int32)
+
+
+def transformer(m):
+    return filled(lambda: Transformer(m, rngs=nnx.Rngs(params=0)))
+
+
+# Positions by distance
+
+
+@pytest.mark.parametrize("both_ways", [True, False])
+def test_buckets_are_those_of_t5(both_ways):
+    """Raffel et al. 2020, section 2.1: one bucket each for small distances, then by logarithm, the last from 128 on."""
+    buckets = 16 if both_ways else 32
+    exact = buckets // 2
+
+    def behind(n):
+        if n < exact:
+            return n
+        begins = [exact * (128 / exact) ** (k / (buckets - exact)) for k in range(1, buckets - exact)]
+        return exact + sum(n >= begin * (1 - 1e-12) for begin in begins)
+
+    distances = np.arange(-300, 301)
+    got = bucket(jnp.asarray(distances), both_ways)
+    want = [behind(n) if n >= 0 else (16 + behind(-n) if both_ways else 0) for n in distances.tolist()]
+    np.testing.assert_array_equal(got, want)
+    assert set(want) == (set(range(32)) - {16} if both_ways else set(range(32)))
+
+
+def test_examples_of_buckets():
+    """Keys ahead are in the second half of an encoder's buckets: by hand from the formula."""
+    distances = jnp.asarray([0, 1, 7, 8, 15, 16, 31, 32, 64, 127, 128, 1000])
+    assert bucket(distances, True).tolist() == [0, 1, 7, 8, 9, 10, 11, 12, 14, 15, 15, 15]
+    assert bucket(-distances[1:], True).tolist() == [17, 23, 24, 25, 26, 27, 28, 30, 31, 31, 31]
+    assert bucket(distances, False).tolist() == [0, 1, 7, 8, 15, 16, 21, 21, 26, 31, 31, 31]
+
+
+# The model by hand
+
+
+def rms(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * f64(scale)
+
+
+def softmax(s):
+    e = np.exp(s - s.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def heads(x, w, b):
+    return np.einsum("ld,dhn->hln", x, f64(w)) + (0 if b is None else f64(b)[:, None])
+
+
+def attended(p, x, source, mask, m, bias=None, turn=None):
+    """One row [L, D] and what it reads [M, D]; mask [L, M]."""
+    q, k, v = (heads(a, p[f"w_{n}"], p.get(f"b_{n}")) for a, n in ((x, "query"), (source, "key"), (source, "value")))
+    if m.qk_norm:
+        q, k = rms(q, p["query_norm"]["scale"]), rms(k, p["key_norm"]["scale"])
+    if turn is not None:
+        q, k = (complex_rotary(a[None], turn[None], m.rope_theta)[0] for a in (q, k))
+    out = np.zeros((*q.shape[:-1], v.shape[-1]))
+    shared = q.shape[0] // k.shape[0]
+    for h in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            seen = np.flatnonzero(mask[i])
+            if len(seen):
+                s = k[h // shared, seen] @ q[h, i] / math.sqrt(q.shape[-1])
+                s = s if bias is None else s + f64(bias)[h, i, seen]
+                out[h, i] = softmax(s) @ v[h // shared, seen]
+    b = p.get("b_out")
+    return np.einsum("hln,hnd->ld", out, f64(p["w_out"])) + (0 if b is None else f64(b))
+
+
+def dense(p, x):
+    h = x @ f64(p["w_up"]) + (0 if p.get("b_up") is None else f64(p["b_up"]))
+    return np.maximum(h, 0) @ f64(p["w_down"]) + (0 if p.get("b_down") is None else f64(p["b_down"]))
+
+
+def layers(stacks):
+    """Parameters of each layer, bottom first."""
+    for stack in stacks.values():
+        repeats = next(iter(jax.tree.leaves(stack))).shape[0]
+        for n in range(repeats):
+            for block in stack["blocks"].values():
+                yield jax.tree.map(lambda a, n=n: a[n], block)
+
+
+def by_distance(table, L, M, both_ways):
+    """[H, L, M], entry by entry."""
+    buckets = np.asarray(bucket(jnp.asarray(np.arange(L)[:, None] - np.arange(M)), both_ways))
+    return np.array([[f64(table)[buckets[i, j]] for j in range(M)] for i in range(L)]).transpose(2, 0, 1)
+
+
+def by_hand(model, inputs, input_segments, tokens, segments):
+    """Logits of one row in float64."""
+    m, p = model.m, nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    def embedded(ids, table):
+        x = f64(table)[ids]
+        if m.positions == "learned":
+            x = x + f64(p["embedding"]["positions"])[: len(ids)]
+        if m.positions == "sinusoidal":
+            x = x + f64(sinusoidal(jnp.arange(len(ids)), m.d_model))
+        return x
+
+    def passed(part, x, mask, both_ways, read=None):
+        bias = by_distance(part["relative"], len(x), len(x), both_ways) if m.positions == "relative" else None
+        turn = np.arange(len(x)) if m.positions == "rotary" else None
+        pre = m.norm_order == "pre"
+
+        def added(x, norm, f):
+            return x + f(rms(x, norm["scale"])) if pre else rms(x + f(x), norm["scale"])
+
+        for b in layers(part["stacks"]):
+            x = added(x, b["attention_norm"], lambda h, b=b: attended(b["attention"], h, h, mask, m, bias, turn))
+            if read is not None:
+                x = added(x, b["cross_norm"], lambda h, b=b: attended(b["cross_attention"], h, *read, m))
+            x = added(x, b["ffn_norm"], lambda h, b=b: dense(b["ffn"], h))
+        return rms(x, part["final_norm"]["scale"]) if m.final_norm else x
+
+    both = (input_segments[:, None] == input_segments[None]) & (input_segments[None] > 0)
+    memory = passed(p["encoder"], embedded(inputs, p["encoder"].get("table", p["embedding"]["table"])), both, True)
+    causal = np.tril(segments[:, None] == segments[None])
+    cross = (segments[:, None] == input_segments[None]) & (input_segments[None] > 0)
+    out = passed(p, embedded(tokens, p["embedding"]["table"]), causal, False, (memory, cross))
+    head = p["embedding"].get("head")
+    return out @ (f64(p["embedding"]["table"]).T if head is None else f64(head))
+
+
+SEGMENTS = np.array([[1] * 9, [1, 1, 2, 2, 2, 3, 3, 0, 0], [2] * 9], np.int32)  # the third one's source is empty
+INPUT_SEGMENTS = np.array([[1] * 150, [0] * 20 + [1] * 60 + [2] * 70, [1] * 150], np.int32)
+SETTINGS = {
+    "t5": {},
+    "learned, biases, another embedding and head": {
+        "positions": "learned",
+        "biases": True,
+        "tied_head": False,
+        "encoder": EncoderConfig(layers=1, vocab=17),
+    },
+    "rotary, grouped queries, their norms, post-norm": {
+        "positions": "rotary",
+        "kv_heads": 2,
+        "qk_norm": True,
+        "norm_order": "post",
+        "final_norm": False,
+    },
+    "sinusoidal, a layer each": {"positions": "sinusoidal", "stack_above": 9},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_model_by_hand(name):
+    model = transformer(replace(T5, **SETTINGS[name]))
+    given = {"inputs": INPUTS, "input_segments": INPUT_SEGMENTS, "segments": SEGMENTS}
+    got = jax.jit(lambda **a: model(TOKENS, **a).logits)(**given)
+    for row in range(3):
+        want = by_hand(model, INPUTS[row], INPUT_SEGMENTS[row], TOKENS[row], SEGMENTS[row])
+        real = SEGMENTS[row] > 0
+        np.testing.assert_allclose(np.asarray(got[row])[real], want[real], atol=2e-5 * np.abs(want).max())
+
+
+def test_attention_to_nothing_is_zero():
+    """Not the mean of all values, among them those of other documents."""
+    q, k, v = numbers(1, 2, 1, 3, 4), numbers(1, 2, 5, 4, seed=1), numbers(1, 2, 5, 4, seed=2)
+    y = whole_attention(q, k, v, jnp.asarray([[1, 2, 3]]), jnp.asarray([[1, 1, 0, 3, 3]]))
+    assert np.abs(y[:, :, :, 1]).max() == 0 and (np.abs(y[:, :, :, [0, 2]]).max(-1) > 0).all()
+
+
+def test_relative_positions_without_an_encoder():
+    """The decoder alone has biases too, of distances back."""
+    model = transformer(replace(T5, encoder=None))
+    q = jnp.arange(9)
+    np.testing.assert_array_equal(
+        relative(model.relative[...], q, q, False), by_distance(model.relative[...], 9, 9, False).astype(np.float32)
+    )
+    moved = filled(lambda: Transformer(replace(T5, encoder=None), rngs=nnx.Rngs(params=0)), seed=0)
+    moved.relative[...] = moved.relative[...].at[3].add(1.0)  # three places back
+    a, b = model(TOKENS).logits, moved(TOKENS).logits
+    np.testing.assert_array_equal(a[:, :3], b[:, :3])
+    assert (np.abs(a - b)[:, 3:].max(-1) > 1e-4).all()
+
+
+def test_statistics_are_of_the_encoder_first():
+    """By their tokens: 150 inputs a row, 9 tokens; and each stack's MoE layers by the same pattern."""
+    model = transformer(replace(T5, moe=MOE, layers=4))
+    stats = model(TOKENS, inputs=INPUTS).stats
+    assert stats.routed.tolist() == [450, 27, 27]
+    loads = np.asarray(stats.load).sum(1)
+    assert loads.tolist() == [450, 27, 27]
+
+
+WRONG = {
+    "its encoder reads them once": {},
+    "no record, replay or schedule": {"inputs": INPUTS, "record": True},
+    "inputs exceed model.max_length": {"inputs": np.zeros((3, 161), np.int32)},
+}
+
+
+@pytest.mark.parametrize("says", WRONG)
+def test_wrong_calls(says):
+    with pytest.raises(ValueError, match=says):
+        transformer(T5)(TOKENS, **WRONG[says])
+    with pytest.raises(ValueError, match="a model without an encoder reads none"):
+        transformer(replace(T5, encoder=None))(TOKENS, inputs=INPUTS)
+
+
+# Decoding
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"positions": "rotary", "kv_heads": 2}, {"moe": MOE, "positions": "learned"}], ids=str
+)
+def test_decoding_equals_the_full_forward_pass(more):
+    """The encoder reads once; prompts of unequal length, whose sources are so too."""
+    model = transformer(replace(T5, **more))
+    before = {"inputs": INPUTS, "input_segments": (np.arange(150) >= [[0], [140], [3]]).astype(np.int32)}
+    whole = model(TOKENS, capacity_factor=None, **before).logits
+    lengths, width = np.array([4, 1, 3]), 4
+    place = lengths[:, None] - width + np.arange(width)
+    prompt = np.where(place >= 0, np.take_along_axis(TOKENS, np.maximum(place, 0), 1), 0)
+    cache = model.empty_cache(3, width + 5, jnp.asarray(lengths), width)
+    shown = {"segments": jnp.asarray(place >= 0).astype(jnp.int32)}
+    out = model(jnp.asarray(prompt), cache=cache, capacity_factor=None, **shown, **before)
+    got = [out.logits[:, -1]]
+    step = jax.jit(lambda token, cache: model(token, cache=cache, capacity_factor=None)[::2])
+    for i in range(5):
+        token = np.take_along_axis(TOKENS, lengths[:, None] + i, 1)
+        logits, cache = step(token, out.cache if i == 0 else cache)
+        got.append(logits[:, 0])
+    for row, n in enumerate(lengths):
+        np.testing.assert_allclose([g[row] for g in got], whole[row, n - 1 : n + 5], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="its encoder reads them once"):
+        model(TOKENS[:, :1], cache=cache, **before)
