@@ -154,6 +154,11 @@ class LatentConfig:
     rotary: Count = key(64, "width of the part of a query and key that turns; the keys of all heads share theirs")
     value: Count | None = key(None, "head width of the values; unset: model.head_dim")
 
+    @property
+    def width(self) -> int:
+        """Numbers of a token that queries, keys and values are made from, beside the token itself."""
+        return (self.query or 0) + self.key_value + self.rotary
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -84,7 +84,10 @@ class Widths(NamedTuple):
     tokens: int  # [T, D]
     stream: int  # the same between attention and feed-forward layers
     query: int  # [T, H*N]
-    key: int  # [T, J*N]: keys, and as many values
+    key: int  # [T, J*N]
+    value: int  # [T, J*N], of the values' width
+    mixed: int  # [T, H*N], of the values' width: what attention makes
+    latents: int  # [T, Q + C], behind their norms
     scores: int  # probabilities
     hidden: int  # [T, F] of the dense feed-forward layer or of the shared experts
     rows: int  # [R, D] of the exchange
@@ -95,19 +98,24 @@ class Widths(NamedTuple):
 def widths(step: Step, kind: str) -> Widths:
     """The sizes of a dense or MoE layer's activations."""
     m, T, moe = step.cfg.model, step.tokens, step.cfg.model.moe
-    tokens, heads = T * m.d_model // step.over("act_embed"), step.over("act_heads")
+    tokens, heads = T * m.d_model // step.over("act_embed"), m.heads // step.over("act_heads")
     stream = tokens // step.over("residual")
-    query = T * m.heads * m.resolved_head_dim // heads
-    key = T * m.resolved_kv_heads * m.resolved_head_dim // step.over("kv_heads")
-    dense = T * m.d_ff // step.over("act_mlp")
+    attention = (
+        T * heads * m.key_dim,
+        T * step.key_heads * m.key_dim,
+        T * step.key_heads * m.value_dim,
+        T * heads * m.value_dim,
+        T * (m.latent.width - m.latent.rotary) // step.over("latent") if m.latent else 0,
+        probabilities(step),
+    )
     if kind == "dense" or moe is None:
-        return Widths(tokens, stream, query, key, probabilities(step), dense, 0, 0, 0)
+        return Widths(tokens, stream, *attention, T * m.d_ff // step.over("act_mlp"), 0, 0, 0)
     R, F = step.sent_rows, expert_width(m)
     shared = T * moe.shared_experts * F // step.over("act_mlp")
     one_hot = step.groups * moe.experts * tiled(step.group, step.slots, step.platform)
     mask = one_hot if step.dispatch.dispatch == "einsum" else 0
     rows = R * m.d_model // step.cfg.mesh.over(step.cfg.rules.travelling)
-    return Widths(tokens, stream, query, key, probabilities(step), shared, rows, R * F // step.over("expert_mlp"), mask)
+    return Widths(tokens, stream, *attention, shared, rows, R * F // step.over("expert_mlp"), mask)
 
 
 def nonlinear(ffn: str) -> tuple[int, int]:
@@ -122,11 +130,12 @@ def residuals(step: Step, kind: str) -> int:
     """Bytes that the backward pass of one layer needs, all that `remat=none` saves."""
     w, b, wide = widths(step, kind), step.width, 4
     full, flags = nonlinear(step.cfg.model.ffn)
-    norms = (4 * w.stream + (w.tokens if kind == "moe" else 0)) * wide  # two a norm, and the router's input, float32
-    products = (w.tokens + w.query) * b  # what the projections multiply
+    # Two a norm, also of latents, and the router's input, float32.
+    norms = (4 * w.stream + 2 * w.latents + (w.tokens if kind == "moe" else 0)) * wide
+    products = (w.tokens + w.latents + w.mixed) * b  # what the projections multiply
     L = step.cfg.data.length
     slices = sum(end for _, end in query_blocks(L)) / L  # each block keeps the keys and values that it sees
-    attention = (w.query + round(2 * slices * w.key)) * b + w.scores * (wide + b)
+    attention = (w.query + round(slices * (w.key + w.value))) * b + w.scores * (wide + b)
     hidden = (w.hidden + w.expert_hidden) * (full * b + flags) + (w.tokens * b if w.hidden else 0)
     exchange = w.rows * (b + wide)  # dispatched rows, and float32 outputs, of which the gates' gradient is made
     mask = w.mask * (wide + b)
@@ -143,13 +152,14 @@ def cast_weights(step: Step) -> int:
 
 def saved(step: Step, kind: str) -> dict[str, int]:
     """Bytes that the forward pass of one layer leaves for the backward pass."""
-    w, b = widths(step, kind), step.width
-    match step.cfg.model.remat:
+    w, b, m = widths(step, kind), step.width, step.cfg.model
+    match m.remat:
         case "none":
             return {"activations": residuals(step, kind)}
         case "dots":
-            gates = matrices(step.cfg.model.ffn) - 1
-            return {"activations": (2 * w.tokens + w.query + 2 * w.key + gates * w.hidden) * b}
+            made = w.query + w.key * m.resolved_head_dim // m.key_dim + w.value  # what turns is no part of a key yet
+            hidden = (matrices(m.ffn) - 1) * w.hidden
+            return {"activations": (2 * w.tokens + w.latents + made + hidden) * b}
         case "exchange":
             return {"activations": w.stream * b, "dispatch": 2 * w.rows * b}
         case _:
@@ -161,7 +171,8 @@ def working(step: Step, kind: str) -> int:
     w, b = widths(step, kind), step.width
     if step.cfg.model.remat == "none":
         return 2 * (w.hidden + w.expert_hidden) * b + w.rows * b + 8 * w.tokens * b + 2 * w.query * 4
-    shared = w.scores * 4 + (3 * w.query + 3 * w.key) * b + 7 * w.tokens * b + 3 * w.hidden * b
+    heads = w.query + w.key + w.value + w.mixed
+    shared = w.scores * 4 + heads * b + 7 * w.tokens * b + 3 * w.hidden * b
     if w.rows and step.dispatch.dispatch == "ragged":  # both operands of each grouped product with zeros past the end
         return shared + (6 if nonlinear(step.cfg.model.ffn)[0] > 1 else 3) * w.expert_hidden * b + 3 * w.rows * b
     # The attention's probabilities in the compute type, or what the exchange brings back: one after the other.

@@ -111,6 +111,12 @@ class Step:
         """Tokens a device holds in a microbatch."""
         return self.rows * self.cfg.data.length // self.over("length")
 
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values that a device holds. Latent attention makes those of every query head."""
+        m = self.cfg.model
+        return m.heads // self.over("act_heads") if m.latent else m.resolved_kv_heads // self.over("kv_heads")
+
     def over(self, *names: str) -> int:
         """Shards of a dimension of activations, by logical names."""
         return self.cfg.mesh.over(tuple(axis for name in names for axis in getattr(self.cfg.rules, name)))
@@ -196,7 +202,9 @@ class Step:
         m, moe = self.cfg.model, self.cfg.model.moe
         heads, D, L = m.heads * (m.key_dim + m.value_dim), m.d_model, self.cfg.data.length
         seen = sum((end - begin) * end for begin, end in query_blocks(L)) / L / L  # of the square
-        once = {c: 2 * n * self.tokens / self.over(axis) for c, n, axis in self.parts()}  # FLOPs of a forward pass
+        once: dict[str, float] = {}  # FLOPs of a forward pass
+        for c, n, axis in self.parts():
+            once[c] = once.get(c, 0.0) + 2 * n * self.tokens / self.over(axis)
         once["scores"] = seen * 2 * L * heads / self.over("act_heads") * m.layers * self.tokens
         once["head"] = 2 * m.vocab * D / self.over("act_vocab") * self.table_tokens
         if moe is not None:
@@ -213,4 +221,7 @@ class Step:
     def parts(self) -> list[tuple[str, int, str]]:
         """Matrices that every token passes: component, parameters, the logical axis that splits their work."""
         axes = {"attn": "act_heads", "dense_ffn": "act_mlp", "shared_experts": "act_mlp", "router": "router_experts"}
-        return [(c, self.count.components[c], a) for c, a in axes.items() if c in self.count.components]
+        found = {c: self.count.components[c] for c in axes if c in self.count.components}
+        narrow = sum(x.size for x in self.leaves if x.axes[-1] == "latent")  # those that make the latents
+        found["attn"] -= narrow
+        return [("attn", narrow, "latent"), *((c, n, axes[c]) for c, n in found.items())]
