@@ -156,6 +156,11 @@ class LatentConfig:
     rotary: Count = key(64, "width of the part of a query and key that turns; the keys of all heads share theirs")
     value: Count | None = key(None, "head width of the values; unset: model.head_dim")
 
+    @property
+    def width(self) -> int:
+        """Numbers of a token that queries, keys and values are made from, beside the token itself."""
+        return (self.query or 0) + self.key_value + self.rotary
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -252,11 +257,6 @@ class ModelConfig:
     def encoder_kinds(self) -> tuple[str, ...]:
         """The same of the encoder."""
         return self._kinds(self.encoder.layers) if self.encoder else ()
-
-    @property
-    def attentions(self) -> int:
-        """How often a token and an input beside it pass attention: in each layer, and from decoder to encoder."""
-        return self.layers * (2 if self.encoder else 1) + len(self.encoder_kinds)
 
     def _kinds(self, layers: int) -> tuple[str, ...]:
         if self.moe is None:

@@ -14,7 +14,7 @@ class Least:
     share of D (`Rules.travelling`), a device sends that much less.
     """
 
-    bytes_each_way: int  # of one all-to-all, the mean of its stages
+    bytes_each_way: int  # of one all-to-all, the mean of its stages, and of an encoder's and the decoder's layers
     forward: int  # all-to-alls of a layer in a forward pass
     recompute: int  # of its recomputation in the backward pass
     backward: int
@@ -22,7 +22,7 @@ class Least:
     passes: float  # of a device through all layers: its microbatches, or its share of the layers in each tick
     shards: int  # n
     stages: tuple[int, ...]  # shards of each all-to-all of a way
-    tokens: int  # T, of a device and microbatch
+    tokens: int  # T, of a device and microbatch; with an encoder the mean over the layers
 
     @property
     def count(self) -> dict[str, int]:
@@ -52,12 +52,14 @@ def least_exchange(cfg: Config, platform: str, *, forward_only: bool = False) ->
     if moe is None or n == 1:
         return None
     step = Step(cfg, platform)
+    layers = sum(stack.moe_layers for stack in step.stacks)
+    tokens = sum(stack.moe_layers * stack.tokens for stack in step.stacks) // layers  # the mean
     size = 4 if platform == "cpu" else step.width
     factor = min(moe.capacity_factor or 1.0, moe.experts / moe.top_k)  # of an expert's slots, at most one a token
     stages: tuple[int, ...] = (n,)
     if moe.exchange == "hierarchical":
         stages = tuple(s for s in (cfg.mesh.over((a,)) for a in cfg.rules.experts) if s > 1)
-    buffer = factor * moe.top_k * step.tokens * m.d_model * size / cfg.mesh.over(cfg.rules.travelling)
+    buffer = factor * moe.top_k * tokens * m.d_model * size / cfg.mesh.over(cfg.rules.travelling)
     each = round(buffer * sum((s - 1) / s for s in stages) / len(stages))
     ways = 2 * len(stages)
     return Least(
@@ -65,9 +67,9 @@ def least_exchange(cfg: Config, platform: str, *, forward_only: bool = False) ->
         forward=ways,
         recompute=0 if forward_only else ways * step.exchanged_again,
         backward=0 if forward_only else ways,
-        layers=step.moe_layers,
+        layers=layers,
         passes=step.turns,
         shards=n,
         stages=stages,
-        tokens=step.tokens,
+        tokens=tokens,
     )

@@ -58,8 +58,8 @@ def cache(step: Step, length: int | None = None) -> int:
     m = step.cfg.model
     rows = max(1, step.cfg.data.batch // step.shards)  # decoding splits the batch over all token axes
     width = m.cached_width if m.latent else m.cached_width // step.over("kv_heads")
-    layers = m.layers * (2 if m.encoder else 1)  # keys and values of the encoder too
-    return layers * rows * (length or step.cfg.data.length) * width * step.width
+    tokens = (length or step.cfg.data.length) + step.cfg.inputs  # also what an encoder read
+    return m.layers * rows * tokens * width * step.width
 
 
 # Activations
@@ -75,8 +75,19 @@ def tiled(rows: int, columns: int, platform: str) -> int:
 def probabilities(step: Step) -> int:
     """Elements of a layer's attention probabilities."""
     heads = step.cfg.model.heads // step.over("act_heads")
-    each = sum(tiled(end - begin, end, step.platform) for begin, end in query_blocks(step.cfg.data.length))
-    return step.rows * heads * each // step.over("length")
+    L = step.cfg.data.length
+    blocks = [(L, L)] if step.both_ways else [(end - begin, end) for begin, end in query_blocks(L)]
+    return step.rows * heads * sum(tiled(*block, step.platform) for block in blocks) // step.over("length")
+
+
+def reading(step: Step) -> tuple[int, int]:
+    """Elements of the probabilities of a layer's attention to what an encoder read, and of the keys and values."""
+    m = step.cfg.model
+    if step.encoder is None:
+        return 0, 0
+    square = tiled(step.cfg.data.length, step.cfg.inputs, step.platform)
+    keys = step.encoder.tokens * step.key_heads * (m.key_dim + m.value_dim)
+    return step.rows * m.heads // step.over("act_heads") * square, keys
 
 
 class Widths(NamedTuple):
@@ -85,7 +96,10 @@ class Widths(NamedTuple):
     tokens: int  # [T, D]
     stream: int  # the same between attention and feed-forward layers
     query: int  # [T, H*N]
-    key: int  # [T, J*N]: keys, and as many values
+    key: int  # [T, J*N]
+    value: int  # [T, J*N], of the values' width
+    mixed: int  # [T, H*N], of the values' width: what attention makes
+    latents: int  # [T, Q + C], behind their norms
     scores: int  # probabilities
     hidden: int  # [T, F] of the dense feed-forward layer or of the shared experts
     rows: int  # [R, D] of the exchange
@@ -96,19 +110,24 @@ class Widths(NamedTuple):
 def widths(step: Step, kind: str) -> Widths:
     """The sizes of a dense or MoE layer's activations."""
     m, T, moe = step.cfg.model, step.tokens, step.cfg.model.moe
-    tokens, heads = T * m.d_model // step.over("act_embed"), step.over("act_heads")
+    tokens, heads = T * m.d_model // step.over("act_embed"), m.heads // step.over("act_heads")
     stream = tokens // step.over("residual")
-    query = T * m.heads * m.resolved_head_dim // heads
-    key = T * m.resolved_kv_heads * m.resolved_head_dim // step.over("kv_heads")
-    dense = T * m.d_ff // step.over("act_mlp")
+    attention = (
+        T * heads * m.key_dim,
+        T * step.key_heads * m.key_dim,
+        T * step.key_heads * m.value_dim,
+        T * heads * m.value_dim,
+        T * (m.latent.width - m.latent.rotary) // step.over("latent") if m.latent else 0,
+        probabilities(step),
+    )
     if kind == "dense" or moe is None:
-        return Widths(tokens, stream, query, key, probabilities(step), dense, 0, 0, 0)
+        return Widths(tokens, stream, *attention, T * m.d_ff // step.over("act_mlp"), 0, 0, 0)
     R, F = step.sent_rows, expert_width(m)
     shared = T * moe.shared_experts * F // step.over("act_mlp")
     one_hot = step.groups * moe.experts * tiled(step.group, step.slots, step.platform)
     mask = one_hot if step.dispatch.dispatch == "einsum" else 0
     rows = R * m.d_model // step.cfg.mesh.over(step.cfg.rules.travelling)
-    return Widths(tokens, stream, query, key, probabilities(step), shared, rows, R * F // step.over("expert_mlp"), mask)
+    return Widths(tokens, stream, *attention, shared, rows, R * F // step.over("expert_mlp"), mask)
 
 
 def nonlinear(ffn: str) -> tuple[int, int]:
@@ -123,11 +142,18 @@ def residuals(step: Step, kind: str) -> int:
     """Bytes that the backward pass of one layer needs, all that `remat=none` saves."""
     w, b, wide = widths(step, kind), step.width, 4
     full, flags = nonlinear(step.cfg.model.ffn)
-    norms = (4 * w.stream + (w.tokens if kind == "moe" else 0)) * wide  # two a norm, and the router's input, float32
-    products = (w.tokens + w.query) * b  # what the projections multiply
+    # Two a norm, also of latents, and the router's input, float32.
+    norms = (4 * w.stream + 2 * w.latents + (w.tokens if kind == "moe" else 0)) * wide
+    products = (w.tokens + w.latents + w.mixed) * b  # what the projections multiply
     L = step.cfg.data.length
-    slices = sum(end for _, end in query_blocks(L)) / L  # each block keeps the keys and values that it sees
-    attention = (w.query + round(2 * slices * w.key)) * b + w.scores * (wide + b)
+    # Each block of queries keeps the keys and values that it sees.
+    slices = 1.0 if step.both_ways else sum(end for _, end in query_blocks(L)) / L
+    attention = (w.query + round(slices * (w.key + w.value))) * b + w.scores * (wide + b)
+    if step.encoder is not None:
+        scores, keys = reading(step)
+        norms += 2 * w.stream * wide
+        products += (w.tokens + w.mixed) * b
+        attention += (w.query + keys) * b + scores * (wide + b)
     hidden = (w.hidden + w.expert_hidden) * (full * b + flags) + (w.tokens * b if w.hidden else 0)
     exchange = w.rows * (b + wide)  # dispatched rows, and float32 outputs, of which the gates' gradient is made
     mask = w.mask * (wide + b)
@@ -144,13 +170,14 @@ def cast_weights(step: Step) -> int:
 
 def saved(step: Step, kind: str) -> dict[str, int]:
     """Bytes that the forward pass of one layer leaves for the backward pass."""
-    w, b = widths(step, kind), step.width
-    match step.cfg.model.remat:
+    w, b, m = widths(step, kind), step.width, step.cfg.model
+    match m.remat:
         case "none":
             return {"activations": residuals(step, kind)}
         case "dots":
-            gates = matrices(step.cfg.model.ffn) - 1
-            return {"activations": (2 * w.tokens + w.query + 2 * w.key + gates * w.hidden) * b}
+            made = w.query + w.key * m.resolved_head_dim // m.key_dim + w.value  # what turns is no part of a key yet
+            hidden = (matrices(m.ffn) - 1) * w.hidden
+            return {"activations": (2 * w.tokens + w.latents + made + hidden) * b}
         case "exchange":
             return {"activations": w.stream * b, "dispatch": 2 * w.rows * b}
         case _:
@@ -162,7 +189,8 @@ def working(step: Step, kind: str) -> int:
     w, b = widths(step, kind), step.width
     if step.cfg.model.remat == "none":
         return 2 * (w.hidden + w.expert_hidden) * b + w.rows * b + 8 * w.tokens * b + 2 * w.query * 4
-    shared = w.scores * 4 + (3 * w.query + 3 * w.key) * b + 7 * w.tokens * b + 3 * w.hidden * b
+    heads = w.query + w.key + w.value + w.mixed
+    shared = max(w.scores, reading(step)[0]) * 4 + heads * b + 7 * w.tokens * b + 3 * w.hidden * b
     if w.rows and step.dispatch.dispatch == "ragged":  # both operands of each grouped product with zeros past the end
         return shared + (6 if nonlinear(step.cfg.model.ffn)[0] > 1 else 3) * w.expert_hidden * b + 3 * w.rows * b
     # The attention's probabilities in the compute type, or what the exchange brings back: one after the other.
@@ -238,12 +266,15 @@ def memory(step: Step) -> Memory:
     """
     m, rules, mesh = step.cfg.model, step.cfg.rules, step.cfg.mesh
     logits = step.table_tokens * m.vocab * 4 // step.over("act_vocab")
-    held = state(step) | {"batch": 5 * 4 * step.tokens * step.microbatches}
+    tokens = 5 * step.tokens + (3 * step.encoder.tokens if step.encoder else 0)
+    held = state(step) | {"batch": 4 * tokens * step.microbatches}
     layers: dict[str, int] = {}
-    kinds = Counter(step.kinds)
-    for kind, times in kinds.items():
-        for name, size in saved(step, kind).items():
+    kinds = [(stack, *kind) for stack in step.stacks for kind in Counter(stack.cfg.model.layer_kinds).items()]
+    for stack, kind, times in kinds:
+        for name, size in saved(stack, kind).items():
             layers[name] = layers.get(name, 0) + round(times * size * (step.turns if step.schedule else 1))
+    if step.encoder is not None:  # what the decoder reads
+        layers["activations"] += step.encoder.tokens * m.d_model * step.width // step.over("act_embed")
     if m.remat == "none":
         layers["activations"] += cast_weights(step)
     stacks = sum(4 * x.shard(rules, mesh) for x in step.leaves if x.axes[0] == "layers")
@@ -253,7 +284,7 @@ def memory(step: Step) -> Memory:
         layers["activations"] += rows * (step.schedule.ticks + step.microbatches)
         if step.schedule.rounds > 1:  # layers as they are dealt out to the rounds, beside those of the state
             layers["parameters"] = held["parameters"] + stacks
-    work = max(working(step, kind) for kind in kinds) + gathered_layer(step)
+    work = max(working(stack, kind) for stack, kind, _ in kinds) + gathered_layer(step)
     summed = {"gradients": stacks + so_far, "logits": logits}
     moments = {
         "the loss": layers | {"gradients": so_far, "logits": 2 * logits, "temporaries": gathered_head(step)},

@@ -41,7 +41,7 @@ def report(e: Estimate, *, tokens: int | None = None, price: float | None = None
         "memory_per_device": e.memory.kinds | {"peak": e.memory.peak},
         "peak_moment": e.memory.moment,
         "kv_cache_bytes": e.memory.cache,
-        "kv_cache_bytes_per_token": m.layers * m.cached_width * e.step.width * (2 if m.encoder else 1),
+        "kv_cache_bytes_per_token": m.layers * m.cached_width * e.step.width,
         "fits": e.fits,
         **mixture(e),
         "traffic": [
@@ -71,11 +71,12 @@ def mixture(e: Estimate) -> dict[str, Any]:
     n = step.expert_shards
     each = exchange_bytes(step) * (n - 1) / n
     least = step.tokens * moe.top_k * e.cfg.model.d_model * step.width * (n - 1) / n
-    count = sum(v.count for v in e.moves if v.what == "exchange")
+    exchanges = [v for v in e.moves if v.what == "exchange"]
+    count, sent = sum(v.count for v in exchanges), sum(v.count * v.bytes for v in exchanges) * (n - 1) / n
     return {
         "all_to_all_bytes": round(each),
         "all_to_all": {"count": count, "bytes_each": round(each), "bytes_least": round(least), "devices": n}
-        | {"bytes_per_step": round(each * count)},
+        | {"bytes_per_step": round(sent)},
         "experts_per_device": moe.experts / n,
         "tokens_per_expert": roofline.expert_rows(step),
         "dispatch": {"kind": step.dispatch.dispatch, "reason": step.dispatch.reason, "group": step.group}

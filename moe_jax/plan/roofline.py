@@ -147,7 +147,7 @@ def decode(step: Step, cluster: Cluster) -> Decode:
         read += whole(step, (x for x in decoder if x.component in EXPERTS)) * touched / moe.experts
         rows = max(1, batch // step.shards) * moe.top_k
         one = wiring(step, cluster).seconds("all-to-all", rules.experts, rows * m.d_model * step.width)
-        seconds = 2 * m.layer_kinds.count("moe") * one
+        seconds = 2 * step.moe_layers * one
     kept = cache(step)
     total = (read * step.width + kept) / cluster.chip.hbm_speed + seconds
     return Decode(touched, read * step.width, kept, seconds, total, batch / total)

@@ -42,8 +42,10 @@ def move(step: Step, what: str, op: str, axes: Axes, count: float, size: float, 
 
 def traffic(step: Step) -> list[Move]:
     """All collectives of a train step that move something, the exchange first."""
-    found = [*exchange(step), *stages(step), *keys_and_values(step), *partial_sums(step), *weights(step)]
-    found += gradients(step)
+    found = [move for stack in step.stacks for move in exchange(stack)]
+    found += [*stages(step), *keys_and_values(step)]
+    found += [move for stack in step.stacks for move in partial_sums(stack)]
+    found += [*weights(step), *gradients(step)]
     return [m for m in found if m.devices > 1 and m.count and m.bytes]
 
 
@@ -88,7 +90,7 @@ def keys_and_values(step: Step) -> list[Move]:
     heads = m.resolved_kv_heads // step.over("kv_heads")
     size = 2 * step.rows * step.cfg.data.length * heads * m.key_dim * step.width  # values as wide as keys
     hidden = m.attention_exchange == "ring"
-    count = round(m.attentions * step.turns)
+    count = round(m.layers * step.turns)
     return [
         move(step, "keys and values", "all-gather", axes, count * step.passes("attn"), size, hidden),
         move(step, "keys and values", "reduce-scatter", axes, count, size, hidden),
@@ -109,9 +111,10 @@ def partial_sums(step: Step) -> list[Move]:
         op = "reduce-scatter" if split and set(live(step, axes)) <= set(split) else "all-reduce"
         return move(step, what, op, axes, round(layers * times * step.turns), size)
 
-    dense = step.kinds.count("dense") + (step.moe_layers if m.moe is not None and m.moe.shared_experts else 0)
+    own = m.layers * (1 if step.encoder is None else 2)  # attentions: to what an encoder read too
+    dense = m.layer_kinds.count("dense") + (step.moe_layers if m.moe is not None and m.moe.shared_experts else 0)
     out = [
-        added("attention sums", rules.act_heads, m.attentions, step.tokens * row),
+        added("attention sums", rules.act_heads, own, step.tokens * row),
         added("feed-forward sums", rules.act_mlp, dense, step.tokens * row),
     ]
     if m.moe is not None:
@@ -119,22 +122,17 @@ def partial_sums(step: Step) -> list[Move]:
         rows = step.tokens if local else step.sent_rows
         times = round(step.moe_layers * (2 + step.exchanged_again) * step.turns)
         out.append(move(step, "expert sums", "all-reduce", rules.expert_mlp, times, rows * row))
-    gathers = round((m.attentions + len(step.kinds)) * (forward + 1) * step.turns)
+    if step.encoder is not None:  # of the gradient at what the encoder made
+        out.append(added("attention sums", rules.act_heads, m.layers, step.encoder.tokens * row, 1))
+    gathers = round((own + m.layers) * (forward + 1) * step.turns)
     out.append(move(step, "split rows", "all-gather", split, gathers, step.tokens * row))
-    tables, lookups = step.table_tokens * m.d_model, 2 if m.encoder else 1
+    tables = step.table_tokens * m.d_model
     op = "reduce-scatter" if split and set(live(step, rules.vocab)) <= set(split) else "all-reduce"
     return [
         *out,
-        move(step, "embedding rows", op, rules.vocab, lookups * step.table_passes, tables * step.width),
-        move(step, "head sums", "all-reduce", rules.act_vocab, step.table_passes, tables * 4),
-        move(
-            step,
-            "split rows of embedding and head",
-            "all-gather",
-            split,
-            (lookups + 1) * step.table_passes,
-            tables * step.width,
-        ),
+        move(step, "embedding rows", op, rules.vocab, step.table_passes, tables * step.width),
+        move(step, "head sums", "all-reduce", rules.act_vocab, 0 if step.both_ways else step.table_passes, tables * 4),
+        move(step, "split rows of embedding and head", "all-gather", split, 2 * step.table_passes, tables * step.width),
     ]
 
 

@@ -1,6 +1,6 @@
 """The work of one step: tokens, groups and slots of a device, and FLOPs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -27,18 +27,16 @@ def flops_per_token(cfg: Config, parameters: Count) -> Flops:
     """Model FLOPs: of the matrices one token is multiplied with, and of attention (Chowdhery et al. 2022, appendix B,
     with the causal half). Look-ups and norms multiply nothing; a tied table counts as the head.
 
-    A token of a decoder comes with one of its encoder, where attention sees both ways, as from one to the other.
+    A token of a decoder comes with M/L of its encoder, where attention sees both ways, as from one to the other.
     """
-    m, active = cfg.model, parameters.active_components
+    m, active, L, M = cfg.model, parameters.active_components, cfg.data.length, cfg.inputs
     idle = (*ADDED, *(c for c in LOOKED_UP if c != "embed" or not m.tied_head))
-    weights = 2 * sum(n for c, n in active.items() if c not in idle)
-    each = 2 * cfg.data.length * m.heads * (m.key_dim + m.value_dim)  # scores and values, every pair
-    square, own, reading = (
-        each * m.attentions - each * m.layers // 2,
-        each * m.layers,
-        each * m.layers * bool(m.encoder),
-    )
-    decode = weights - 2 * parameters.active_of_input + own + reading
+    inputs = 2 * parameters.active_of_input
+    weights = 2 * sum(n for c, n in active.items() if c not in idle) - inputs + inputs * M // L
+    pair = 2 * m.heads * (m.key_dim + m.value_dim)  # scores and values of a token with another, in a layer
+    reading, encoder = pair * m.layers * M, pair * len(m.encoder_kinds) * M * M // L
+    square = pair * m.layers * L // 2 + reading + encoder
+    decode = 2 * sum(n for c, n in active.items() if c not in idle) - inputs + pair * m.layers * L + reading
     return Flops(3 * (weights + square), weights + square, decode, 3 * weights, 3 * square)
 
 
@@ -48,6 +46,22 @@ class Step:
 
     cfg: Config
     platform: str  # cpu, gpu or tpu: `auto` dispatch depends on it
+    both_ways: bool = False  # attention sees later tokens too
+
+    @cached_property
+    def encoder(self) -> "Step | None":
+        """The layers of an encoder with their tokens, as those of a model of their own."""
+        m = self.cfg.model
+        if m.encoder is None:
+            return None
+        alone = replace(m, layers=m.encoder.layers, encoder=None)
+        cfg = replace(self.cfg, model=alone, data=replace(self.cfg.data, length=self.cfg.inputs))
+        return Step(cfg, self.platform, both_ways=True)
+
+    @property
+    def stacks(self) -> list["Step"]:
+        """The decoder, and the encoder if there is one."""
+        return [self] if self.encoder is None else [self, self.encoder]
 
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -60,11 +74,6 @@ class Step:
     @cached_property
     def flops(self) -> Flops:
         return flops_per_token(self.cfg, self.count)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """`dense` or `moe` for each layer of decoder and encoder; each sees `data.length` tokens of a sequence."""
-        return self.cfg.model.layer_kinds + self.cfg.model.encoder_kinds
 
     @property
     def width(self) -> int:
@@ -125,6 +134,12 @@ class Step:
         """Tokens a device holds in a microbatch."""
         return self.rows * self.cfg.data.length // self.over("length")
 
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values that a device holds. Latent attention makes those of every query head."""
+        m = self.cfg.model
+        return m.heads // self.over("act_heads") if m.latent else m.resolved_kv_heads // self.over("kv_heads")
+
     def over(self, *names: str) -> int:
         """Shards of a dimension of activations, by logical names."""
         return self.cfg.mesh.over(tuple(axis for name in names for axis in getattr(self.cfg.rules, name)))
@@ -137,7 +152,7 @@ class Step:
 
     @cached_property
     def moe_layers(self) -> int:
-        return self.kinds.count("moe")
+        return self.cfg.model.layer_kinds.count("moe")
 
     @property
     def exchanged_again(self) -> int:
@@ -209,11 +224,15 @@ class Step:
         """FLOPs that a device executes in a step, by part; empty slots, recomputation and dispatch among them."""
         m, moe = self.cfg.model, self.cfg.model.moe
         heads, D, L = m.heads * (m.key_dim + m.value_dim), m.d_model, self.cfg.data.length
-        seen = sum((end - begin) * end for begin, end in query_blocks(L)) / L / L  # of the square
-        once = {c: 2 * n * self.tokens / self.over(axis) for c, n, axis in self.parts()}  # FLOPs of a forward pass
-        seen = seen * m.layers + (m.attentions - m.layers)  # of the squares of all layers
-        once["scores"] = seen * 2 * L * heads / self.over("act_heads") * self.tokens
-        once["head"] = 2 * m.vocab * D / self.over("act_vocab") * self.table_tokens
+        once: dict[str, float] = {}  # FLOPs of a forward pass
+        for c, n, axis in self.parts():
+            once[c] = once.get(c, 0.0) + 2 * n * self.tokens / self.over(axis)
+        pairs = L * L if self.both_ways else sum((end - begin) * end for begin, end in query_blocks(L))
+        pairs += L * self.cfg.inputs  # of a layer, each with one before it or one that an encoder read
+        once["scores"] = 2 * pairs / L * heads / self.over("act_heads") * m.layers * self.tokens
+        if self.encoder is not None:
+            once["cross_attn"] += 2 * self.read_by_all * self.encoder.tokens / self.over("act_heads")
+        once["head"] = 0.0 if self.both_ways else 2 * m.vocab * D / self.over("act_vocab") * self.table_tokens
         if moe is not None:
             each = 2 * matrices(m.ffn) * D * expert_width(m) / self.over("expert_mlp")
             once["experts"] = self.moe_layers * each * self.expert_rows
@@ -223,15 +242,25 @@ class Step:
         ):  # the mask has no gradient: one product back, not two
             both = 2 * 2 * self.group * moe.experts * self.slots * self.groups * D
             out["dispatch"] = self.moe_layers * both * (self.passes("dispatch") + 1)
-        return {c: n * (self.table_passes if c == "head" else self.turns) for c, n in out.items() if n}
+        out = {c: n * (self.table_passes if c == "head" else self.turns) for c, n in out.items() if n}
+        if self.encoder is not None:
+            for c, n in self.encoder.executed().items():
+                out[c] = out.get(c, 0.0) + n
+        return out
+
+    @property
+    def read_by_all(self) -> int:
+        """Elements of the matrices that make keys and values of what an encoder read, in all layers."""
+        return sum(x.size for x in self.leaves if ".cross_attention.w_" in x.name and x.of_input)
 
     def parts(self) -> list[tuple[str, int, str]]:
-        """Matrices that every token passes: component, parameters, the logical axis that splits their work."""
-        axes = {
-            "attn": "act_heads",
-            "cross_attn": "act_heads",
-            "dense_ffn": "act_mlp",
-            "shared_experts": "act_mlp",
-            "router": "router_experts",
-        }
-        return [(c, self.count.components[c], a) for c, a in axes.items() if c in self.count.components]
+        """Matrices that each token of a stack passes: component, parameters, the axis that splits their work."""
+        axes = {"attn": "act_heads", "dense_ffn": "act_mlp", "shared_experts": "act_mlp", "router": "router_experts"}
+        other = {} if self.encoder is None else self.encoder.count.components
+        found = {c: self.count.components[c] - other.get(c, 0) for c in axes if c in self.count.components}
+        narrow = sum(x.size for x in self.leaves if x.axes[-1] == "latent")  # those that make the latents
+        found["attn"] -= narrow
+        out = [("attn", narrow, "latent"), *((c, n, axes[c]) for c, n in found.items())]
+        if self.encoder is not None:
+            out.append(("cross_attn", self.count.components["cross_attn"] - self.read_by_all, "act_heads"))
+        return out
