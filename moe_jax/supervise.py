@@ -8,7 +8,7 @@ its closed connection says so; where a machine is, the kernel's keep-alive.
 
 import contextlib
 import os
-import select
+import selectors
 import signal
 import socket
 import sys
@@ -98,6 +98,11 @@ class Supervisor:
         old = {s: signal.signal(s, lambda number, frame: None) for s in (*stops, signal.SIGCHLD)}
         old_bell = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
         self.fork(command)
+        self.sources = selectors.DefaultSelector()
+        self.sources.register(bells, selectors.EVENT_READ, "bells")
+        self.sources.register(self.errors, selectors.EVENT_READ, "errors")
+        for index, link in self.links.items():
+            self.sources.register(link, selectors.EVENT_READ, index)
         try:
             while not self.over():
                 self.wait(bells)
@@ -105,6 +110,7 @@ class Supervisor:
         finally:
             if self.code is None:
                 os.kill(self.child, signal.SIGKILL)
+            self.sources.close()
             signal.set_wakeup_fd(old_bell)
             for s, handler in old.items():
                 signal.signal(s, handler)
@@ -115,6 +121,7 @@ class Supervisor:
         """Start the child. It dies with this process, whose end of a pipe closes then."""
         leash, self.leash = os.pipe()
         self.errors, errors = os.pipe()
+        os.set_blocking(self.errors, False)
         self.prints = True
         sys.stdout.flush()
         sys.stderr.flush()
@@ -135,19 +142,28 @@ class Supervisor:
 
     def wait(self, bells: int) -> None:
         """Take in what comes next: signals, messages, and what libraries print in the child."""
-        sources = [bells, *([self.errors] if self.prints else []), *self.links.values()]
-        ready = select.select(sources, [], [], 0.1 if self.held or self.due else None)[0]
-        if bells in ready:
+        ready = {key.data for key, _ in self.sources.select(0.1 if self.held or self.due else None)}
+        if "bells" in ready:
             for number in os.read(bells, 4096):
                 self.ring(number)
-        if self.errors in ready:
-            piece = os.read(self.errors, 65536)
-            self.prints = bool(piece)
-            self.held.append((time.monotonic(), piece))
-        for index in [i for i, link in self.links.items() if link in ready]:
+        if "errors" in ready:
+            self.hold()
+        for index in ready - {"bells", "errors"}:
             self.hear(index)
         if self.verdict is None:
             self.print_held(time.monotonic() - ERROR_SECONDS)
+
+    def hold(self) -> bool:
+        """Keep what libraries have printed in the child; returns whether there was any."""
+        try:
+            piece = os.read(self.errors, 65536)
+        except BlockingIOError:
+            return False
+        self.held.append((time.monotonic(), piece))
+        if not piece:
+            self.sources.unregister(self.errors)
+            self.prints = False
+        return bool(piece)
 
     def ring(self, number: int) -> None:
         """A signal: the child has ended, or someone asks to stop."""
@@ -174,7 +190,9 @@ class Supervisor:
         """Messages of another supervisor, or the end of its connection."""
         messages = self.links[index].receive()
         if messages is None:
-            self.links.pop(index).sock.close()
+            link = self.links.pop(index)
+            self.sources.unregister(link)
+            link.sock.close()
             if index not in self.ended and not (self.code == 0 and not self.leads):
                 self.note(index, LOST)
         for message in messages or ():
@@ -232,10 +250,8 @@ class Supervisor:
 
     def finish(self) -> int:
         """Part with the others; the exit code, or the error that says who ended the run."""
-        while self.prints and select.select([self.errors], [], [], 0)[0]:
-            piece = os.read(self.errors, 65536)
-            self.prints = bool(piece)
-            self.held.append((time.monotonic(), piece))
+        while self.prints and self.hold():
+            pass
         failed = self.code is not None and self.code > 0  # by itself
         if self.verdict is None or self.verdict[0] == self.place.index or failed:
             self.print_held(time.monotonic())

@@ -5,16 +5,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from commands import (
-    ENV,
     NOISE,
     STEPS,
     TINY,
@@ -29,22 +26,13 @@ from commands import (
     steps_of,
     write_text,
 )
+from joined import SLEEP, flags, free_port, workers
 
-from moe_jax import cli, rendezvous, supervise
-from moe_jax.config import Refused
+from moe_jax import cli, supervise
 from moe_jax.processes import Place, find_place
 
 here = pytest.fixture(scope="module", autouse=True)(inside)
 call = pytest.fixture(calls)
-
-
-def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        return server.getsockname()[1]
-
-
-def flags(index: int, count: int, port: int) -> list[object]:
-    return ["--processes", count, "--process", index, "--coordinator", f"localhost:{port}"]
 
 
 def several(argv: list, count: int, devices: int, **options) -> list[subprocess.Popen]:
@@ -220,39 +208,6 @@ def test_a_killed_run_is_named_by_the_other(train, tmp_path, role):
     assert all(gone(pid) for pid in workers)
 
 
-WORKER = """
-import os, sys, time
-from moe_jax import cli, rendezvous, supervise
-from moe_jax.processes import Place
-
-index, count, port = map(int, sys.argv[1:4])
-place, links = rendezvous.meet(Place(index, count, "localhost", port), {"text": "the same"}, 20)
-
-def work(args):
-    print(os.getpid(), flush=True)
-    exec(sys.argv[4], scope := {"os": os, "time": time})
-    return scope["code"]
-
-class args:
-    command = "train"
-
-run = supervise.Supervisor(place, links, lambda line: print(line, file=sys.stderr), sys.argv[5] == "True")
-sys.exit(cli.checked(args, lambda args: run(lambda: work(args))))
-"""
-SLEEP = "time.sleep(60)"
-
-
-def workers(*code: str, saves: bool = True) -> tuple[list[subprocess.Popen], list[int]]:
-    """Supervised processes that do no more than some lines of Python, and what does it in each."""
-    port = free_port()
-    argv = [
-        [sys.executable, "-c", WORKER, str(i), str(len(code)), str(port), text, str(saves)]
-        for i, text in enumerate(code)
-    ]
-    children = [subprocess.Popen(a, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) for a in argv]
-    return children, [int(child.stdout.readline()) for child in children]
-
-
 @pytest.mark.parametrize("what", ["child", "supervisor"])
 @pytest.mark.parametrize("role", [0, 1, 2])
 def test_a_death_is_named_by_all(role, what):
@@ -404,60 +359,6 @@ def test_a_folder_for_each_process_is_refused(train, call):
 def test_one_process_is_a_run_like_any_other(whole, train, call):
     code, report, log = call(*train, "--workdir", whole, "--processes", "1", "--process", "0")
     assert code == 0 and report["processes"] == 1 and "nothing to do" in log
-
-
-def meet(*places: tuple[Place, dict], seconds: float = 5.0) -> list:
-    """What the meeting of some processes ends in for each."""
-    out: list = [None] * len(places)
-
-    def one(i: int) -> None:
-        try:
-            out[i] = rendezvous.meet(*places[i], seconds)
-        except Refused as e:
-            out[i] = str(e)
-
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(places))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return out
-
-
-def test_who_runs_something_else_is_refused_by_all():
-    port = free_port()
-    places = [(Place(i, 3, "localhost", port), {"config": "that" if i == 2 else "this"}) for i in range(3)]
-    out = meet(*places)
-    assert out[0] == out[2] and "process 2 was started with another config than process 0" in out[0]
-    assert out[1] == out[0] or "did not answer" in out[1] or "is no longer" in out[1]
-
-
-def test_another_number_of_processes_is_refused_by_all():
-    port = free_port()
-    out = meet((Place(0, 2, "localhost", port), {}), (Place(1, 3, "localhost", port), {}))
-    assert out[0] == out[1] and "--processes: is 3 for process 1, and 2 for process 0" in out[0]
-
-
-def test_a_number_is_given_once():
-    """The second is refused, and the run begins without it; a stranger at the port is not taken for a process."""
-    port = free_port()
-    places = [Place(i, 3, "localhost", port) for i in (0, 1, 1, 2)]
-    out: list = []
-    first = threading.Thread(target=lambda: out.extend(meet(*((p, {}) for p in places[:3]), seconds=20)))
-    first.start()
-    time.sleep(0.5)
-    with socket.create_connection(("localhost", port)) as stranger:
-        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        last = meet((places[3], {}))
-    first.join()
-    refused = [o for o in out if isinstance(o, str)]
-    assert len(refused) == 1 and "--process: is 1, and a process of that number has joined already" in refused[0]
-    (place, links), *others = [o for o in [*out, *last] if not isinstance(o, str)]
-    assert sorted(links) == [1, 2] and len(others) == 2
-    assert {p.service for p, _ in others} == {place.service}
-    for _, each in [(place, links), *others]:
-        for link in each.values():
-            link.sock.close()
 
 
 def test_slurm_says_which_process_this_is(monkeypatch):
