@@ -139,6 +139,8 @@ def add_processes(command: argparse.ArgumentParser) -> None:
     group.add_argument("--processes", metavar="N", help=help)
     group.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, the same for all")
+    help = "port on the same host for JAX's own service, where a firewall must know it (default: a free one)"
+    group.add_argument("--service-port", type=int, metavar="PORT", help=help)
     help = "how long to wait for the others to join (default 300)"
     group.add_argument("--join-seconds", type=float, default=300.0, metavar="S", help=help)
 
@@ -385,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def together(args: argparse.Namespace) -> int:
     """Run the command, in this process or as one of several; returns the exit code."""
-    if all(getattr(args, flag, None) is None for flag in ("processes", "process", "coordinator")):
+    if all(getattr(args, flag, None) is None for flag in ("processes", "process", "coordinator", "service_port")):
         return alone(args)
     from moe_jax import processes, rendezvous, supervise
 

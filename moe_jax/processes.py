@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from moe_jax import config
 from moe_jax.checks import check_devices
@@ -28,7 +29,7 @@ class Place:
     Attributes:
         index: from 0. count: of all. host, port: where process 0 listens.
         detected: JAX read them from the cluster, and knows which devices of the machine are this process's.
-        service: port of JAX's own service on the same host, once process 0 has chosen it.
+        service: port of JAX's own service on the same host: as --service-port says, or once process 0 has chosen it.
     """
 
     index: int
@@ -75,13 +76,23 @@ def find_place(args: argparse.Namespace) -> Place | None:
     """
     given = getattr(args, "processes", None)
     if given is None:
-        for flag in ("process", "coordinator"):
-            if getattr(args, flag, None) is not None:
-                why = f"is {getattr(args, flag)}, and --processes is not given"
-                raise Refused(Problem(f"--{flag}", why, f"give --processes N as well, or take --{flag} out"))
+        for name in ("process", "coordinator", "service_port"):
+            if getattr(args, name, None) is not None:
+                flag, why = f"--{name.replace('_', '-')}", f"is {getattr(args, name)}, and --processes is not given"
+                raise Refused(Problem(flag, why, f"give --processes N as well, or take {flag} out"))
         return None
     if not args.join_seconds > 0:
         raise Refused(Problem("--join-seconds", f"is {args.join_seconds:g}", "give more than 0"))
+    if args.service_port is not None and not 0 < args.service_port < 65536:
+        raise Refused(Problem("--service-port", f"is {args.service_port}", "give a port, 1 to 65535"))
+    place = _find_place(args, given)
+    if place is not None and place.service == place.port:
+        why = f"is {place.port}, and there the processes meet before it starts"
+        raise Refused(Problem("--service-port", why, "give another port than that of --coordinator"))
+    return place
+
+
+def _find_place(args: argparse.Namespace, given: str) -> Place | None:
     if given == DETECT:
         return _from_cluster(args)
     if not (given.isascii() and given.isdecimal() and int(given) >= 1):
@@ -94,7 +105,7 @@ def find_place(args: argparse.Namespace) -> Place | None:
         raise Refused(Problem("--process", why, f"give each its own, 0 to {count - 1}, or raise --processes"))
     if count == 1:
         return None
-    return Place(args.process, count, *_address(args.coordinator))
+    return Place(args.process, count, *_address(args.coordinator), service=args.service_port)
 
 
 def asks(args: argparse.Namespace, place: Place) -> dict[str, str]:
@@ -103,16 +114,30 @@ def asks(args: argparse.Namespace, place: Place) -> dict[str, str]:
     Raises:
         Refused: what cannot work in as many processes, before they meet.
     """
-    out = {name: importlib.metadata.version(name) for name in ("moe-jax", "jax")}
+    given = {"--fake-devices": args.fake_devices, "--service-port": args.service_port}
+    given |= {f"version of {name}": importlib.metadata.version(name) for name in ("moe-jax", "jax")}
+    given["command"] = args.command
     if args.command == "eval":
-        return out | {"list of overrides": json.dumps([args.overrides, args.fake_devices, args.batches])}
+        overrides = {name: value for name, _, value in (text.partition("=") for text in args.overrides)}
+        return words(given | {"--batches": args.batches} | overrides)
     if args.workdir is None:
         why, remedy = "is missing, and each process would make a folder of its own", "give all of them the same folder"
         raise Refused(Problem("--workdir", why, f"{remedy}, on a disk that all of them see"))
     cfg = config.load(args.config, args.overrides)
     if problems := check_devices(cfg.mesh, args.fake_devices, place.count):
         raise Refused(*problems)
-    return out | {"config": json.dumps(config.to_dict(cfg)), "number of fake devices": str(args.fake_devices)}
+    return words(given | config.to_dict(cfg))
+
+
+def words(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """The values of nested dicts as texts, under keys `a.b.c`; what is unset is left out."""
+    out: dict[str, str] = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            out |= words(value, f"{prefix}{name}.")
+        elif value is not None:
+            out[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+    return out
 
 
 def _address(text: str | None) -> tuple[str, int]:
@@ -143,7 +168,7 @@ def _from_cluster(args: argparse.Namespace) -> Place | None:
     if address is None or count is None or index is None:
         why = f"is {DETECT}, and JAX finds no SLURM step, Kubernetes job, TPU pod or other cluster around this process"
         raise Refused(Problem("--processes", why, f"start it in one, or {remedy}"))
-    return None if count == 1 else Place(index, count, *_address(address), detected=True)
+    return None if count == 1 else Place(index, count, *_address(address), detected=True, service=args.service_port)
 
 
 def detected() -> tuple[str | None, int | None, int | None]:

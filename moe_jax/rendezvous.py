@@ -16,6 +16,7 @@ from moe_jax.schema import Problem, Refused
 RETRY_SECONDS = 0.3
 CLOSE_SECONDS = 3.0  # for the other end to read what has been sent
 ANSWER_SECONDS = 30.0  # for process 0 to say who is missing when its own time is over
+SHOWN = 8  # differences named in a message
 GREETING_SECONDS = 10.0  # for a connection to say which process it is
 STRANGERS = 128  # connections that have not said so yet; of more, the oldest goes
 FILES = 256  # open at once beside a connection a process
@@ -109,11 +110,21 @@ def gather(place: Place, asks: Mapping[str, str], seconds: float) -> tuple[dict[
                 remedy += "whether one failed, or raise --join-seconds"
                 raise refuse(door.links.values(), "--processes", why, remedy)
             door.wait(deadline)
-        with socket.create_server(("localhost" if place.local else "", 0)) as free:
-            service = free.getsockname()[1]
+        service = service_port(place, door.links)
         for link in door.links.values():
             link.send({"start": service})
         return door.links, service
+
+
+def service_port(place: Place, links: Mapping[int, Link]) -> int:
+    """The port for JAX's service: what --service-port says, or else a free one."""
+    try:
+        with socket.create_server(("localhost" if place.local else "", place.service or 0)) as free:
+            return free.getsockname()[1]
+    except OSError as e:
+        why = f"process 0 cannot listen at port {place.service} of its machine: {e.strerror}"
+        remedy = "give all processes another port, or none, or end what holds it"
+        raise refuse(links.values(), "--service-port", why, remedy) from None
 
 
 class Door:
@@ -230,9 +241,11 @@ def admit(place: Place, asks: Mapping[str, str], links: dict[int, Link], link: L
     if count != place.count:
         why = f"is {count} for process {index}, and {place.count} for process 0"
         raise refuse(everyone, "--processes", why, "give all processes the same number")
-    if different := [name for name in asks if theirs.get(name) != asks[name]]:
-        why = f"process {index} was started with another {' and another '.join(different)} than process 0"
-        raise refuse(everyone, "--process", why, "start all processes with the same command but for --process")
+    if lines := differences(asks, theirs, index):
+        lines[SHOWN:] = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        why = "\n    ".join([f"process {index} was started with another command than process 0:", *lines])
+        remedy = "start all processes with the same command but for --process, and with the same versions"
+        raise refuse(everyone, "--process", why, remedy)
     if not 0 < index < count or index in links:
         why = f"is {index}, and a process of that number has joined already"
         refuse([link], "--process", why, f"give each process its own, 0 to {count - 1}")
@@ -240,6 +253,12 @@ def admit(place: Place, asks: Mapping[str, str], links: dict[int, Link], link: L
     link.host = str(hello.get("host"))
     links[index] = link
     return True
+
+
+def differences(asks: Mapping[str, str], theirs: Mapping[str, Any], index: int) -> list[str]:
+    """What another process was started with in place of what process 0 was, a line each."""
+    names = [name for name in {**asks, **theirs} if asks.get(name) != theirs.get(name)]
+    return [f"{n}: {theirs.get(n, 'not set')} in process {index}, {asks.get(n, 'not set')} in process 0" for n in names]
 
 
 def join(place: Place, asks: Mapping[str, str], seconds: float) -> tuple[Link, int]:

@@ -10,16 +10,57 @@ import pytest
 from commands import ENV, check_refusal, finish
 from joined import free_port, meet, workers
 
-from moe_jax import rendezvous
+from moe_jax import cli, processes, rendezvous
 from moe_jax.processes import Place
 
 
 def test_who_runs_something_else_is_refused_by_all():
+    """With each key that differs, and both values."""
     port = free_port()
-    places = [(Place(i, 3, "localhost", port), {"config": "that" if i == 2 else "this"}) for i in range(3)]
-    out = meet(*places)
-    assert out[0] == out[2] and "process 2 was started with another config than process 0" in out[0]
+    asks = [{"model.layers": "4" if i == 2 else "2", "train.keep": "1", "train.seed": "0"} for i in range(3)]
+    del asks[2]["train.keep"]
+    out = meet(*[(Place(i, 3, "localhost", port), asks[i]) for i in range(3)])
+    assert out[0] == out[2] and "process 2 was started with another command than process 0:" in out[0]
+    lines = out[0].split("\n    ")[1:-1]
+    assert lines == ["model.layers: 4 in process 2, 2 in process 0", "train.keep: not set in process 2, 1 in process 0"]
     assert out[1] == out[0] or "did not answer" in out[1] or "is no longer" in out[1]
+
+
+@pytest.mark.parametrize(
+    "argv, flags, want",
+    [
+        (["eval", "run"], [["--batches", "2"], ["--batches", "3"]], ["--batches: 3 in process 1, 2 in process 0"]),
+        (["eval", "run"], [[], ["--fake-devices", "4"]], ["--fake-devices: 4 in process 1, not set in process 0"]),
+        (["eval", "run"], [["a.b=1"], ["a.b=2"]], ["a.b: 2 in process 1, 1 in process 0"]),
+        (["eval", "run"], [["--service-port", "7"], []], ["--service-port: not set in process 1, 7 in process 0"]),
+        (
+            ["train", "tiny_switch", "--workdir", "run"],
+            [["train.steps=7"], ["train.steps=8", "data.seed=3"]],
+            ["data.seed: 3 in process 1, 0 in process 0", "train.steps: 8 in process 1, 7 in process 0"],
+        ),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x[0], str) else None,
+)
+def test_what_differs_is_named_with_both_values(argv, flags, want):
+    process = ["--processes", "2", "--coordinator", "localhost:1", "--process"]
+    given = [cli.parse([*argv, *flags[i], *process, str(i)]) for i in range(2)]
+    asked = [processes.asks(args, processes.find_place(args)) for args in given]
+    assert sorted(rendezvous.differences(*asked, 1)) == want
+
+
+def test_the_port_of_the_service_is_the_one_given():
+    port, service = free_port(), free_port()
+    out = meet(*((Place(i, 2, "localhost", port, service=service), {}) for i in range(2)))
+    assert [place.service for place, _ in out] == [service] * 2
+    for _, links in out:
+        links.popitem()[1].sock.close()
+
+
+def test_a_port_of_the_service_that_is_taken_is_refused_by_all():
+    with socket.create_server(("localhost", 0)) as taken:
+        service, port = taken.getsockname()[1], free_port()
+        out = meet(*((Place(i, 2, "localhost", port, service=service), {}) for i in range(2)))
+    assert out[0] == out[1] and f"--service-port: process 0 cannot listen at port {service} of its machine" in out[0]
 
 
 def test_another_number_of_processes_is_refused_by_all():
