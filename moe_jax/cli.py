@@ -1,8 +1,8 @@
 """The command line: `moe-jax train | eval | generate | upcycle | plan | inspect | bench`.
 
 Only the standard library is imported before the arguments are read, so that `--help` answers at once.
-Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 130
-interrupted before there was anything to save, or twice.
+Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 75 a training stopped by a signal after
+saving, which the same command goes on with, 130 interrupted before there was anything to save, or twice.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 
 from moe_jax.bench.options import add_benchmarks
 from moe_jax.plan.command import add_plan
-from moe_jax.terminal import result, say
+from moe_jax.terminal import STOPPED, result, say
 
 STARTED = time.perf_counter()
 
@@ -412,7 +412,7 @@ def alone(args: argparse.Namespace) -> int:
     place = getattr(args, "place", None)
     if args.json and (place is None or place.index == 0):
         print(json.dumps(finite(report), allow_nan=False), flush=True)
-    return 0
+    return 0 if report.get("finished", True) else STOPPED
 
 
 def checked(args: argparse.Namespace, work: Callable[[argparse.Namespace], int]) -> int:

@@ -21,9 +21,11 @@ from typing import NoReturn
 from moe_jax.processes import HEARTBEAT_SECONDS, Place
 from moe_jax.rendezvous import Link
 from moe_jax.schema import Problem, Refused
+from moe_jax.terminal import STOPPED
 
 LOST, HUNG = 1000, 1001  # beside exit codes and minus the number of a signal: how a process can end
 REFUSED, INTERRUPTED = 2, 130
+GOOD = (0, STOPPED)  # exit codes of a process that does not end the run of the others
 GRACE_SECONDS = 3.0  # for a first cause to come in after its consequence, and for a child that ends by itself
 ERROR_SECONDS = (
     GRACE_SECONDS + 1
@@ -39,7 +41,7 @@ def blame(ended: Mapping[int, int], count: int) -> tuple[int, int]:
 
     JAX aborts the others where process 0 dies, or where one of them hangs: an abort is the last cause to name.
     """
-    bad = {i: how for i, how in ended.items() if how}
+    bad = {i: how for i, how in ended.items() if how not in GOOD}
     causes = [i for i, how in bad.items() if how != -signal.SIGABRT]
     if causes:
         return causes[0], bad[causes[0]]
@@ -193,7 +195,7 @@ class Supervisor:
             link = self.links.pop(index)
             self.sources.unregister(link)
             link.sock.close()
-            if index not in self.ended and not (self.code == 0 and not self.leads):
+            if index not in self.ended and not (self.code in GOOD and not self.leads):
                 self.note(index, LOST)
         for message in messages or ():
             if self.leads:
@@ -206,7 +208,7 @@ class Supervisor:
     def note(self, index: int, how: int) -> None:
         """A process has ended. Process 0 says what that means; the others tell it of their own child."""
         self.ended.setdefault(index, how)
-        if how == 0 or self.verdict is not None:
+        if how in GOOD or self.verdict is not None:
             pass
         elif how == -signal.SIGABRT or (index == self.place.index and not self.leads):
             self.due = self.due or time.monotonic() + GRACE_SECONDS * (1 if self.leads else 2)
@@ -240,7 +242,7 @@ class Supervisor:
             if self.code is None and late:
                 os.kill(self.child, signal.SIGKILL)
             return self.code is not None
-        return self.code == 0 and (not self.leads or len(self.ended) == self.place.count)
+        return self.code in GOOD and (not self.leads or len(self.ended) == self.place.count)
 
     def print_held(self, until: float) -> None:
         """What libraries printed in the child up to a time."""
@@ -252,7 +254,7 @@ class Supervisor:
         """Part with the others; the exit code, or the error that says who ended the run."""
         while self.prints and self.hold():
             pass
-        failed = self.code is not None and self.code > 0  # by itself
+        failed = self.code not in (*GOOD, None) and self.code > 0  # by itself
         if self.verdict is None or self.verdict[0] == self.place.index or failed:
             self.print_held(time.monotonic())
         for link in self.links.values():
@@ -290,12 +292,12 @@ def work(command: Callable[[], int], leash: int, errors: int) -> NoReturn:
     code = 1
     try:
         code = command()
-        if code == 0:
+        if code in GOOD:
             import jax
 
             jax.distributed.shutdown()  # together with the others
     except BaseException:
-        code = code or 1
+        code = 1 if code in GOOD else code
         time.sleep(GRACE_SECONDS + 2)  # where another process has died or was refused, this is only its consequence
         with contextlib.suppress(Exception):
             traceback.print_exc()

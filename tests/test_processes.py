@@ -93,7 +93,7 @@ def test_two_processes_train_what_one_does(stopped, whole):
 def test_sigterm_for_one_stops_all_after_the_same_step(stopped):
     """One process tells, of one checkpoint for both."""
     workdir, (code, out, log), (other_code, other_out, other_log) = stopped
-    assert (code, other_code) == (0, 0), log + other_log
+    assert (code, other_code) == (75, 75), log + other_log
     assert not NOISE.search(log + other_log) and "Gloo" not in log + out, log + other_log
     report = json.loads(out)
     step = report["step"]
@@ -262,6 +262,13 @@ def test_a_refusal_or_failure_of_one_ends_the_others(number, kind):
     assert (code, own_code) == (number, number) and own_log == ""
     assert re.match(rf"moe-jax train: {kind}\nprocess 1 of 2 on \S+:? (was )?{kind}", log), log
     assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_stop_after_saving_ends_no_other(last):
+    """Each says so by its own code, whichever is the first to end."""
+    children, _ = workers(*(f"time.sleep({2.0 * (i == last)}); code = 75" for i in range(2)))
+    assert [finish(child)[::2] for child in children] == [(75, ""), (75, "")]
 
 
 def test_a_failure_that_follows_from_a_death_is_not_told():
