@@ -141,7 +141,7 @@ def add_processes(command: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, the same for all")
     help = "port on the same host for JAX's own service, where a firewall must know it (default: a free one)"
     group.add_argument("--service-port", type=int, metavar="PORT", help=help)
-    help = "how long to wait for the others to join (default 300)"
+    help = "how long to wait for the others to join, and then for JAX to start in all (default 300)"
     group.add_argument("--join-seconds", type=float, default=300.0, metavar="S", help=help)
 
 
@@ -230,7 +230,7 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
     workdir = args.workdir or Path("runs") / f"{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     place = getattr(args, "place", None)
     if place is not None:
-        place.start()
+        place.start(*args.joins)
     mesh.prepare_devices(cfg.mesh, args.fake_devices, 1 if place is None else place.count)
     from moe_jax.train.loop import Run
 
@@ -254,7 +254,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
 
     place, keep = getattr(args, "place", None), args.batches is not None
     if place is not None:
-        place.start()
+        place.start(*args.joins)
     processes = 1 if place is None else place.count
     trained = Trained(args.workdir, args.overrides, args.fake_devices, keep_batch=keep, processes=processes)
     from moe_jax.train.evaluate import Evaluator
@@ -397,13 +397,14 @@ def together(args: argparse.Namespace) -> int:
     place, links = rendezvous.meet(place, processes.asks(args, place), args.join_seconds)
     args.place = place
 
-    def work() -> int:
+    def work(here: Callable[[], None]) -> int:
+        args.joins = seconds, here
         if place.index != 0:
             args.quiet, args.json = True, True  # process 0 tells the results
         return checked(args, alone)
 
-    saves = args.command == "train"
-    return supervise.Supervisor(place, links, lambda line: say(args, line), saves)(work)
+    saves, seconds = args.command == "train", max(args.join_seconds, processes.JAX_SECONDS)
+    return supervise.Supervisor(place, links, lambda line: say(args, line), saves, seconds)(work)
 
 
 def alone(args: argparse.Namespace) -> int:

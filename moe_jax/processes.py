@@ -6,10 +6,14 @@
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +22,8 @@ from moe_jax.checks import check_devices
 from moe_jax.schema import Problem, Refused
 
 DETECT = "detect"
-JAX_SECONDS = 60  # for JAX to connect what has come already
+JAX_SECONDS = 60  # for JAX to start and to connect what has come already, at the least
+RETRY_SECONDS = 0.3
 HEARTBEAT_SECONDS = 50  # until JAX gives a process up that hangs; one that dies is seen at once, by its supervisor
 
 
@@ -47,13 +52,21 @@ class Place:
         """Whether all processes are on this machine."""
         return self.host in ("localhost", "127.0.0.1", "::1")
 
-    def start(self) -> None:
+    def start(self, seconds: float, here: Callable[[], None]) -> None:
         """Join the processes in JAX; call it before anything asks JAX for a device.
 
+        JAX aborts a process whose time is over, and cannot say for whom it waited. So its time is longer than that of
+        the supervisor of process 0, which knows who is `here`.
         From then on SIGTERM, in any process, is JAX's preemption notice, which `AgreedStop` answers.
+
+        Args:
+            seconds: how long to wait for the others.
+            here: tells the supervisor that JAX is loaded and process 0 is in reach.
         """
         import jax
 
+        self.reach(seconds)
+        here()
         host = f"[{self.host}]" if ":" in self.host else self.host
         address = f"{host}:{self.service}"
         jax.distributed.initialize(
@@ -61,11 +74,23 @@ class Place:
             self.count,
             self.index,
             cluster_detection_method=None if self.detected else "deactivate",
-            initialization_timeout=JAX_SECONDS,
+            initialization_timeout=math.ceil(seconds) + JAX_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             coordinator_bind_address=address if self.local else None,
         )
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked by the supervisor until here
+
+    def reach(self, seconds: float) -> None:
+        """Wait until process 0 has started JAX's service."""
+        deadline = time.monotonic() + seconds
+        while self.index != 0:
+            try:
+                socket.create_connection((self.host, self.service or 0), timeout=max(1.0, seconds)).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(RETRY_SECONDS)
 
 
 def find_place(args: argparse.Namespace) -> Place | None:

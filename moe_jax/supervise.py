@@ -19,11 +19,11 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from moe_jax.processes import HEARTBEAT_SECONDS, Place
-from moe_jax.rendezvous import Link
+from moe_jax.rendezvous import Link, numbers
 from moe_jax.schema import Problem, Refused
 from moe_jax.terminal import STOPPED
 
-LOST, HUNG = 1000, 1001  # beside exit codes and minus the number of a signal: how a process can end
+LOST, HUNG, LATE = 1000, 1001, 1002  # beside exit codes and minus the number of a signal: how a process can end
 REFUSED, INTERRUPTED = 2, 130
 GOOD = (0, STOPPED)  # exit codes of a process that does not end the run of the others
 GRACE_SECONDS = 3.0  # for a first cause to come in after its consequence, and for a child that ends by itself
@@ -58,6 +58,8 @@ def words(how: int) -> str:
         return "died: its connection closed"
     if how == HUNG:
         return f"hangs: JAX had no sign of life from it for {HEARTBEAT_SECONDS} s and ended the others"
+    if how == LATE:
+        return "did not come to JAX's service, which process 0 starts, in the time of --join-seconds"
     if how < 0:
         short = ", as the system does where memory is short" if how == -signal.SIGKILL else ""
         return f"died: killed by {signal.Signals(-how).name}{short}"
@@ -73,21 +75,31 @@ class Supervisor:
         links: of process 0, to all others; of each other, to process 0.
         say: prints a line.
         saves: whether the command answers a SIGTERM by a checkpoint and its end; else it is killed.
+        seconds: how long JAX may take to start in all.
     """
 
-    def __init__(self, place: Place, links: Mapping[int, Link], say: Callable[[str], None], saves: bool = True):
+    def __init__(
+        self,
+        place: Place,
+        links: Mapping[int, Link],
+        say: Callable[[str], None],
+        saves: bool = True,
+        seconds: float = 300.0,
+    ):
         self.place, self.links, self.say, self.saves = place, dict(links), say, saves
         self.leads = place.index == 0
         self.hosts = {place.index: socket.gethostname()} | {i: link.host for i, link in links.items()}
         self.code: int | None = None  # of the child, once it has ended
+        self.deadline = time.monotonic() + seconds
+        self.late = set(range(place.count)) if self.leads else set()  # whose JAX has not started yet
         self.ended: dict[int, int] = {}  # exit codes, as far as they are known here
         self.verdict: tuple[int, int] | None = None  # who ended the run, and how
         self.asked = 0  # signals to stop
         self.due = 0.0  # when what is waited for is given up
         self.held: list[tuple[float, bytes]] = []  # what libraries printed
 
-    def __call__(self, command: Callable[[], int]) -> int:
-        """Run the command in a child; returns its exit code.
+    def __call__(self, command: Callable[[Callable[[], None]], int]) -> int:
+        """Run the command in a child, with what it calls once JAX has started; returns its exit code.
 
         Raises:
             ProcessDied: names the process whose end ended the run.
@@ -103,6 +115,7 @@ class Supervisor:
         self.sources = selectors.DefaultSelector()
         self.sources.register(bells, selectors.EVENT_READ, "bells")
         self.sources.register(self.errors, selectors.EVENT_READ, "errors")
+        self.sources.register(self.leash, selectors.EVENT_READ, "child")
         for index, link in self.links.items():
             self.sources.register(link, selectors.EVENT_READ, index)
         try:
@@ -116,12 +129,13 @@ class Supervisor:
             signal.set_wakeup_fd(old_bell)
             for s, handler in old.items():
                 signal.signal(s, handler)
-            for fd in (bells, bell, self.leash, self.errors):
+            for fd in (bells, bell, self.errors):
                 os.close(fd)
+            self.leash.close()
 
-    def fork(self, command: Callable[[], int]) -> None:
-        """Start the child. It dies with this process, whose end of a pipe closes then."""
-        leash, self.leash = os.pipe()
+    def fork(self, command: Callable[[Callable[[], None]], int]) -> None:
+        """Start the child. It dies with this process, whose end of a pair of sockets closes then."""
+        leash, self.leash = socket.socketpair()
         self.errors, errors = os.pipe()
         os.set_blocking(self.errors, False)
         self.prints = True
@@ -131,26 +145,34 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # none may find a child with this process's handlers
         self.child = os.fork()
         if self.child == 0:
-            os.close(self.leash)
+            self.leash.close()
             os.close(self.errors)
             for link in self.links.values():
                 link.sock.close()
             work(command, leash, errors)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
-        os.close(leash)
+        leash.close()
         os.close(errors)
 
     # What comes in
 
     def wait(self, bells: int) -> None:
         """Take in what comes next: signals, messages, and what libraries print in the child."""
-        ready = {key.data for key, _ in self.sources.select(0.1 if self.held or self.due else None)}
+        seconds = self.deadline - time.monotonic() if self.late else None
+        ready = {key.data for key, _ in self.sources.select(0.1 if self.held or self.due else seconds)}
         if "bells" in ready:
             for number in os.read(bells, 4096):
                 self.ring(number)
         if "errors" in ready:
             self.hold()
-        for index in ready - {"bells", "errors"}:
+        if "child" in ready:
+            if not self.leash.recv(1):
+                self.sources.unregister(self.leash)
+            elif self.leads:
+                self.late.discard(0)
+            elif 0 in self.links:
+                self.links[0].send({"here": True})
+        for index in ready - {"bells", "errors", "child"}:
             self.hear(index)
         if self.verdict is None:
             self.print_held(time.monotonic() - ERROR_SECONDS)
@@ -198,7 +220,9 @@ class Supervisor:
             if index not in self.ended and not (self.code in GOOD and not self.leads):
                 self.note(index, LOST)
         for message in messages or ():
-            if self.leads:
+            if self.leads and "here" in message:
+                self.late.discard(index)
+            elif self.leads:
                 self.note(index, int(message["ended"]))
             else:
                 died = int(message["died"])
@@ -208,6 +232,7 @@ class Supervisor:
     def note(self, index: int, how: int) -> None:
         """A process has ended. Process 0 says what that means; the others tell it of their own child."""
         self.ended.setdefault(index, how)
+        self.late.discard(index)
         if how in GOOD or self.verdict is not None:
             pass
         elif how == -signal.SIGABRT or (index == self.place.index and not self.leads):
@@ -219,7 +244,15 @@ class Supervisor:
 
     def judge(self) -> None:
         """Say whose end it was."""
-        index, how = blame(self.ended, self.place.count)
+        self.tell(*blame(self.ended, self.place.count))
+
+    def judge_late(self) -> None:
+        """Say who has not come to JAX. Where process 0 has not, nobody can."""
+        if 0 not in self.late and len(self.late) > 1:
+            self.say(f"{numbers(sorted(self.late))} of {self.place.count} {words(LATE)}")
+        self.tell(min(self.late), LATE)
+
+    def tell(self, index: int, how: int) -> None:
         if self.leads:
             for link in self.links.values():
                 link.send({"died": index, "how": how, "host": self.hosts[index]})
@@ -238,6 +271,8 @@ class Supervisor:
         late = bool(self.due) and time.monotonic() >= self.due
         if self.verdict is None and late:
             self.judge()
+        elif self.verdict is None and self.late and time.monotonic() >= self.deadline:
+            self.judge_late()
         if self.verdict is not None:
             if self.code is None and late:
                 os.kill(self.child, signal.SIGKILL)
@@ -270,13 +305,17 @@ class Supervisor:
         again = "start all of them again with the same command; training goes on from the last complete checkpoint"
         if how == REFUSED:
             raise Refused(Problem(who, words(how), f"mend what it says, and {again}"))
-        raise ProcessDied(f"{who} {words(how)}\n    remedy: see what it printed last, and {again}")
+        remedy = "see what it printed last"
+        if how == LATE:
+            remedy += f", whether it reaches port {self.place.service} of {self.place.host} (--service-port chooses it)"
+            remedy += ", raise --join-seconds"
+        raise ProcessDied(f"{who} {words(how)}\n    remedy: {remedy}, and {again}")
 
 
 # In the child
 
 
-def work(command: Callable[[], int], leash: int, errors: int) -> NoReturn:
+def work(command: Callable[[Callable[[], None]], int], leash: socket.socket, errors: int) -> NoReturn:
     """Run the command as the child of a supervisor."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -291,7 +330,7 @@ def work(command: Callable[[], int], leash: int, errors: int) -> NoReturn:
     os.dup2(errors, 2)
     code = 1
     try:
-        code = command()
+        code = command(lambda: leash.sendall(b"h"))
         if code in GOOD:
             import jax
 
@@ -308,7 +347,7 @@ def work(command: Callable[[], int], leash: int, errors: int) -> NoReturn:
         os._exit(code)
 
 
-def follow(leash: int) -> None:
+def follow(leash: socket.socket) -> None:
     """End with the supervisor."""
-    os.read(leash, 1)
+    leash.recv(1)
     os._exit(1)

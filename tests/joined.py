@@ -44,20 +44,21 @@ import os, sys, time
 from moe_jax import cli, processes, rendezvous, supervise
 from moe_jax.processes import Place
 
+seconds = 300
 exec(sys.argv[6])
 index, count, port = map(int, sys.argv[1:4])
 place, links = rendezvous.meet(Place(index, count, "localhost", port), {"text": "the same"}, 20)
 
-def work(args):
+def work(here):
     print(os.getpid(), flush=True)
-    exec(sys.argv[4], scope := {"os": os, "time": time})
+    exec(sys.argv[4], scope := {"os": os, "time": time, "here": here, "place": place, "seconds": seconds})
     return scope["code"]
 
 class args:
     command = "train"
 
-run = supervise.Supervisor(place, links, lambda line: print(line, file=sys.stderr), sys.argv[5] == "True")
-sys.exit(cli.checked(args, lambda args: run(lambda: work(args))))
+run = supervise.Supervisor(place, links, lambda line: print(line, file=sys.stderr), sys.argv[5] == "True", seconds)
+sys.exit(cli.checked(args, lambda args: run(work)))
 """
 SLEEP = "time.sleep(60)"
 

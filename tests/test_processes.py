@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -267,7 +268,7 @@ def test_a_refusal_or_failure_of_one_ends_the_others(number, kind):
 @pytest.mark.parametrize("last", [0, 1])
 def test_a_stop_after_saving_ends_no_other(last):
     """Each says so by its own code, whichever is the first to end."""
-    children, _ = workers(*(f"time.sleep({2.0 * (i == last)}); code = 75" for i in range(2)))
+    children, _ = workers(*(f"time.sleep({6.0 * (i == last)}); code = 75" for i in range(2)))
     assert [finish(child)[::2] for child in children] == [(75, ""), (75, "")]
 
 
@@ -303,6 +304,57 @@ def test_an_evaluation_ends_at_the_first_signal():
     assert (own_code, own_log.splitlines()[0]) == (130, "SIGTERM: quits")
     assert code == 1 and "process 1 of 2 on " in log and "was interrupted" in log
     assert all(gone(pid) for pid in pids)
+
+
+COME = f"here(); {SLEEP}"
+
+
+@pytest.mark.parametrize(
+    "code, named, all_named",
+    [
+        ((COME, COME, SLEEP), 2, ""),
+        ((SLEEP, SLEEP, COME), 0, ""),
+        ((COME, SLEEP, SLEEP), 1, "processes 1 and 2 of 3 did not come to JAX's service"),
+    ],
+    ids=["2", "0", "1 and 2"],
+)
+def test_who_does_not_come_to_jax_is_named(code, named, all_named):
+    """By all. JAX would abort those that wait, and blame one of them."""
+    children, pids = workers(*code, before="seconds = 4")
+    for index, child in enumerate(children):
+        got, _, log = finish(child)
+        here = ", this one," if index == named else ""
+        assert got == 1 and re.search(rf"failed\nprocess {named} of 3{here} on \S+ did not come to JAX's", log), log
+        assert "raise --join-seconds" in log and (index != 0 or all_named in log)
+    assert all(gone(pid) for pid in pids)
+
+
+def test_who_has_come_to_jax_may_take_its_time():
+    children, _ = workers(*(["here(); time.sleep(5); code = 0"] * 2), before="seconds = 3")
+    assert [finish(child)[::2] for child in children] == [(0, ""), (0, "")]
+
+
+JOIN = "place.start(seconds, here); import jax; code = 0 if jax.process_count() == 2 else 3"
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_jax_waits_as_long_as_the_supervisors(late):
+    """One whose JAX starts long before that of the other is not aborted."""
+    code = [f"time.sleep({10 * (i == late)}); {JOIN}" for i in range(2)]
+    children, _ = workers(*code, before="seconds, processes.JAX_SECONDS = 120, 2")
+    for got, _, log in map(finish, children):
+        assert got == 0, log
+
+
+def test_process_0_is_out_of_reach_until_jax_has_started_there():
+    """Only then does a process tell that it is here."""
+    port = free_port()
+    place = Place(1, 2, "localhost", 1, service=port)
+    with pytest.raises(OSError, match="refused"):
+        place.reach(0.5)
+    with socket.create_server(("localhost", port)):
+        place.reach(0.5)
+    Place(0, 2, "localhost", 1, service=port).reach(0.5)
 
 
 ABORTED, KILLED = -signal.SIGABRT, -signal.SIGKILL
