@@ -1,8 +1,8 @@
 """The command line: `moe-jax train | eval | generate | upcycle | plan | inspect | bench`.
 
 Only the standard library is imported before the arguments are read, so that `--help` answers at once.
-Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 130
-interrupted before there was anything to save, or twice.
+Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 75 a training stopped by a signal after
+saving, which the same command goes on with, 130 interrupted before there was anything to save, or twice.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 
 from moe_jax.bench.options import add_benchmarks
 from moe_jax.plan.command import add_plan
-from moe_jax.terminal import result, say
+from moe_jax.terminal import STOPPED, result, say
 
 STARTED = time.perf_counter()
 
@@ -139,7 +139,9 @@ def add_processes(command: argparse.ArgumentParser) -> None:
     group.add_argument("--processes", metavar="N", help=help)
     group.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, the same for all")
-    help = "how long to wait for the others to join (default 300)"
+    help = "port on the same host for JAX's own service, where a firewall must know it (default: a free one)"
+    group.add_argument("--service-port", type=int, metavar="PORT", help=help)
+    help = "how long to wait for the others to join, and then for JAX to start in all (default 300)"
     group.add_argument("--join-seconds", type=float, default=300.0, metavar="S", help=help)
 
 
@@ -228,7 +230,7 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
     workdir = args.workdir or Path("runs") / f"{cfg.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     place = getattr(args, "place", None)
     if place is not None:
-        place.start()
+        place.start(*args.joins)
     mesh.prepare_devices(cfg.mesh, args.fake_devices, 1 if place is None else place.count)
     from moe_jax.train.loop import Run
 
@@ -252,7 +254,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
 
     place, keep = getattr(args, "place", None), args.batches is not None
     if place is not None:
-        place.start()
+        place.start(*args.joins)
     processes = 1 if place is None else place.count
     trained = Trained(args.workdir, args.overrides, args.fake_devices, keep_batch=keep, processes=processes)
     from moe_jax.train.evaluate import Evaluator
@@ -385,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def together(args: argparse.Namespace) -> int:
     """Run the command, in this process or as one of several; returns the exit code."""
-    if all(getattr(args, flag, None) is None for flag in ("processes", "process", "coordinator")):
+    if all(getattr(args, flag, None) is None for flag in ("processes", "process", "coordinator", "service_port")):
         return alone(args)
     from moe_jax import processes, rendezvous, supervise
 
@@ -395,13 +397,14 @@ def together(args: argparse.Namespace) -> int:
     place, links = rendezvous.meet(place, processes.asks(args, place), args.join_seconds)
     args.place = place
 
-    def work() -> int:
+    def work(here: Callable[[], None]) -> int:
+        args.joins = seconds, here
         if place.index != 0:
             args.quiet, args.json = True, True  # process 0 tells the results
         return checked(args, alone)
 
-    saves = args.command == "train"
-    return supervise.Supervisor(place, links, lambda line: say(args, line), saves)(work)
+    saves, seconds = args.command == "train", max(args.join_seconds, processes.JAX_SECONDS)
+    return supervise.Supervisor(place, links, lambda line: say(args, line), saves, seconds)(work)
 
 
 def alone(args: argparse.Namespace) -> int:
@@ -410,7 +413,7 @@ def alone(args: argparse.Namespace) -> int:
     place = getattr(args, "place", None)
     if args.json and (place is None or place.index == 0):
         print(json.dumps(finite(report), allow_nan=False), flush=True)
-    return 0
+    return 0 if report.get("finished", True) else STOPPED
 
 
 def checked(args: argparse.Namespace, work: Callable[[argparse.Namespace], int]) -> int:

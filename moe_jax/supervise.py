@@ -8,7 +8,7 @@ its closed connection says so; where a machine is, the kernel's keep-alive.
 
 import contextlib
 import os
-import select
+import selectors
 import signal
 import socket
 import sys
@@ -19,11 +19,13 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from moe_jax.processes import HEARTBEAT_SECONDS, Place
-from moe_jax.rendezvous import Link
+from moe_jax.rendezvous import Link, numbers
 from moe_jax.schema import Problem, Refused
+from moe_jax.terminal import STOPPED
 
-LOST, HUNG = 1000, 1001  # beside exit codes and minus the number of a signal: how a process can end
+LOST, HUNG, LATE = 1000, 1001, 1002  # beside exit codes and minus the number of a signal: how a process can end
 REFUSED, INTERRUPTED = 2, 130
+GOOD = (0, STOPPED)  # exit codes of a process that does not end the run of the others
 GRACE_SECONDS = 3.0  # for a first cause to come in after its consequence, and for a child that ends by itself
 ERROR_SECONDS = (
     GRACE_SECONDS + 1
@@ -39,7 +41,7 @@ def blame(ended: Mapping[int, int], count: int) -> tuple[int, int]:
 
     JAX aborts the others where process 0 dies, or where one of them hangs: an abort is the last cause to name.
     """
-    bad = {i: how for i, how in ended.items() if how}
+    bad = {i: how for i, how in ended.items() if how not in GOOD}
     causes = [i for i, how in bad.items() if how != -signal.SIGABRT]
     if causes:
         return causes[0], bad[causes[0]]
@@ -56,6 +58,8 @@ def words(how: int) -> str:
         return "died: its connection closed"
     if how == HUNG:
         return f"hangs: JAX had no sign of life from it for {HEARTBEAT_SECONDS} s and ended the others"
+    if how == LATE:
+        return "did not come to JAX's service, which process 0 starts, in the time of --join-seconds"
     if how < 0:
         short = ", as the system does where memory is short" if how == -signal.SIGKILL else ""
         return f"died: killed by {signal.Signals(-how).name}{short}"
@@ -71,21 +75,31 @@ class Supervisor:
         links: of process 0, to all others; of each other, to process 0.
         say: prints a line.
         saves: whether the command answers a SIGTERM by a checkpoint and its end; else it is killed.
+        seconds: how long JAX may take to start in all.
     """
 
-    def __init__(self, place: Place, links: Mapping[int, Link], say: Callable[[str], None], saves: bool = True):
+    def __init__(
+        self,
+        place: Place,
+        links: Mapping[int, Link],
+        say: Callable[[str], None],
+        saves: bool = True,
+        seconds: float = 300.0,
+    ):
         self.place, self.links, self.say, self.saves = place, dict(links), say, saves
         self.leads = place.index == 0
         self.hosts = {place.index: socket.gethostname()} | {i: link.host for i, link in links.items()}
         self.code: int | None = None  # of the child, once it has ended
+        self.deadline = time.monotonic() + seconds
+        self.late = set(range(place.count)) if self.leads else set()  # whose JAX has not started yet
         self.ended: dict[int, int] = {}  # exit codes, as far as they are known here
         self.verdict: tuple[int, int] | None = None  # who ended the run, and how
         self.asked = 0  # signals to stop
         self.due = 0.0  # when what is waited for is given up
         self.held: list[tuple[float, bytes]] = []  # what libraries printed
 
-    def __call__(self, command: Callable[[], int]) -> int:
-        """Run the command in a child; returns its exit code.
+    def __call__(self, command: Callable[[Callable[[], None]], int]) -> int:
+        """Run the command in a child, with what it calls once JAX has started; returns its exit code.
 
         Raises:
             ProcessDied: names the process whose end ended the run.
@@ -98,6 +112,12 @@ class Supervisor:
         old = {s: signal.signal(s, lambda number, frame: None) for s in (*stops, signal.SIGCHLD)}
         old_bell = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
         self.fork(command)
+        self.sources = selectors.DefaultSelector()
+        self.sources.register(bells, selectors.EVENT_READ, "bells")
+        self.sources.register(self.errors, selectors.EVENT_READ, "errors")
+        self.sources.register(self.leash, selectors.EVENT_READ, "child")
+        for index, link in self.links.items():
+            self.sources.register(link, selectors.EVENT_READ, index)
         try:
             while not self.over():
                 self.wait(bells)
@@ -105,16 +125,19 @@ class Supervisor:
         finally:
             if self.code is None:
                 os.kill(self.child, signal.SIGKILL)
+            self.sources.close()
             signal.set_wakeup_fd(old_bell)
             for s, handler in old.items():
                 signal.signal(s, handler)
-            for fd in (bells, bell, self.leash, self.errors):
+            for fd in (bells, bell, self.errors):
                 os.close(fd)
+            self.leash.close()
 
-    def fork(self, command: Callable[[], int]) -> None:
-        """Start the child. It dies with this process, whose end of a pipe closes then."""
-        leash, self.leash = os.pipe()
+    def fork(self, command: Callable[[Callable[[], None]], int]) -> None:
+        """Start the child. It dies with this process, whose end of a pair of sockets closes then."""
+        leash, self.leash = socket.socketpair()
         self.errors, errors = os.pipe()
+        os.set_blocking(self.errors, False)
         self.prints = True
         sys.stdout.flush()
         sys.stderr.flush()
@@ -122,32 +145,49 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # none may find a child with this process's handlers
         self.child = os.fork()
         if self.child == 0:
-            os.close(self.leash)
+            self.leash.close()
             os.close(self.errors)
             for link in self.links.values():
                 link.sock.close()
             work(command, leash, errors)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
-        os.close(leash)
+        leash.close()
         os.close(errors)
 
     # What comes in
 
     def wait(self, bells: int) -> None:
         """Take in what comes next: signals, messages, and what libraries print in the child."""
-        sources = [bells, *([self.errors] if self.prints else []), *self.links.values()]
-        ready = select.select(sources, [], [], 0.1 if self.held or self.due else None)[0]
-        if bells in ready:
+        seconds = self.deadline - time.monotonic() if self.late else None
+        ready = {key.data for key, _ in self.sources.select(0.1 if self.held or self.due else seconds)}
+        if "bells" in ready:
             for number in os.read(bells, 4096):
                 self.ring(number)
-        if self.errors in ready:
-            piece = os.read(self.errors, 65536)
-            self.prints = bool(piece)
-            self.held.append((time.monotonic(), piece))
-        for index in [i for i, link in self.links.items() if link in ready]:
+        if "errors" in ready:
+            self.hold()
+        if "child" in ready:
+            if not self.leash.recv(1):
+                self.sources.unregister(self.leash)
+            elif self.leads:
+                self.late.discard(0)
+            elif 0 in self.links:
+                self.links[0].send({"here": True})
+        for index in ready - {"bells", "errors", "child"}:
             self.hear(index)
         if self.verdict is None:
             self.print_held(time.monotonic() - ERROR_SECONDS)
+
+    def hold(self) -> bool:
+        """Keep what libraries have printed in the child; returns whether there was any."""
+        try:
+            piece = os.read(self.errors, 65536)
+        except BlockingIOError:
+            return False
+        self.held.append((time.monotonic(), piece))
+        if not piece:
+            self.sources.unregister(self.errors)
+            self.prints = False
+        return bool(piece)
 
     def ring(self, number: int) -> None:
         """A signal: the child has ended, or someone asks to stop."""
@@ -174,11 +214,15 @@ class Supervisor:
         """Messages of another supervisor, or the end of its connection."""
         messages = self.links[index].receive()
         if messages is None:
-            self.links.pop(index).sock.close()
-            if index not in self.ended and not (self.code == 0 and not self.leads):
+            link = self.links.pop(index)
+            self.sources.unregister(link)
+            link.sock.close()
+            if index not in self.ended and not (self.code in GOOD and not self.leads):
                 self.note(index, LOST)
         for message in messages or ():
-            if self.leads:
+            if self.leads and "here" in message:
+                self.late.discard(index)
+            elif self.leads:
                 self.note(index, int(message["ended"]))
             else:
                 died = int(message["died"])
@@ -188,7 +232,8 @@ class Supervisor:
     def note(self, index: int, how: int) -> None:
         """A process has ended. Process 0 says what that means; the others tell it of their own child."""
         self.ended.setdefault(index, how)
-        if how == 0 or self.verdict is not None:
+        self.late.discard(index)
+        if how in GOOD or self.verdict is not None:
             pass
         elif how == -signal.SIGABRT or (index == self.place.index and not self.leads):
             self.due = self.due or time.monotonic() + GRACE_SECONDS * (1 if self.leads else 2)
@@ -199,7 +244,15 @@ class Supervisor:
 
     def judge(self) -> None:
         """Say whose end it was."""
-        index, how = blame(self.ended, self.place.count)
+        self.tell(*blame(self.ended, self.place.count))
+
+    def judge_late(self) -> None:
+        """Say who has not come to JAX. Where process 0 has not, nobody can."""
+        if 0 not in self.late and len(self.late) > 1:
+            self.say(f"{numbers(sorted(self.late))} of {self.place.count} {words(LATE)}")
+        self.tell(min(self.late), LATE)
+
+    def tell(self, index: int, how: int) -> None:
         if self.leads:
             for link in self.links.values():
                 link.send({"died": index, "how": how, "host": self.hosts[index]})
@@ -218,11 +271,13 @@ class Supervisor:
         late = bool(self.due) and time.monotonic() >= self.due
         if self.verdict is None and late:
             self.judge()
+        elif self.verdict is None and self.late and time.monotonic() >= self.deadline:
+            self.judge_late()
         if self.verdict is not None:
             if self.code is None and late:
                 os.kill(self.child, signal.SIGKILL)
             return self.code is not None
-        return self.code == 0 and (not self.leads or len(self.ended) == self.place.count)
+        return self.code in GOOD and (not self.leads or len(self.ended) == self.place.count)
 
     def print_held(self, until: float) -> None:
         """What libraries printed in the child up to a time."""
@@ -232,11 +287,9 @@ class Supervisor:
 
     def finish(self) -> int:
         """Part with the others; the exit code, or the error that says who ended the run."""
-        while self.prints and select.select([self.errors], [], [], 0)[0]:
-            piece = os.read(self.errors, 65536)
-            self.prints = bool(piece)
-            self.held.append((time.monotonic(), piece))
-        failed = self.code is not None and self.code > 0  # by itself
+        while self.prints and self.hold():
+            pass
+        failed = self.code not in (*GOOD, None) and self.code > 0  # by itself
         if self.verdict is None or self.verdict[0] == self.place.index or failed:
             self.print_held(time.monotonic())
         for link in self.links.values():
@@ -252,13 +305,17 @@ class Supervisor:
         again = "start all of them again with the same command; training goes on from the last complete checkpoint"
         if how == REFUSED:
             raise Refused(Problem(who, words(how), f"mend what it says, and {again}"))
-        raise ProcessDied(f"{who} {words(how)}\n    remedy: see what it printed last, and {again}")
+        remedy = "see what it printed last"
+        if how == LATE:
+            remedy += f", whether it reaches port {self.place.service} of {self.place.host} (--service-port chooses it)"
+            remedy += ", raise --join-seconds"
+        raise ProcessDied(f"{who} {words(how)}\n    remedy: {remedy}, and {again}")
 
 
 # In the child
 
 
-def work(command: Callable[[], int], leash: int, errors: int) -> NoReturn:
+def work(command: Callable[[Callable[[], None]], int], leash: socket.socket, errors: int) -> NoReturn:
     """Run the command as the child of a supervisor."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -273,13 +330,13 @@ def work(command: Callable[[], int], leash: int, errors: int) -> NoReturn:
     os.dup2(errors, 2)
     code = 1
     try:
-        code = command()
-        if code == 0:
+        code = command(lambda: leash.sendall(b"h"))
+        if code in GOOD:
             import jax
 
             jax.distributed.shutdown()  # together with the others
     except BaseException:
-        code = code or 1
+        code = 1 if code in GOOD else code
         time.sleep(GRACE_SECONDS + 2)  # where another process has died or was refused, this is only its consequence
         with contextlib.suppress(Exception):
             traceback.print_exc()
@@ -290,7 +347,7 @@ def work(command: Callable[[], int], leash: int, errors: int) -> NoReturn:
         os._exit(code)
 
 
-def follow(leash: int) -> None:
+def follow(leash: socket.socket) -> None:
     """End with the supervisor."""
-    os.read(leash, 1)
+    leash.recv(1)
     os._exit(1)

@@ -7,6 +7,8 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 
+STOPPED = 75  # exit code of a training that a signal stopped after saving; EX_TEMPFAIL: the same command goes on
+
 
 def result(args: argparse.Namespace, *lines: str) -> None:
     """What was asked for: on standard output, or beside a JSON object, which holds the same, as progress is told."""

@@ -8,13 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from commands import (
-    ENV,
     NOISE,
     STEPS,
     TINY,
@@ -29,22 +27,13 @@ from commands import (
     steps_of,
     write_text,
 )
+from joined import SLEEP, flags, free_port, workers
 
-from moe_jax import cli, rendezvous, supervise
-from moe_jax.config import Refused
+from moe_jax import cli, supervise
 from moe_jax.processes import Place, find_place
 
 here = pytest.fixture(scope="module", autouse=True)(inside)
 call = pytest.fixture(calls)
-
-
-def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        return server.getsockname()[1]
-
-
-def flags(index: int, count: int, port: int) -> list[object]:
-    return ["--processes", count, "--process", index, "--coordinator", f"localhost:{port}"]
 
 
 def several(argv: list, count: int, devices: int, **options) -> list[subprocess.Popen]:
@@ -105,7 +94,7 @@ def test_two_processes_train_what_one_does(stopped, whole):
 def test_sigterm_for_one_stops_all_after_the_same_step(stopped):
     """One process tells, of one checkpoint for both."""
     workdir, (code, out, log), (other_code, other_out, other_log) = stopped
-    assert (code, other_code) == (0, 0), log + other_log
+    assert (code, other_code) == (75, 75), log + other_log
     assert not NOISE.search(log + other_log) and "Gloo" not in log + out, log + other_log
     report = json.loads(out)
     step = report["step"]
@@ -220,39 +209,6 @@ def test_a_killed_run_is_named_by_the_other(train, tmp_path, role):
     assert all(gone(pid) for pid in workers)
 
 
-WORKER = """
-import os, sys, time
-from moe_jax import cli, rendezvous, supervise
-from moe_jax.processes import Place
-
-index, count, port = map(int, sys.argv[1:4])
-place, links = rendezvous.meet(Place(index, count, "localhost", port), {"text": "the same"}, 20)
-
-def work(args):
-    print(os.getpid(), flush=True)
-    exec(sys.argv[4], scope := {"os": os, "time": time})
-    return scope["code"]
-
-class args:
-    command = "train"
-
-run = supervise.Supervisor(place, links, lambda line: print(line, file=sys.stderr), sys.argv[5] == "True")
-sys.exit(cli.checked(args, lambda args: run(lambda: work(args))))
-"""
-SLEEP = "time.sleep(60)"
-
-
-def workers(*code: str, saves: bool = True) -> tuple[list[subprocess.Popen], list[int]]:
-    """Supervised processes that do no more than some lines of Python, and what does it in each."""
-    port = free_port()
-    argv = [
-        [sys.executable, "-c", WORKER, str(i), str(len(code)), str(port), text, str(saves)]
-        for i, text in enumerate(code)
-    ]
-    children = [subprocess.Popen(a, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) for a in argv]
-    return children, [int(child.stdout.readline()) for child in children]
-
-
 @pytest.mark.parametrize("what", ["child", "supervisor"])
 @pytest.mark.parametrize("role", [0, 1, 2])
 def test_a_death_is_named_by_all(role, what):
@@ -309,6 +265,13 @@ def test_a_refusal_or_failure_of_one_ends_the_others(number, kind):
     assert all(gone(pid) for pid in pids)
 
 
+@pytest.mark.parametrize("last", [0, 1])
+def test_a_stop_after_saving_ends_no_other(last):
+    """Each says so by its own code, whichever is the first to end."""
+    children, _ = workers(*(f"time.sleep({6.0 * (i == last)}); code = 75" for i in range(2)))
+    assert [finish(child)[::2] for child in children] == [(75, ""), (75, "")]
+
+
 def test_a_failure_that_follows_from_a_death_is_not_told():
     """A library may notice the death before its process is ended."""
     children, pids = workers(SLEEP, "time.sleep(1); raise RuntimeError('connection reset by peer')")
@@ -341,6 +304,57 @@ def test_an_evaluation_ends_at_the_first_signal():
     assert (own_code, own_log.splitlines()[0]) == (130, "SIGTERM: quits")
     assert code == 1 and "process 1 of 2 on " in log and "was interrupted" in log
     assert all(gone(pid) for pid in pids)
+
+
+COME = f"here(); {SLEEP}"
+
+
+@pytest.mark.parametrize(
+    "code, named, all_named",
+    [
+        ((COME, COME, SLEEP), 2, ""),
+        ((SLEEP, SLEEP, COME), 0, ""),
+        ((COME, SLEEP, SLEEP), 1, "processes 1 and 2 of 3 did not come to JAX's service"),
+    ],
+    ids=["2", "0", "1 and 2"],
+)
+def test_who_does_not_come_to_jax_is_named(code, named, all_named):
+    """By all. JAX would abort those that wait, and blame one of them."""
+    children, pids = workers(*code, before="seconds = 4")
+    for index, child in enumerate(children):
+        got, _, log = finish(child)
+        here = ", this one," if index == named else ""
+        assert got == 1 and re.search(rf"failed\nprocess {named} of 3{here} on \S+ did not come to JAX's", log), log
+        assert "raise --join-seconds" in log and (index != 0 or all_named in log)
+    assert all(gone(pid) for pid in pids)
+
+
+def test_who_has_come_to_jax_may_take_its_time():
+    children, _ = workers(*(["here(); time.sleep(5); code = 0"] * 2), before="seconds = 3")
+    assert [finish(child)[::2] for child in children] == [(0, ""), (0, "")]
+
+
+JOIN = "place.start(seconds, here); import jax; code = 0 if jax.process_count() == 2 else 3"
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_jax_waits_as_long_as_the_supervisors(late):
+    """One whose JAX starts long before that of the other is not aborted."""
+    code = [f"time.sleep({10 * (i == late)}); {JOIN}" for i in range(2)]
+    children, _ = workers(*code, before="seconds, processes.JAX_SECONDS = 120, 2")
+    for got, _, log in map(finish, children):
+        assert got == 0, log
+
+
+def test_process_0_is_out_of_reach_until_jax_has_started_there():
+    """Only then does a process tell that it is here."""
+    port = free_port()
+    place = Place(1, 2, "localhost", 1, service=port)
+    with pytest.raises(OSError, match="refused"):
+        place.reach(0.5)
+    with socket.create_server(("localhost", port)):
+        place.reach(0.5)
+    Place(0, 2, "localhost", 1, service=port).reach(0.5)
 
 
 ABORTED, KILLED = -signal.SIGABRT, -signal.SIGKILL
@@ -377,6 +391,9 @@ def test_who_is_to_blame(ended, count, want):
         (["--processes", "many"], ["--processes: is 'many'"]),
         (["--process", "1"], ["--process: is 1, and --processes is not given"]),
         (["--coordinator", "a:1"], ["--coordinator: is a:1, and --processes is not given"]),
+        (["--service-port", "7"], ["--service-port: is 7, and --processes is not given"]),
+        ([*flags(1, 2, 1), "--service-port", "1"], ["--service-port: is 1, and there the processes meet", "another"]),
+        ([*flags(1, 2, 1), "--service-port", "65536"], ["--service-port: is 65536", "1 to 65535"]),
         (["--processes", "2", "--process", "1"], ["--coordinator: is missing", "HOST:PORT of process 0"]),
         (["--processes", "2", "--process", "1", "--coordinator", "node"], ["--coordinator: is 'node'"]),
         (["--processes", "2", "--process", "1", "--coordinator", "node:0"], ["--coordinator: is 'node:0'"]),
@@ -404,60 +421,6 @@ def test_a_folder_for_each_process_is_refused(train, call):
 def test_one_process_is_a_run_like_any_other(whole, train, call):
     code, report, log = call(*train, "--workdir", whole, "--processes", "1", "--process", "0")
     assert code == 0 and report["processes"] == 1 and "nothing to do" in log
-
-
-def meet(*places: tuple[Place, dict], seconds: float = 5.0) -> list:
-    """What the meeting of some processes ends in for each."""
-    out: list = [None] * len(places)
-
-    def one(i: int) -> None:
-        try:
-            out[i] = rendezvous.meet(*places[i], seconds)
-        except Refused as e:
-            out[i] = str(e)
-
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(places))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return out
-
-
-def test_who_runs_something_else_is_refused_by_all():
-    port = free_port()
-    places = [(Place(i, 3, "localhost", port), {"config": "that" if i == 2 else "this"}) for i in range(3)]
-    out = meet(*places)
-    assert out[0] == out[2] and "process 2 was started with another config than process 0" in out[0]
-    assert out[1] == out[0] or "did not answer" in out[1] or "is no longer" in out[1]
-
-
-def test_another_number_of_processes_is_refused_by_all():
-    port = free_port()
-    out = meet((Place(0, 2, "localhost", port), {}), (Place(1, 3, "localhost", port), {}))
-    assert out[0] == out[1] and "--processes: is 3 for process 1, and 2 for process 0" in out[0]
-
-
-def test_a_number_is_given_once():
-    """The second is refused, and the run begins without it; a stranger at the port is not taken for a process."""
-    port = free_port()
-    places = [Place(i, 3, "localhost", port) for i in (0, 1, 1, 2)]
-    out: list = []
-    first = threading.Thread(target=lambda: out.extend(meet(*((p, {}) for p in places[:3]), seconds=20)))
-    first.start()
-    time.sleep(0.5)
-    with socket.create_connection(("localhost", port)) as stranger:
-        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        last = meet((places[3], {}))
-    first.join()
-    refused = [o for o in out if isinstance(o, str)]
-    assert len(refused) == 1 and "--process: is 1, and a process of that number has joined already" in refused[0]
-    (place, links), *others = [o for o in [*out, *last] if not isinstance(o, str)]
-    assert sorted(links) == [1, 2] and len(others) == 2
-    assert {p.service for p, _ in others} == {place.service}
-    for _, each in [(place, links), *others]:
-        for link in each.values():
-            link.sock.close()
 
 
 def test_slurm_says_which_process_this_is(monkeypatch):

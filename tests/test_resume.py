@@ -99,7 +99,7 @@ def test_a_whole_run_is_logged_and_saved(whole):
 
 def test_sigterm_saves_and_ends(stopped):
     workdir, code, out, log = stopped["term"]
-    assert code == 0 and not NOISE.search(log), log
+    assert code == 75 and not NOISE.search(log), log
     report = json.loads(out.splitlines()[-1])
     step = report["step"]
     assert 12 <= step < STEPS and report["finished"] is False

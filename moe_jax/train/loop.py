@@ -96,7 +96,7 @@ class Run:
                     self.screen.note(f"{stop.signal}: saved at {where}; the same command goes on from there")
         finally:
             self.checkpoints.wait()
-        report = self.report(step) if self.main else {}
+        report = {"finished": step >= self.cfg.train.steps} | (self.report(step) if self.main else {})
         if "loss" in report:
             self.draw(report)
         if self.cfg.train.sample and step >= self.cfg.train.steps:
@@ -265,7 +265,6 @@ class Run:
         out = {
             "config": self.cfg.name,
             "step": step,
-            "finished": step >= self.cfg.train.steps,
             "loss": train[-1]["loss"],
             "eval_loss": evals[-1]["eval_loss"] if evals else None,
             "eval_bits_per_byte": evals[-1].get("bits_per_byte") if evals else None,
