@@ -258,6 +258,8 @@ def test_gathered_tokens_are_flagged(monkeypatch):
     found = report(small(mesh=QUICK[2]), forward=True)
     flag = next(f for f in found["flags"] if f["kind"] == "tokens are gathered")
     assert "all-gather over expert" in flag["what"] and "rules.experts" in flag["remedy"] and flag["bytes"] > 0
+    said = "\n".join(lines(found))
+    assert f"exchange: no all-to-all was found: least {2 * LAYERS} forward\n" in said and "times the least" not in said
 
 
 WEIGHT = "state.params['stacks']['0']['blocks']['0']['ffn']['experts']['w_up']"
