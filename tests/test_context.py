@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from moe_jax import mesh as meshes
 from moe_jax.axes import Rules
 from moe_jax.collectives import read
-from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig
+from moe_jax.config import Config, DataConfig, LatentConfig, MeshConfig, ModelConfig, MoEConfig
 from moe_jax.generate import Generator, Sampling
 from moe_jax.layers.context import split_attention
 from moe_jax.layers.moe import MoELayer
@@ -93,17 +93,17 @@ def test_groups_over_two_expert_axes_that_span_rows():
 # Models
 
 
-def tiny(**axes) -> Config:
+def tiny(latent: LatentConfig | None = None, **axes) -> Config:
     """A model whose groups fit into the pieces of any mesh here."""
     moe = MoEConfig(experts=4, top_k=2, d_ff=8, capacity_factor=1.0, min_capacity=1, group_size=2)
-    model = ModelConfig(vocab=40, layers=2, d_model=8, d_ff=16, heads=2, max_length=32, moe=moe)
+    model = ModelConfig(vocab=40, layers=2, d_model=8, d_ff=16, heads=2, max_length=32, moe=moe, latent=latent)
     return Config(model=model, mesh=MeshConfig(**axes), data=DataConfig(length=16, batch=4))
 
 
 @functools.cache
-def made():
+def made(latent=None):
     """The model on one device, its numbers, and what it does with some tokens."""
-    model, mesh = Model.of(tiny()), meshes.build_mesh(MeshConfig(), jax.devices()[:1])
+    model, mesh = Model.of(tiny(latent)), meshes.build_mesh(MeshConfig(), jax.devices()[:1])
     state = model.create(mesh)
     numbers = jax.tree.map(lambda p: 3.0 * np.asarray(p), state.params)
     tokens = np.random.default_rng(0).integers(0, 40, (4, 16)).astype(np.int32)
@@ -130,13 +130,14 @@ def test_a_call_knows_no_order():
 
 
 SPLITS = {"context": Rules(experts=("expert", "context")), "tensor": Rules(residual=("tensor",))}
+LATENT = LatentConfig(key_value=5, rotary=2, query=3)
 
 
-@pytest.mark.parametrize("axis", SPLITS)
-def test_text_is_that_of_one_device(axis):
-    """A cache holds whole rows: the shards of a row take rows of their own."""
-    numbers, tokens, _, want = made()
-    cfg = dataclasses.replace(tiny(expert=2, **{axis: 2}), rules=SPLITS[axis])
+@pytest.mark.parametrize("axis, latent", [("context", None), ("tensor", None), ("tensor", LATENT)], ids=str)
+def test_text_is_that_of_one_device(axis, latent):
+    """A cache holds whole rows: the shards of a row take rows of their own, those of heads share latents."""
+    numbers, tokens, _, want = made(latent)
+    cfg = dataclasses.replace(tiny(latent, expert=2, **{axis: 2}), rules=SPLITS[axis])
     model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[:4])
     weights = Weights(jax.device_put(numbers, model.weight_shardings(mesh).params), None)
     assert Generator(model, mesh, 40, 40, Sampling(temperature=0.0))(weights, list(tokens[:3, :5]), 4).tokens == want

@@ -233,6 +233,32 @@ def test_rows_split_between_the_layers(name):
     assert not [r for r in over if r["op"] == "all-reduce"] and peaks[1] < peaks[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ['["expert"]', '["expert","context"]'])
+@pytest.mark.parametrize("name", compilable("v5e:2x2"))
+def test_split_rows_exchange_the_least(name, experts):
+    """Two all-to-alls a layer and pass, of the tokens of a piece of a row; gathered are keys and values alone."""
+    topology, mesh = parse(name), {"expert": 2, "context": 2}
+    more = [f"rules.experts={experts}", "model.moe.group_size=8", "model.dtype=bfloat16"]
+    cfg = small(*more, mesh=mesh)
+    found = inspect(cfg, topology_mesh(cfg.mesh, topology), topology=topology)
+    rows, step, axes = exchange(found), Step(cfg, "tpu"), tuple(cfg.rules.experts)
+    assert {(tuple(r["axes"]), r["phase"], r["count"]) for r in rows} == {
+        (axes, phase, LAYERS) for phase in ("forward", "backward")
+    }
+    assert found["exchange"]["count"] == {"forward": 2 * LAYERS, "recompute": 0, "backward": 2 * LAYERS}
+    tokens = cfg.data.batch * L // 4
+    assert {r["bytes"] for r in rows} == {LAYERS * least(cfg.mesh.over(axes), tokens, 2)}
+    assert found["exchange"]["times_least"] == 1 and found["flags"] == []
+    moving = [r for r in found["collectives"] if r["op"] not in ("all-to-all", "all-reduce")]
+    assert {(r["op"], *r["axes"], r["module"]) for r in moving} == {
+        ("all-gather", "context", "attention"),
+        ("reduce-scatter", "context", "attention"),
+    }
+    planned = sum(m.count * m.sent for m in traffic(step) if (m.what, m.op) == ("keys and values", "all-gather"))
+    assert sum(r["bytes"] for r in moving if r["op"] == "all-gather") == planned
+
+
 @pytest.mark.parametrize("name", compilable("v5e:1x1"))
 def test_what_does_not_fit_is_told(name):
     """The embedding alone has 2**32 numbers of 4 bytes, and the chip 16 GiB."""
@@ -258,6 +284,8 @@ def test_gathered_tokens_are_flagged(monkeypatch):
     found = report(small(mesh=QUICK[2]), forward=True)
     flag = next(f for f in found["flags"] if f["kind"] == "tokens are gathered")
     assert "all-gather over expert" in flag["what"] and "rules.experts" in flag["remedy"] and flag["bytes"] > 0
+    said = "\n".join(lines(found))
+    assert f"exchange: no all-to-all was found: least {2 * LAYERS} forward\n" in said and "times the least" not in said
 
 
 WEIGHT = "state.params['stacks']['0']['blocks']['0']['ffn']['experts']['w_up']"

@@ -545,8 +545,8 @@ SPARSE = replace(TINY, layers=3, moe=replace(MOE, first_dense=1, every=1))  # de
 
 
 @functools.cache
-def decoded_on_one_device():
-    return decode_case(SPARSE)
+def decoded_on_one_device(m=SPARSE):
+    return decode_case(m)
 
 
 @pytest.mark.parametrize("router", [None, "hash", "deepseek_v3"])
@@ -575,12 +575,14 @@ def test_expert_choice_does_not_decode():
         model.empty_cache(4, 12)
 
 
+@pytest.mark.parametrize("attention", [{}, *LATENTS], ids=str)
 @pytest.mark.parametrize("axes", [dict(expert=4), dict(expert=2, tensor=2)], ids=str)
-def test_decoding_on_a_mesh(axes):
+def test_decoding_on_a_mesh(axes, attention):
     """The answer is that of the full forward pass on one device."""
-    alone, _ = decoded_on_one_device()
+    m = replace(SPARSE, **attention)
+    alone, _ = decoded_on_one_device(m)
     with jax.set_mesh(mesh.build_mesh(MeshConfig(**axes), jax.devices()[:4])):
-        want, got = decode_case(SPARSE, Rules())
+        want, got = decode_case(m, Rules())
     np.testing.assert_allclose(want, alone, atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(got, alone, atol=1e-4, rtol=1e-4)
 

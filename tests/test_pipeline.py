@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import placements
 import pytest
-from commands import TINY, finish, start, write_text
+from commands import TINY, calls, finish, inside, start, write_text
+from commands import rows as history
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +26,9 @@ from moe_jax.plan.traffic import traffic
 from moe_jax.plan.work import Step
 from moe_jax.train.state import Model
 from moe_jax.train.step import lower_train_step, make_train_step
+
+in_process = pytest.fixture(inside)
+call = pytest.fixture(calls)
 
 
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 3))
@@ -105,21 +109,30 @@ def test_what_stages_pass_on(name):
     assert sum(c.times for c in exchanges) == (2 * each if cfg.mesh.expert > 1 else 0)
 
 
-TRAINED = {
-    "the issue's mesh": (8, ["mesh.stage=2", "mesh.expert=2", "mesh.tensor=2", "train.microbatches=2"]),
-    "rows that stages cannot share": (12, ["mesh.stage=4", "mesh.data=2", "mesh.expert=1", "train.microbatches=3"]),
+TWO = ["mesh.stage=2", "mesh.expert=2", "train.microbatches=2"]
+EACH = ["model.layers=4", "model.moe.every=1"]
+TRAINED = {  # rows, the mesh, and what both runs have beside tiny_gshard
+    "the issue's mesh": (8, [*TWO, "mesh.tensor=2"], []),
+    "rows that stages cannot share": (
+        12,
+        ["mesh.stage=4", "mesh.data=2", "mesh.expert=1", "train.microbatches=3"],
+        [],
+    ),
+    "muon": (8, [*TWO, "train.rounds=2"], [*EACH, "train.optimizer.kind=muon"]),
+    "balanced over sequences": (8, TWO, [*EACH, "model.moe.balance_over=sequence", "model.moe.balance_loss=1.0"]),
+    "dropout inside experts": (8, TWO, [*EACH, "model.moe.expert_dropout=0.4", "model.moe.shared_experts=1"]),
 }
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_is_that_of_one_device(name):
     """tiny_gshard in small, its noise included."""
-    rows, axes = TRAINED[name]
+    rows, axes, both = TRAINED[name]
     small = ["model.d_model=32", "model.d_ff=32", "data.length=16", "model.vocab=64", "model.layers=8"]
     losses = []
     for more in ([], axes):
         base = [*small, f"data.batch={rows}", "mesh.data=1", "mesh.expert=1", "train.sample=unset"]
-        cfg = config.load("tiny_gshard", [*base, *more])
+        cfg = config.load("tiny_gshard", [*base, *both, *more])
         model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[: cfg.mesh.size])
         model.validate()
         state, rng, seed = model.create(mesh), np.random.default_rng(0), jax.random.key(0)
@@ -132,10 +145,10 @@ def test_training_is_that_of_one_device(name):
                 batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": ones}
                 batch |= {"positions": np.cumsum(ones, 1) - 1, "weights": ones.astype(np.float32)}
                 state, metrics = step(state, jax.tree.map(jnp.asarray, batch), seed)
-                run.append((float(metrics["loss"]), int(metrics["kept"].sum())))
+                run.append((float(metrics["total_loss"]), float(metrics["grad_norm"]), int(metrics["kept"].sum())))
         losses.append(np.asarray(run, np.float64))
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    assert losses[0][-1, 0] < losses[0][0, 0]
+    assert len(set(losses[0][:, 0])) == 4, "the comparison needs losses that differ"
 
 
 def test_rounds_save_no_weights():
@@ -178,6 +191,57 @@ def test_a_run_in_rounds_is_read_on_any_mesh(tmp_path):
         assert code == 0, err
         losses.append(json.loads(out.splitlines()[-1])["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("axes, microbatches, rounds, dispatch", [*CELLS.values(), (dict(data=4), 4, 1, "einsum")])
+def test_the_plan_counts_gradients_in_every_pass(axes, microbatches, rounds, dispatch):
+    """Those of layers in each tick, or microbatch of a loop, against the all-reduces of the compiled step."""
+    cfg = pipelined(axes, microbatches, rounds, dispatch)
+    step = Step(cfg, "cpu")
+    (over,) = {
+        c.axes for c in compiled(cfg) if c.op == "all-reduce" and set(c.axes) & {"data", "expert"} and c.times > 1
+    }
+    found = [c for c in compiled(cfg) if (c.op, c.axes, c.phase) == ("all-reduce", over, "backward") and c.times > 1]
+    got = sum(c.times * c.bytes for c in found if c.bytes > placements.COUNTS and "embed" not in c.modules)
+    planned = [m for m in traffic(step) if m.what == "gradients" and m.axes == over]
+    tables = 0 if step.shared else step.table_passes * 4 * placements.D * (placements.VOCAB + 1)  # and a norm
+    want = sum(m.count * m.bytes for m in planned) - tables
+    assert got == pytest.approx(want, abs=sum(m.count for m in planned)), "a mean is rounded"
+    assert sum(m.count for m in planned) == round(4 * step.turns) + (0 if step.shared else step.table_passes)
+
+
+HOPS = {  # what each part of a run has beside four layers of experts, until its steps are done
+    "one round": (["mesh.stage=2"], ["mesh.stage=1", "mesh.expert=2"], ["mesh.stage=4"], ["mesh.stage=2"]),
+    "two rounds": (
+        ["mesh.stage=2", "train.rounds=2"],
+        ["mesh.stage=1"],
+        ["mesh.stage=4"],
+        ["mesh.stage=2", "train.rounds=2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param("one round", marks=pytest.mark.slow), "two rounds"])
+@pytest.mark.usefixtures("in_process")
+def test_a_run_goes_on_with_other_stages(name, tmp_path, call):
+    """Each part of it goes on from the checkpoint of the part before; the losses are those of one device throughout."""
+    small = [x for x in TINY if not x.startswith(("train.steps", "train.checkpoint_every"))]
+    small += [
+        "train.optimizer.schedule=constant",
+        "model.layers=4",
+        "model.moe.every=1",
+        "mesh.data=1",
+        "mesh.expert=1",
+        "train.microbatches=4",
+    ]
+    argv = ["train", *small, f"data.path={write_text(tmp_path)}", "--json", "train.checkpoint_every=2"]
+    code, _, log = call(*argv, "train.steps=8", "--workdir", tmp_path / "alone")
+    assert code == 0, log
+    for i, mesh in enumerate(HOPS[name]):
+        code, _, log = call(*argv, *mesh, f"train.steps={2 * i + 2}", "--workdir", tmp_path / "run")
+        assert code == 0 and (i == 0 or f"goes on from the checkpoint at step {2 * i}\n" in log), log
+    losses = [[s["loss"] for s in history(tmp_path / run)[0]] for run in ("run", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[1])) == 8
 
 
 @pytest.mark.parametrize(

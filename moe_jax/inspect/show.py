@@ -50,7 +50,10 @@ def exchange_lines(report: dict[str, Any]) -> list[str]:
     stages = f"the mean of {len(least['stages'])} stages, " if len(least["stages"]) > 1 else ""
     why = f"{stages}f*K*T*D*b*(n-1)/n with T={least['tokens']:,} tokens a device, n={n}"
     most = "at most " if found["at_most"] else ""
+    moved = f"{most}all-to-alls {counts}; {most}{found['times_least']:.3f} times the least bytes"
+    if not any(found["count"].values()):
+        moved = "no all-to-all was found: least " + ", ".join(f"{least['count'][p]} {p}" for p in phases)
     return [
-        f"exchange: {most}all-to-alls {counts}; {most}{found['times_least']:.3f} times the least bytes",
+        f"exchange: {moved}",
         f"  least: {least['bytes_each_way']:,} bytes each way, {why}",
     ]

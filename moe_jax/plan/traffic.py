@@ -170,27 +170,27 @@ def one(step: Step, leaf: Leaf) -> int:
 def gradients(step: Step) -> list[Move]:
     """Gradients are added up over the token shards that hold the same parameter: scattered where it is split.
 
-    The compiler combines the all-reduces of a layer's gradients into one.
+    In every pass over a layer: each microbatch of a loop and each tick of a pipeline has its own, also one without
+    work; optimising, the TPU compiler moves them out of the ticks where a stage has a single layer. The compiler
+    combines the all-reduces of a layer's gradients into one.
     """
     rules, mesh = step.cfg.rules, step.cfg.mesh
     scatter: dict[Axes, list[float]] = {}
-    reduce: dict[Axes, dict[str, tuple[int, int]]] = {}
+    reduce: dict[Axes, dict[str, tuple[float, float]]] = {}
     for leaf in step.leaves:
         inner = live(step, tuple(a for a in gathered(step, leaf) if a in rules.tokens))
         stacked = leaf.axes[0] == "layers"
         adding = rules.tokens if stacked or not step.shared else (STAGE, *rules.tokens)
         outer = live(step, tuple(a for a in adding if a not in leaf.layout(rules)))
-        layers = leaf.shape[0] if stacked else 1
+        runs = leaf.shape[0] * step.turns if stacked else step.table_passes
         if inner:
-            runs = layers * (step.turns if stacked else step.table_passes)
             entry = scatter.setdefault(inner, [0.0, 0.0])
             entry[0] += runs
             entry[1] += one(step, leaf) * 4 * mesh.over(inner) * runs
         if outer:
             name = leaf.block if stacked else "tables"
-            here = layers // mesh.over(rules.layers) if stacked else 1
-            times, so_far = reduce.setdefault(outer, {}).get(name, (here, 0))
-            reduce[outer][name] = times, so_far + leaf.shard(rules, mesh) * 4
+            _, so_far = reduce.setdefault(outer, {}).get(name, (runs, 0))
+            reduce[outer][name] = runs, so_far + runs * one(step, leaf) * 4
     found = [move(step, "gradients", "reduce-scatter", x, n, total / n, True) for x, (n, total) in scatter.items()]
     for axes, parts in reduce.items():
         count = sum(times for times, _ in parts.values())
