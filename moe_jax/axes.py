@@ -11,6 +11,13 @@ MESH_AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 """Mesh axes, slowest first: neighbouring devices share what talks most. Tokens are split over all but the ends."""
 
 Axes = tuple[str, ...]
+WIDTHS = ("embed", "expert_embed", "latent_embed")
+"""Logical axes of the width, the model's or a latent's, that a matrix reads or writes."""
+MANY = ("layers", "experts")
+"""Logical axes over which a parameter is many matrices."""
+NOT_MATRICES = ("norm", "bias", "position", "vocab", "router_embed")
+"""Logical axes of parameters that Muon leaves to AdamW."""
+
 Layout = tuple[Axes | None, ...]
 """The mesh axes of each dimension of an array; None leaves one to the compiler."""
 
@@ -41,6 +48,7 @@ class Rules:
     router_experts: Axes = ()
     position: Axes = ()
     norm: Axes = ()
+    bias: Axes = ()
     layers: Axes = ("stage",)
 
     batch: Axes = ("data", "fsdp", "expert")

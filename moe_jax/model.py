@@ -112,7 +112,7 @@ class Encoder(nnx.Module):
 
 def biases(m: ModelConfig, rngs: nnx.Rngs) -> nnx.Param | None:
     """The biases of distances of all layers."""
-    return param(rngs, (BUCKETS, m.heads), ("norm", "heads"), fan_in(m.d_model)) if m.positions == "relative" else None
+    return param(rngs, (BUCKETS, m.heads), ("bias", "heads"), fan_in(m.d_model)) if m.positions == "relative" else None
 
 
 class Transformer(nnx.Module):

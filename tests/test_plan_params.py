@@ -43,7 +43,7 @@ SETTINGS = [
     ["tiny_mixtral", "model.biases=true", "model.qk_norm=true", "model.ffn=gelu"],
     ["tiny_deepseek", "model.kv_heads=unset", "model.latent.key_value=12", "model.latent.rotary=4"],
     ["tiny_t5", "model.encoder.layers=3", "model.encoder.vocab=7", "model.biases=true", "model.qk_norm=true"],
-    ["tiny_t5", "model.moe.router.kind=softmax_topk", "model.moe.bias_rate=1e-3", "model.stack_above=12"],
+    ["tiny_t5", "model.moe.router.kind=softmax_topk", "model.stack_above=12"],
     ["tiny_dense", "model.positions=relative", "model.norm=layer"],
     ["tiny_dense", "model.kv_heads=unset", "model.latent.query=6", "model.latent.value=10", "model.positions=rotary"],
 ]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from moe_jax.axes import Rules
+from moe_jax.axes import WIDTHS, Rules
 from moe_jax.collectives import BETWEEN, Collective
 from moe_jax.config import Config
 from moe_jax.inspect.least import Least
@@ -15,7 +15,7 @@ from moe_jax.pattern import STAGE
 
 Leaves = dict[str, tuple[str, ...]]  # logical axes of each parameter by its name
 # Dimensions of parameters over which they may be stored in parts and gathered for use: fully sharded data parallelism.
-STORED = ("embed", "expert_embed", "latent_embed", "router_embed", "position", "norm")
+STORED = (*WIDTHS, "router_embed", "position", "norm", "bias")
 
 
 class Flag(NamedTuple):

@@ -122,10 +122,10 @@ class Attention(nnx.Module):
         self.w_key = param(rngs, (D, J, N), ("embed", "kv_heads", "head"), fan_in(D))
         self.w_value = param(rngs, (D, J, N), ("embed", "kv_heads", "head"), fan_in(D))
         self.w_out = param(rngs, (H, N, D), ("heads", "head", "embed"), fan_in(H * N))
-        self.b_query = constant(0.0, (H, N), ("heads", "norm")) if m.biases else None
-        self.b_key = constant(0.0, (J, N), ("kv_heads", "norm")) if m.biases else None
-        self.b_value = constant(0.0, (J, N), ("kv_heads", "norm")) if m.biases else None
-        self.b_out = constant(0.0, (D,), ("norm",)) if m.biases else None
+        self.b_query = constant(0.0, (H, N), ("heads", "bias")) if m.biases else None
+        self.b_key = constant(0.0, (J, N), ("kv_heads", "bias")) if m.biases else None
+        self.b_value = constant(0.0, (J, N), ("kv_heads", "bias")) if m.biases else None
+        self.b_out = constant(0.0, (D,), ("bias",)) if m.biases else None
         self.query_norm = Norm("rms", N, m.norm_eps) if m.qk_norm else None
         self.key_norm = Norm("rms", N, m.norm_eps) if m.qk_norm else None
 
@@ -203,7 +203,8 @@ class CrossAttention(Attention):
             segments: [B, L] int32: a token reads the source of its segment, and nothing where there is none.
         """
         if source.tokens is not None:
-            k, v = self.keys_and_values(source.tokens)
+            # Laid out in each layer, so that the gradients of keys and values are added up before they travel.
+            k, v = self.keys_and_values(lay(source.tokens, self.rules, names=("batch", "length", "act_embed")))
             if cache is not None:
                 cache = cache._replace(source_k=k.astype(cache.k.dtype), source_v=v.astype(cache.v.dtype))
         else:

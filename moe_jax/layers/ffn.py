@@ -20,7 +20,7 @@ class FFN(nnx.Module):
         self.w_down = param(rngs, (F, D), ("mlp", "embed"), fan_in(F))
         self.b_gate = constant(0.0, (F,), ("mlp",)) if biases and kind == "swiglu" else None
         self.b_up = constant(0.0, (F,), ("mlp",)) if biases else None
-        self.b_down = constant(0.0, (D,), ("norm",)) if biases else None
+        self.b_down = constant(0.0, (D,), ("bias",)) if biases else None
 
     def __call__(
         self, x: jax.Array, *, rate: float = 0.0, keys: Keys = None, places: jax.Array | None = None

@@ -118,7 +118,7 @@ class Experts(nnx.Module):
         self.w_down = param(rngs, (E, F, D), down, fan_in(F))
         self.b_gate = constant(0.0, (E, F), ("experts", "expert_mlp")) if biases and kind == "swiglu" else None
         self.b_up = constant(0.0, (E, F), ("experts", "expert_mlp")) if biases else None
-        self.b_down = constant(0.0, (E, D), ("experts", "norm")) if biases else None
+        self.b_down = constant(0.0, (E, D), ("experts", "bias")) if biases else None
 
     @property
     def matrices(self) -> int:

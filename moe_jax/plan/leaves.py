@@ -8,7 +8,7 @@ from functools import cache
 from math import prod
 from typing import NamedTuple
 
-from moe_jax.axes import Rules
+from moe_jax.axes import MANY, NOT_MATRICES, WIDTHS, Rules
 from moe_jax.schema import BUCKETS, LatentConfig, MeshConfig, ModelConfig, MoEConfig
 
 COMPONENTS = {  # component -> what it is called in tables
@@ -38,13 +38,6 @@ ADDED += ("attn_bias", "cross_attn_bias", "dense_ffn_bias", "expert_bias", "shar
 LOOKED_UP = ("embed", "encoder_embed", "pos")  # of which a token reads rows
 EXPERTS = ("experts", "expert_bias")  # of which a token touches K in E
 KEYS_AND_VALUES = tuple(f".cross_attention.{part}_{of}" for part in "wb" for of in ("key", "value"))
-WIDTHS = (
-    "embed",
-    "expert_embed",
-    "latent_embed",
-)  # the width of the model, or of the latent that a matrix reads
-BATCH_AXES = ("layers", "experts")  # dimensions over which a parameter is many matrices
-NOT_MATRICES = ("norm", "position", "vocab", "router_embed")  # Muon leaves these to AdamW
 
 
 class Leaf(NamedTuple):
@@ -73,7 +66,7 @@ class Leaf(NamedTuple):
     @property
     def is_matrix(self) -> bool:
         """Whether Muon takes it, as in train/optimizer.py."""
-        inner = [a for a in self.axes if a not in BATCH_AXES]
+        inner = [a for a in self.axes if a not in MANY]
         return len(inner) >= 2 and not any(a in NOT_MATRICES for a in inner)
 
     @property
@@ -109,7 +102,7 @@ def feed_forward(m: ModelConfig, hidden: int, name: str, component: str, biases:
             yield f"{name}.b_{matrix}", (hidden,), ("mlp",), biases
     yield f"{name}.w_down", (hidden, width), ("mlp", "embed"), component
     if m.biases:
-        yield f"{name}.b_down", (width,), ("norm",), biases
+        yield f"{name}.b_down", (width,), ("bias",), biases
 
 
 def mixture(m: ModelConfig, moe: MoEConfig) -> Iterator[Part]:
@@ -129,7 +122,7 @@ def mixture(m: ModelConfig, moe: MoEConfig) -> Iterator[Part]:
             yield f"ffn.experts.b_{matrix}", (E, F), ("experts", "expert_mlp"), "expert_bias"
     yield "ffn.experts.w_down", (E, F, D), ("experts", "expert_mlp", "expert_embed"), "experts"
     if m.biases:
-        yield "ffn.experts.b_down", (E, D), ("experts", "norm"), "expert_bias"
+        yield "ffn.experts.b_down", (E, D), ("experts", "bias"), "expert_bias"
     if moe.shared_experts:
         yield from feed_forward(m, moe.shared_experts * F, "ffn.shared", "shared_experts", "shared_expert_bias")
 
@@ -145,10 +138,10 @@ def attention(m: ModelConfig, name: str = "attention", component: str = "attn") 
     for part, heads, axis in (("query", H, "heads"), ("key", J, "kv_heads"), ("value", J, "kv_heads")):
         yield f"{name}.w_{part}", (D, heads, N), ("embed", axis, "head"), component
         if m.biases:
-            yield f"{name}.b_{part}", (heads, N), (axis, "norm"), f"{component}_bias"
+            yield f"{name}.b_{part}", (heads, N), (axis, "bias"), f"{component}_bias"
     yield f"{name}.w_out", (H, N, D), ("heads", "head", "embed"), component
     if m.biases:
-        yield f"{name}.b_out", (D,), ("norm",), f"{component}_bias"
+        yield f"{name}.b_out", (D,), ("bias",), f"{component}_bias"
     for part in ("query", "key") if m.qk_norm else ():
         yield f"{name}.{part}_norm.scale", (N,), ("norm",), "qk_norm"
 
@@ -189,7 +182,7 @@ def stack(m: ModelConfig, runs: Runs, prefix: str = "", reads: bool = False) -> 
     if m.final_norm:
         yield from (Leaf(*part) for part in norm(m, f"{prefix}final_norm"))
     if m.positions == "relative":
-        yield Leaf(f"{prefix}relative", (BUCKETS, m.heads), ("norm", "heads"), "rel_bias")
+        yield Leaf(f"{prefix}relative", (BUCKETS, m.heads), ("bias", "heads"), "rel_bias")
     for i, (kinds, repeats) in enumerate(runs):
         for j, kind in enumerate(kinds):
             for name, shape, axes, component in block(m, kind, reads):

@@ -9,9 +9,10 @@ from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
+from moe_jax.axes import MANY, WIDTHS
 from moe_jax.cost import matrices
 from moe_jax.pattern import query_blocks
-from moe_jax.plan.leaves import ADDED, BATCH_AXES, WIDTHS, Leaf, expert_width
+from moe_jax.plan.leaves import ADDED, Leaf, expert_width
 from moe_jax.plan.work import Step
 from moe_jax.schema import MeshConfig
 
@@ -251,28 +252,39 @@ def newton_schulz(step: Step) -> int:
     if not muons:
         return 0
     largest = max(muons, key=whole)
-    batch = prod(n for n, a in zip(largest.shape, largest.axes, strict=True) if a in BATCH_AXES)
+    batch = prod(n for n, a in zip(largest.shape, largest.axes, strict=True) if a in MANY)
     inner = largest.size // batch
     side = min(largest.width, inner // largest.width)
     like = sum(x.shard(rules, mesh) for x in muons if x.size == largest.size) - largest.shard(rules, mesh)
     return 4 * (2 * whole(largest) + batch * side * side + like)
 
 
+def left(step: Step) -> Counter[str]:
+    """Bytes that the forward pass of all layers leaves for the backward pass."""
+    out = Counter[str]()
+    for kind, times in Counter(step.cfg.model.layer_kinds).items():
+        for name, size in saved(step, kind).items():
+            out[name] += round(times * size * (step.turns if step.schedule else 1))
+    return out
+
+
+def hardest(step: Step) -> int:
+    """Bytes of what the backward pass of the largest layer holds beside what was saved."""
+    return max(working(step, kind) for kind in Counter(step.cfg.model.layer_kinds))
+
+
 def memory(step: Step) -> Memory:
     """What is live at the peak, the worst of several moments.
 
-    The compiler forms the gradient of the head after the layers, so that the logits' gradient lives that long.
-    Microbatches add their gradients up beside the sum so far.
+    The compiler forms the gradient of the head after the decoder's layers, so that the logits' gradient lives so long;
+    those of an encoder are gone back through after that. Microbatches add their gradients up beside the sum so far.
     """
     m, rules, mesh = step.cfg.model, step.cfg.rules, step.cfg.mesh
     logits = step.table_tokens * m.vocab * 4 // step.over("act_vocab")
     tokens = 5 * step.tokens + (3 * step.encoder.tokens if step.encoder else 0)
     held = state(step) | {"batch": 4 * tokens * step.microbatches}
-    layers: dict[str, int] = {}
-    kinds = [(stack, *kind) for stack in step.stacks for kind in Counter(stack.cfg.model.layer_kinds).items()]
-    for stack, kind, times in kinds:
-        for name, size in saved(stack, kind).items():
-            layers[name] = layers.get(name, 0) + round(times * size * (step.turns if step.schedule else 1))
+    layers, first = left(step), Counter[str]() if step.encoder is None else left(step.encoder)
+    layers += first
     if step.encoder is not None:  # what the decoder reads
         layers["activations"] += step.encoder.tokens * m.d_model * step.width // step.over("act_embed")
     if m.remat == "none":
@@ -284,14 +296,17 @@ def memory(step: Step) -> Memory:
         layers["activations"] += rows * (step.schedule.ticks + step.microbatches)
         if step.schedule.rounds > 1:  # layers as they are dealt out to the rounds, beside those of the state
             layers["parameters"] = held["parameters"] + stacks
-    work = max(working(stack, kind) for stack, kind, _ in kinds) + gathered_layer(step)
+    work = gathered_layer(step) + hardest(step)
     summed = {"gradients": stacks + so_far, "logits": logits}
     moments = {
-        "the loss": layers | {"gradients": so_far, "logits": 2 * logits, "temporaries": gathered_head(step)},
-        "backward pass": layers | summed | {"temporaries": work},
+        "the loss": dict(layers) | {"gradients": so_far, "logits": 2 * logits, "temporaries": gathered_head(step)},
+        "backward pass": dict(layers) | summed | {"temporaries": work},
         "embedding's gradient": summed | {"temporaries": table_gradients(step)},
         "optimizer": {"gradients": gradients(step)},
     }
+    if step.encoder is not None:
+        work = gathered_layer(step) + hardest(step.encoder)
+        moments["the encoder's backward pass"] = dict(first) | {"gradients": stacks + so_far, "temporaries": work}
     if step.cfg.train.optimizer.kind == "muon":
         moments["optimizer"] = {"temporaries": newton_schulz(step)}
     moment = max(moments, key=lambda name: sum(moments[name].values()))

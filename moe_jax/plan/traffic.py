@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from moe_jax.axes import Axes
+from moe_jax.axes import WIDTHS, Axes
 from moe_jax.pattern import STAGE
-from moe_jax.plan.leaves import LOOKED_UP, WIDTHS, Leaf
+from moe_jax.plan.leaves import ADDED, LOOKED_UP, Leaf
 from moe_jax.plan.work import Step
 
 PASSES = {"all-to-all": 1, "all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
@@ -167,6 +167,12 @@ def one(step: Step, leaf: Leaf) -> int:
     return here * mesh.over(rules.layers) // leaf.shape[0] if leaf.axes[0] == "layers" else here
 
 
+def summed_in(step: Step, leaf: Leaf) -> int:
+    """Bytes of an element of a gradient on its way: those of a layer's matrices have the compute type, but on a CPU."""
+    matrix = leaf.axes[0] == "layers" and leaf.component not in (*ADDED, "router")
+    return step.width if matrix and step.platform != "cpu" else 4
+
+
 def gradients(step: Step) -> list[Move]:
     """Gradients are added up over the token shards that hold the same parameter: scattered where it is split.
 
@@ -186,11 +192,11 @@ def gradients(step: Step) -> list[Move]:
         if inner:
             entry = scatter.setdefault(inner, [0.0, 0.0])
             entry[0] += runs
-            entry[1] += one(step, leaf) * 4 * mesh.over(inner) * runs
+            entry[1] += one(step, leaf) * summed_in(step, leaf) * mesh.over(inner) * runs
         if outer:
             name = leaf.block if stacked else "tables"
             _, so_far = reduce.setdefault(outer, {}).get(name, (runs, 0))
-            reduce[outer][name] = runs, so_far + runs * one(step, leaf) * 4
+            reduce[outer][name] = runs, so_far + runs * one(step, leaf) * summed_in(step, leaf)
     found = [move(step, "gradients", "reduce-scatter", x, n, total / n, True) for x, (n, total) in scatter.items()]
     for axes, parts in reduce.items():
         count = sum(times for times, _ in parts.values())

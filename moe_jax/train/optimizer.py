@@ -6,11 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax.axes import MANY, NOT_MATRICES, WIDTHS
 from moe_jax.config import OptimizerConfig
-
-BATCH_AXES = ("layers", "experts")  # dimensions over which a parameter is many matrices
-INPUTS = ("embed", "expert_embed", "latent_embed")  # the model's width, or a latent's; a matrix reads or writes it
-NOT_MATRICES = ("norm", "position", "vocab", "router_embed")  # Muon leaves these to AdamW
 
 
 def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -43,17 +40,19 @@ def is_axes(x: Any) -> bool:
 
 def decayed(axes: Any) -> Any:
     """Weight decay applies to matrices, not to norms and biases."""
-    return jax.tree.map(lambda a: "norm" not in a and sum(n not in BATCH_AXES for n in a) >= 2, axes, is_leaf=is_axes)
+    return jax.tree.map(
+        lambda a: not {"norm", "bias"} & set(a) and sum(n not in MANY for n in a) >= 2, axes, is_leaf=is_axes
+    )
 
 
 def muon_dimensions(axes: Any) -> Any:
     """The matrix that Muon sees in each parameter, stacked layers and experts being batch; None: left to AdamW."""
 
     def one(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-        inner = [i for i, n in enumerate(names) if n not in BATCH_AXES]
+        inner = [i for i, n in enumerate(names) if n not in MANY]
         if len(inner) < 2 or any(n in NOT_MATRICES for n in names):
             return None
-        width = next(i for i in inner if names[i] in INPUTS)
+        width = next(i for i in inner if names[i] in WIDTHS)
         others = tuple(i for i in inner if i != width)
         pair = ((width,), others) if width == inner[0] else (others, (width,))
         return optax.contrib.MuonDimensionNumbers(*pair)
