@@ -103,7 +103,8 @@ def test_flops_of_an_encoder_with_its_decoder():
     scores = 12 * (2 * 2 * L * N) + 12 * (2 * 2 * L * N) // 2 + 12 * (2 * 2 * L * N)  # encoder, decoder, between
     head = 2 * D * V
     assert step.flops.infer == feed_forward + own + reading + scores + head
-    assert step.flops.train == 3 * step.flops.infer and step.moe_layers == 12
+    assert step.flops.train == 3 * step.flops.infer
+    assert [stack.moe_layers for stack in step.stacks] == [6, 6]
     decoder = feed_forward // 2 + own // 2 + reading // 2 + head  # it makes no keys of the input again
     assert step.flops.decode == decoder + 2 * 12 * (2 * 2 * L * N)
 

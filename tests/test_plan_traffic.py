@@ -4,13 +4,17 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
+import jax
 import pytest
+from machines import compilable
 
 from moe_jax import config
 from moe_jax.axes import MESH_AXES
 from moe_jax.plan import advice, roofline
+from moe_jax.plan.compiled import compiled
 from moe_jax.plan.estimate import Estimate
 from moe_jax.plan.hardware import CHIPS, Wiring, parse, shaped
 from moe_jax.plan.report import report
@@ -20,6 +24,7 @@ from moe_jax.plan.traffic import exchange_bytes, traffic
 from moe_jax.plan.work import Step
 from moe_jax.schema import Refused
 
+MEDIUM = Path(__file__).parent / "golden" / "medium.toml"
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "models.json").read_text())
 
 
@@ -82,6 +87,44 @@ def test_a_hierarchical_exchange_goes_over_each_axis():
     slow, fast = only(step_of("tiny_gshard", *two, "model.moe.exchange=hierarchical"), "exchange")
     assert (slow.axes, fast.axes) == (("data",), ("expert",)) and slow.bytes == fast.bytes == flat.bytes
     assert flat.devices == 8 and slow.count == fast.count == flat.count
+
+
+LATENT = ["model.head_dim=64", "model.latent.query=48", "model.latent.key_value=32", "model.latent.rotary=16"]
+SUMS = {  # over tensor, by what overrides
+    "latents": LATENT,
+    "latents, recomputed": [*LATENT, "model.remat=full", "model.moe.shared_experts=1"],
+    "latents and split rows": [*LATENT, "rules.residual=['tensor']", "model.moe.shared_experts=1"],
+    "latents without the queries'": [*LATENT, "model.latent.query=unset", "rules.residual=['tensor']"],
+    "heads, recomputed": ["model.remat=full", "model.moe.shared_experts=1", "model.moe.dispatch=ragged"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", compilable("v5e:2x2"))
+@pytest.mark.parametrize("sums", SUMS)
+def test_sums_over_slices_are_those_of_the_compiler(name, sums):
+    """Bytes that each kind of collective sends over tensor, but for sums of a number or two a token."""
+    small = ["model.layers=2", "model.vocab=512", "model.d_model=256", "model.moe.d_ff=128", "model.moe.experts=4"]
+    mesh = ["mesh.expert=2", "mesh.tensor=2", "data.batch=16"]
+    cfg, cluster = config.load(str(MEDIUM), [*small, *mesh, *SUMS[sums]]), parse(name, 4)
+    want, got = Counter(), Counter()
+    for m in traffic(Step(cfg, cluster.platform)):
+        if m.axes == ("tensor",):
+            want[m.op] += m.count * m.sent
+    with jax.numpy_dtype_promotion("standard"):  # AdamW of optax multiplies Python numbers with counts
+        found = compiled(cfg, cluster)["collectives"]
+    for r in found:
+        if r["axes"] == ["tensor"]:
+            got[r["op"]] += r["bytes"]
+    assert got == pytest.approx(want, rel=5e-3)
+
+
+def test_latents_are_made_on_every_device():
+    """The narrow matrices are whole where the heads are split."""
+    one, two = (step_of("tiny_dense", "model.kv_heads=unset", *LATENT, f"mesh.tensor={n}") for n in (1, 2))
+    D, T, C, Q, layers = 128, one.tokens, 32 + 16, 48, 4
+    narrow = 3 * 2 * T * layers * D * (Q + C)
+    assert two.executed()["attn"] - narrow == (one.executed()["attn"] - narrow) / 2
 
 
 def test_an_axis_of_one_device_moves_nothing():

@@ -87,8 +87,7 @@ def stages(step: Step) -> list[Move]:
 def keys_and_values(step: Step) -> list[Move]:
     """Keys and values of split sequences, gathered or passed round a ring, which moves as much; back as gradients."""
     m, axes = step.cfg.model, step.cfg.rules.length
-    heads = m.resolved_kv_heads // step.over("kv_heads")
-    size = 2 * step.rows * step.cfg.data.length * heads * m.key_dim * step.width  # values as wide as keys
+    size = 2 * step.rows * step.cfg.data.length * step.key_heads * m.key_dim * step.width  # values as wide as keys
     hidden = m.attention_exchange == "ring"
     count = round(m.layers * step.turns)
     return [
@@ -101,37 +100,49 @@ def partial_sums(step: Step) -> list[Move]:
     """Sums over devices that hold slices of a product: heads, hidden widths and the vocabulary.
 
     Where rows are split between the layers, a sum of tokens is scattered, and the layers gather what they take.
+    In the backward pass latent attention adds up where its heads begin: at the latents.
     """
-    m, rules = step.cfg.model, step.cfg.rules
+    m, rules, latent = step.cfg.model, step.cfg.rules, step.cfg.model.latent
     row = m.d_model * step.width / step.over("act_embed")
     split = live(step, rules.residual)
     forward = step.passes("attn")  # one after each sub-layer, and one before it in the backward pass
+    # What a layer adds up last is not recomputed, unless a norm reads it.
+    last = 2 + step.one_by_one if m.norm_order == "pre" else forward + 1
 
-    def added(what: str, axes: Axes, layers: int, size: float, times: float = forward + 1) -> Move:
+    def added(what: str, axes: Axes, layers: int, times: float) -> Move:
         op = "reduce-scatter" if split and set(live(step, axes)) <= set(split) else "all-reduce"
-        return move(step, what, op, axes, round(layers * times * step.turns), size)
+        return move(step, what, op, axes, round(layers * times * step.turns), step.tokens * row)
 
     own = m.layers * (1 if step.encoder is None else 2)  # attentions: to what an encoder read too
-    dense = m.layer_kinds.count("dense") + (step.moe_layers if m.moe is not None and m.moe.shared_experts else 0)
     out = [
-        added("attention sums", rules.act_heads, own, step.tokens * row),
-        added("feed-forward sums", rules.act_mlp, dense, step.tokens * row),
+        added("attention sums", rules.act_heads, own, forward + (latent is None or latent.query is None)),
+        added("feed-forward sums", rules.act_mlp, m.layer_kinds.count("dense"), last),
     ]
-    if m.moe is not None:
-        local = step.dispatch.dispatch == "ragged"  # added up at the tokens
-        rows = step.tokens if local else step.sent_rows
+    if latent is not None:
+        size = step.tokens * latent.width * step.width / step.over("latent")
+        out.append(move(step, "sums of latents", "all-reduce", rules.act_heads, round(m.layers * step.turns), size))
+    local = m.moe is not None and step.dispatch.dispatch == "ragged"  # experts are added up at the tokens
+    if m.moe is not None and m.moe.shared_experts:  # forward together with such experts, but for biases in between
+        together = local and not m.biases and live(step, rules.act_mlp) == live(step, rules.expert_mlp)
+        out.append(added("shared experts' sums", rules.act_mlp, step.moe_layers, 1 if together else last))
+    if local:
+        out.append(added("expert sums", rules.expert_mlp, step.moe_layers, last))
+    elif m.moe is not None:
         times = round(step.moe_layers * (2 + step.exchanged_again) * step.turns)
-        out.append(move(step, "expert sums", "all-reduce", rules.expert_mlp, times, rows * row))
+        out.append(move(step, "expert sums", "all-reduce", rules.expert_mlp, times, step.sent_rows * row))
     if step.encoder is not None:  # of the gradient at what the encoder made
-        out.append(added("attention sums", rules.act_heads, m.layers, step.encoder.tokens * row, 1))
+        size = step.encoder.tokens * row
+        out.append(move(step, "attention sums", "all-reduce", rules.act_heads, round(m.layers * step.turns), size))
     gathers = round((own + m.layers) * (forward + 1) * step.turns)
     out.append(move(step, "split rows", "all-gather", split, gathers, step.tokens * row))
     tables = step.table_tokens * m.d_model
+    rows, sums = (4, step.width) if split else (step.width, 4)  # bytes each, before or after their cast
+    heads = 0 if step.both_ways else step.table_passes
     op = "reduce-scatter" if split and set(live(step, rules.vocab)) <= set(split) else "all-reduce"
     return [
         *out,
-        move(step, "embedding rows", op, rules.vocab, step.table_passes, tables * step.width),
-        move(step, "head sums", "all-reduce", rules.act_vocab, 0 if step.both_ways else step.table_passes, tables * 4),
+        move(step, "embedding rows", op, rules.vocab, step.table_passes, tables * rows),
+        move(step, "head sums", "all-reduce", rules.act_vocab, heads, tables * sums),
         move(step, "split rows of embedding and head", "all-gather", split, 2 * step.table_passes, tables * step.width),
     ]
 
