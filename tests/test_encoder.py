@@ -1,20 +1,40 @@
 """A decoder with an encoder: against float64 by hand, token by token; what reads what; decoding; the text in front."""
 
+import functools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import calls, inside, write_text
 from flax import nnx
 from test_layers import complex_rotary, f64, filled, numbers
 
-from moe_jax.config import EncoderConfig, ModelConfig, MoEConfig
+from moe_jax import mesh as meshes
+from moe_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EncoderConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+    load,
+)
+from moe_jax.generate import Generator, Sampling
 from moe_jax.layers.attention import whole_attention
 from moe_jax.layers.positions import bucket, relative, sinusoidal
 from moe_jax.model import Transformer
+from moe_jax.train.state import Model, Weights
+from moe_jax.train.step import moved
+from moe_jax.upcycle import upcycle
 
+here = pytest.fixture(scope="module", autouse=True)(inside)
+call = pytest.fixture(calls)
 T5 = ModelConfig(
     vocab=13,
     layers=2,
@@ -263,3 +283,120 @@ def test_decoding_equals_the_full_forward_pass(more):
         np.testing.assert_allclose([g[row] for g in got], whole[row, n - 1 : n + 5], atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="its encoder reads them once"):
         model(TOKENS[:, :1], cache=cache, **before)
+
+
+# Around the model
+
+
+def config_of(m, **mesh):
+    return Config(model=m, data=DataConfig(length=8, batch=8), mesh=MeshConfig(**mesh))
+
+
+def made(model, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: (0.4 * rng.normal(size=s.shape)).astype(np.float32), model.shapes)
+
+
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3]]
+
+
+@functools.cache
+def continued():
+    """Six more tokens of each prompt, by the whole forward pass of it alone again and again."""
+    model = Model.of(config_of(replace(T5, moe=MOE)))
+    numbers, out = made(model), []
+    with jax.set_mesh(meshes.build_mesh(MeshConfig())):
+        for prompt in PROMPTS:
+            before, text = prompt[:-1], prompt[-1:]
+            ids = jnp.asarray([before or [0]])
+            call = {"inputs": ids, "input_segments": jnp.full(ids.shape, int(bool(before)))}
+            for _ in range(6):
+                logits = model.module(numbers)(jnp.asarray([text]), capacity_factor=None, **call).logits
+                text = [*text, int(logits[0, -1].argmax())]
+            out.append(text[1:])
+    return out
+
+
+@pytest.mark.parametrize("mesh", [{}, {"expert": 2, "tensor": 2, "data": 2}], ids=str)
+def test_text_goes_on_from_the_last_token(mesh):
+    """The encoder reads the rest of a prompt, whatever shares its batch, on any mesh."""
+    cfg = config_of(replace(T5, moe=MOE), **mesh)
+    model, built = Model.of(cfg), meshes.build_mesh(cfg.mesh)
+    weights = Weights(jax.device_put(made(model), model.weight_shardings(built).params), None)
+    new = Generator(model, built, 13, 13, Sampling(temperature=0.0))(weights, [np.array(p) for p in PROMPTS], 6)
+    assert new.tokens == continued()
+
+
+@pytest.mark.parametrize("layers, every, first", [(2, 1, 0), (5, 2, 1)], ids=str)
+def test_upcycling_keeps_the_function_of_both(layers, every, first):
+    moe = MoEConfig(experts=4, top_k=2, d_ff=12, every=every, first_dense=first, router=RouterConfig("topk_softmax"))
+    m = replace(T5, layers=layers, moe=moe)
+    dense, sparse = (Model.of(config_of(x)) for x in (replace(m, moe=None), m))
+    numbers = made(dense)
+
+    def logits(model, *weights):
+        return model.module(*weights)(TOKENS, inputs=INPUTS, capacity_factor=None).logits
+
+    with jax.set_mesh(meshes.build_mesh(MeshConfig())):
+        want = logits(dense, numbers)
+        new = upcycle(numbers, m, "split")
+        assert jax.tree.map(jnp.shape, new.params) == jax.tree.map(lambda s: s.shape, sparse.shapes)
+        np.testing.assert_allclose(logits(sparse, *new), want, atol=1e-5 * np.abs(want).max())
+    routers = [x for path, x in jax.tree_util.tree_leaves_with_path(new.params) if "router" in str(path)]
+    columns = {tuple(row[0, ::2].tolist()) for x in routers for row in x}
+    assert len(columns) == (m.layer_kinds + m.encoder_kinds).count("moe"), "each layer draws its own"
+
+
+def test_selection_biases_move_by_the_loads_of_their_layers():
+    """Those of the encoder by the first loads of a step."""
+    moe = replace(MOE, router=RouterConfig("softmax_topk"), bias_rate=1.0, every=1)
+    model = Model.of(config_of(replace(T5, moe=moe)))
+    load = jnp.asarray(np.eye(4)[[0, 1, 2, 3, 0]] * 8, jnp.int32)  # three layers of the encoder, two of the decoder
+    bias = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), model.bias_shapes)
+    new = jax.tree.map(np.asarray, moved(model, bias, SimpleNamespace(load=load)))
+    (first,), (second,) = jax.tree.leaves(new["encoder"]), jax.tree.leaves(new["stacks"])
+    assert np.concatenate([first, second]).argmin(1).tolist() == [0, 1, 2, 3, 0]
+
+
+REFUSED = {
+    "mesh.stage": ["mesh.stage=2", "train.microbatches=2"],
+    "model.encoder": ["mesh.context=2"],
+    "model.positions": ["mesh.context=2", "model.encoder="],
+    "model.encoder.length": ["model.encoder.length=513"],
+    "model.moe.group_size": ["model.encoder.length=96", "model.moe.group_size=64"],
+    "model.encoder.layers": ["model.encoder.layers=0"],
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_refused_settings(key):
+    with pytest.raises(ConfigError) as e:
+        load("tiny_t5", ["mesh.data=1", *REFUSED[key]])
+    assert key in {p.key for p in e.value.problems} and all(p.remedy for p in e.value.problems)
+
+
+def test_latent_attention_has_no_encoder():
+    with pytest.raises(ConfigError, match=r"model\.encoder: is set, and latent attention has none to read"):
+        load("tiny_deepseek", ["model.encoder.layers=2"])
+
+
+SMALL = ["model.d_model=16", "model.d_ff=32", "model.heads=2", "model.moe.experts=4", "model.max_length=32"]
+SMALL += ["data.length=16", "model.encoder.length=24", "data.batch=8", "train.sample=th", "train.sample_tokens=8"]
+
+
+def test_commands(call, tmp_path):
+    """Train, go on, evaluate on another mesh, generate, inspect."""
+    text, folder = f"data.path={write_text(tmp_path)}", tmp_path / "run"
+    argv = ["tiny_t5", *SMALL, text, "--workdir", folder]
+    code, first, _ = call("train", *argv, "train.steps=3", "--json", "--quiet")
+    assert code == 0 and first["dropped"] == first["routed"] - first["kept"] and "sample" in first
+    code, report, _ = call("train", *argv, "train.steps=5", "--json", "--quiet")
+    assert code == 0 and report["step"] == 5
+    code, found, _ = call("eval", folder, "mesh.data=1", "mesh.expert=1", "--json", "--quiet")
+    assert code == 0 and found["eval_loss"] == pytest.approx(report["eval_loss"], rel=1e-5)
+    code, out, _ = call("generate", folder, "--prompt", "the", "--tokens", "5", "--quiet")
+    assert code == 0 and out.startswith("the")
+    code, found, _ = call("inspect", "tiny_t5", *SMALL, "--json", "--quiet")
+    assert code == 0 and found["exchange"]["times_least"] == 1 and found["flags"] == []
+    code, found, _ = call("bench", "step", "tiny_t5", *SMALL, "--rounds", "1", "--json", "--quiet")
+    assert code == 0

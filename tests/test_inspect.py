@@ -259,6 +259,24 @@ def test_split_rows_exchange_the_least(name, experts):
     assert sum(r["bytes"] for r in moving if r["op"] == "all-gather") == planned
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", compilable("v5e:2x2"))
+def test_an_encoder_exchanges_the_least(name):
+    """Its tokens and the decoder's, twice as many; heads are added up as often as the plan says, also between."""
+    topology, mesh = parse(name), {"expert": 2, "tensor": 2}
+    more = ["model.encoder.layers=2", f"model.encoder.length={L // 2}", "model.positions=relative"]
+    cfg = small(*more, "model.dtype=bfloat16", mesh=mesh)
+    found = inspect(cfg, topology_mesh(cfg.mesh, topology), topology=topology)
+    each = [LAYERS * least(2, cfg.data.batch // 2 * length, 2) for length in (L, L // 2)]
+    assert found["exchange"]["count"] == {"forward": 4 * LAYERS, "recompute": 0, "backward": 4 * LAYERS}
+    assert found["exchange"]["bytes"] == 4 * sum(each)
+    assert found["exchange"]["times_least"] == 1 and found["flags"] == []
+    sums = [m for m in traffic(Step(cfg, topology.platform)) if m.what == "attention sums"]
+    rows = [r for r in found["collectives"] if r["module"] == "attention" and r["axes"] == ["tensor"]]
+    assert {r["op"] for r in rows} == {"all-reduce"}
+    assert sum(r["bytes"] for r in rows) == sum(m.count * m.sent for m in sums)
+
+
 @pytest.mark.parametrize("name", compilable("v5e:1x1"))
 def test_what_does_not_fit_is_told(name):
     """The embedding alone has 2**32 numbers of 4 bytes, and the chip 16 GiB."""

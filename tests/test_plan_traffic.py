@@ -269,7 +269,7 @@ mesh.fsdp                 | exceed the 85.1 GB of a100 | moe_175b_as_described a
 model.remat               | exceed                     | mixtral_8x7b h100:8x8 model.remat=none data.batch=1024
 train.microbatches        | exceed                     | mixtral_8x7b h100:8x8 data.batch=2048
 data.batch                | an expert gets 160 rows    | mixtral_8x7b v5p:4x4x4 data.length=64 data.batch=64
-data.batch                | weights and gradients move | mixtral_8x7b h100:8x8 mesh.fsdp=64 mesh.expert=1
+data.batch                | weights and gradients move | mixtral_8x7b h100:8x8 mesh.fsdp=64 mesh.expert=1 data.batch=64
 mesh.expert               | exchange                   | mixtral_8x7b h100:8x8 EXPERTS
 model.moe.capacity_factor | 50% of the choices         | tiny_switch v5e:2x4 model.moe.capacity_factor=0.5
 model.moe.capacity_factor | worst case, 4.0 times      | tiny_mixtral v5e:2x4 SORTED

@@ -355,9 +355,9 @@ def test_every_parameter_of_a_transformer():
         assert (axes, shape, placed.shard_shape(shape)) == PLACES[name], path
     assert seen == set(PLACES)
     unused = {f.name for f in fields(Rules)} - {a for axes, _, _ in PLACES.values() for a in axes}
-    # those of activations, and of an MLP gate and latent attention, which are tested with their layers
+    # those of activations, and of an MLP gate, biases and latent attention, which are tested with their layers
     activations = {"batch", "length", "residual", "act_embed", "act_exchange", "act_heads", "act_mlp", "act_vocab"}
-    assert unused == activations | {"router_mlp", "latent", "latent_embed"}
+    assert unused == activations | {"router_mlp", "bias", "latent", "latent_embed"}
 
 
 def test_fsdp_splits_the_embedding_dimension():
