@@ -213,24 +213,37 @@ def test_machines_that_are_not_here_exchange_the_least(name, remat):
     assert 0 < found["peak_bytes"] < found["memory_bytes"] == topology.memory
 
 
+ADDED = {  # to a sum over tensor, before its rows are split
+    "nothing": [],
+    "biases": ["model.biases=true"],
+    "a shared expert": ["model.moe.shared_experts=1"],
+    "both, and a dense layer": ["model.biases=true", "model.moe.shared_experts=1", "model.moe.first_dense=1"],
+    "both, to sorted rows": ["model.biases=true", "model.moe.shared_experts=1", "model.moe.dispatch=ragged"],
+    "both, in a recomputed layer": ["model.biases=true", "model.moe.shared_experts=1", "model.remat=full"],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", compilable("v5e:2x2"))
-def test_rows_split_between_the_layers(name):
-    """Attention's sums are scattered and each layer gathers what it takes, as often and as much as the plan says."""
+@pytest.mark.parametrize("added", [pytest.param(a, marks=[pytest.mark.sweep] * (len(ADDED[a]) == 1)) for a in ADDED])
+def test_rows_split_between_the_layers(name, added):
+    """Sums are scattered and each layer gathers what it takes, as often and as much as the plan says."""
     topology, peaks = parse(name), []
     for residual in ("[]", '["tensor"]'):
         mesh = {"expert": 2, "tensor": 2}
-        cfg = small(f"rules.residual={residual}", "model.dtype=bfloat16", mesh=mesh)
+        cfg = small(f"rules.residual={residual}", "model.dtype=bfloat16", *ADDED[added], mesh=mesh)
         found = inspect(cfg, topology_mesh(cfg.mesh, topology), topology=topology)
         peaks.append(found["peak_bytes"])
-    over = [r for r in found["collectives"] if r["axes"] == ["tensor"] and r["module"] in ("attention", "ffn")]
+    inside = {"attention", "ffn", "shared_experts"}
+    over = [r for r in found["collectives"] if r["axes"] == ["tensor"] and set(r["module"].split("+")) <= inside]
+    sums = ("split rows", "attention sums", "feed-forward sums", "shared experts' sums", "expert sums")
     step = Step(cfg, topology.platform)
-    planned = {(m.what, m.op): m.count for m in traffic(step) if m.axes == ("tensor",)}
-    for op, what in (("all-gather", "split rows"), ("reduce-scatter", "attention sums")):
-        rows = [r for r in over if r["op"] == op]
-        assert sum(r["count"] for r in rows) == planned[what, op] > 0
-        assert sum(r["bytes"] for r in rows) == planned[what, op] * step.tokens * D * 2 // 2  # half leaves, in 2 bytes
-    assert not [r for r in over if r["op"] == "all-reduce"] and peaks[1] < peaks[0]
+    planned = [m for m in traffic(step) if m.axes == ("tensor",) and m.what in sums]
+    for op in ("all-gather", "reduce-scatter"):
+        rows, meant = [r for r in over if r["op"] == op], [m for m in planned if m.op == op]
+        assert sum(r["bytes"] for r in rows) == sum(m.count * m.sent for m in meant) > 0  # some are sent as one
+    assert not [r for r in over if r["op"] == "all-reduce" and r["bytes"] >= r["count"] * step.tokens * D]
+    assert peaks[1] < peaks[0]
 
 
 @pytest.mark.slow

@@ -106,17 +106,21 @@ def partial_sums(step: Step) -> list[Move]:
     row = m.d_model * step.width / step.over("act_embed")
     split = live(step, rules.residual)
     forward = step.passes("attn")  # one after each sub-layer, and one before it in the backward pass
-    # What a layer adds up last is not recomputed, unless a norm reads it.
-    last = 2 + step.one_by_one if m.norm_order == "pre" else forward + 1
 
-    def added(what: str, axes: Axes, layers: int, times: float) -> Move:
+    def added(what: str, axes: Axes, times: float) -> Move:
         op = "reduce-scatter" if split and set(live(step, axes)) <= set(split) else "all-reduce"
-        return move(step, what, op, axes, round(layers * times * step.turns), step.tokens * row)
+        return move(step, what, op, axes, round(times * step.turns), step.tokens * row)
+
+    def last(kind: str) -> float:
+        """Forward sums of the layers of a kind: periods are recomputed but for what they add up at their ends, unless
+        a norm reads it."""
+        ends = sum(repeats for kinds, repeats in m.runs if kinds[-1] == kind and m.norm_order == "pre")
+        return m.layer_kinds.count(kind) * forward - ends * (forward - 1 - step.one_by_one)
 
     own = m.layers * (1 if step.encoder is None else 2)  # attentions: to what an encoder read too
     out = [
-        added("attention sums", rules.act_heads, own, forward + (latent is None or latent.query is None)),
-        added("feed-forward sums", rules.act_mlp, m.layer_kinds.count("dense"), last),
+        added("attention sums", rules.act_heads, own * (forward + (latent is None or latent.query is None))),
+        added("feed-forward sums", rules.act_mlp, last("dense") + m.layer_kinds.count("dense")),
     ]
     if latent is not None:
         size = step.tokens * latent.width * step.width / step.over("latent")
@@ -124,9 +128,9 @@ def partial_sums(step: Step) -> list[Move]:
     local = m.moe is not None and step.dispatch.dispatch == "ragged"  # experts are added up at the tokens
     if m.moe is not None and m.moe.shared_experts:  # forward together with such experts, but for biases in between
         together = local and not m.biases and live(step, rules.act_mlp) == live(step, rules.expert_mlp)
-        out.append(added("shared experts' sums", rules.act_mlp, step.moe_layers, 1 if together else last))
+        out.append(added("shared experts' sums", rules.act_mlp, step.moe_layers + (0 if together else last("moe"))))
     if local:
-        out.append(added("expert sums", rules.expert_mlp, step.moe_layers, last))
+        out.append(added("expert sums", rules.expert_mlp, step.moe_layers + last("moe")))
     elif m.moe is not None:
         times = round(step.moe_layers * (2 + step.exchanged_again) * step.turns)
         out.append(move(step, "expert sums", "all-reduce", rules.expert_mlp, times, step.sent_rows * row))
