@@ -307,19 +307,19 @@ TEXT = replace(T5, vocab=14, moe=MOE)
 def continued():
     """Six more tokens of each prompt, by the whole forward pass of it alone again and again."""
     model = Model.of(config_of(TEXT))
-    run = jax.jit(lambda tokens, **given: model.module(made(model))(tokens, capacity_factor=None, **given).logits)
+    run = jax.jit(lambda numbers, tokens, **given: model.module(numbers)(tokens, capacity_factor=None, **given).logits)
 
     def row(ids, width):  # padded at its end
         return np.array([[*ids, *[0] * (width - len(ids))]]), (np.arange(width) < len(ids))[None].astype(np.int32)
 
-    out = []
+    numbers, out = made(model), []
     with jax.set_mesh(meshes.build_mesh(MeshConfig())):
         for prompt in PROMPTS:
             inputs, input_segments = row(prompt[:-1], 9)
             text = prompt[-1:]
             for _ in range(6):
                 tokens, segments = row(text, 7)
-                logits = run(tokens, segments=segments, inputs=inputs, input_segments=input_segments)
+                logits = run(numbers, tokens, segments=segments, inputs=inputs, input_segments=input_segments)
                 text = [*text, int(logits[0, len(text) - 1].argmax())]
             out.append(text[1:])
     return out

@@ -27,6 +27,7 @@ QUICK = (
     "fsdp=2,expert=2,tensor=2-gather-shard_map-gather-expert-m2-explicit-split",
     "stage=2,expert=2,tensor=2-gather-compiler-ring-expert-m4-r2-explicit-split",
     "stage=2,data=2,tensor=2-einsum-shard_map-ring-data-share-m2",
+    "fsdp=2,tensor=4-ragged-hierarchical-ring-data+expert-share-m2-explicit-split-encoder",
 )
 
 
@@ -36,7 +37,7 @@ def test_the_battery_is_whole():
     All of that also with stages, and with both types of mesh axes.
     """
     cells = list(CELLS.values())
-    assert len(cells) == 91 and len({(c.stages, *c.mesh) for c in cells}) == 56 and set(QUICK) <= set(CELLS)
+    assert len(cells) == 111 and len({(c.stages, *c.mesh) for c in cells}) == 56 and set(QUICK) <= set(CELLS)
     assert {c.mesh for c in cells if c.explicit and c.stages == 1} == {c.mesh for c in cells if c.stages == 1}
     staged = [c for c in cells if c.stages > 1]
     assert {(c.dispatch, c.exchange) for c in staged} == set(placements.KINDS)
@@ -49,7 +50,7 @@ def test_the_battery_is_whole():
     assert {(c.dispatch, c.attention) for c in split} == set(
         itertools.product(("einsum", "gather", "ragged"), ("gather", "ring"))
     )
-    for some in ("share", "split", "latent"):
+    for some in ("share", "split", "latent", "encoder"):
         assert {c.dispatch for c in cells if getattr(c, some)} == {"einsum", "gather", "ragged"}, some
     assert {c.stages > 1 for c in cells if c.split} == {c.stages > 1 for c in cells if c.latent} == {True, False}
     assert {c.microbatches for c in cells} == {1, 2, 4, 8}
