@@ -12,6 +12,7 @@ from moe_jax import config
 from moe_jax.config import (
     Config,
     ConfigError,
+    EncoderConfig,
     LatentConfig,
     MeshConfig,
     ModelConfig,
@@ -354,7 +355,9 @@ def test_the_reference_is_complete_and_true():
     keys = [row[0].strip("`") for row in rows]
     assert len(keys) == len(set(keys)) > 80
     assert {"train.steps", "mesh.expert", "model.moe.router.kind", "rules.expert_mlp"} <= set(keys)
-    whole = Config(model=ModelConfig(moe=MoEConfig(), latent=LatentConfig()), claims=ClaimConfig())
+    whole = Config(
+        model=ModelConfig(moe=MoEConfig(), latent=LatentConfig(), encoder=EncoderConfig()), claims=ClaimConfig()
+    )
     for name, kind, default, meaning in rows:
         node = whole
         for part in name.strip("`").split("."):
