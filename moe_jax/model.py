@@ -95,7 +95,10 @@ def typed(model: "Transformer", *_: Any, cache: Cache | None = None, record: boo
 def cached(model: "Transformer", *_: Any, **__: Any) -> Any:
     """Partition specs of a model's cache."""
     none = PartitionSpec()
-    return none if model.rules is None else Cache._make((spec(model.rules.layout(*cached_axes(model.m))), none, none))
+    if model.rules is None:
+        return none
+    layers, rows = model.rules.layout(*cached_axes(model.m)), (model.rules.batch, ())
+    return Cache(spec(layers), none, none, spec(rows))
 
 
 class Encoder(nnx.Module):

@@ -83,6 +83,24 @@ def test_a_model_and_its_cache(both):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
+def test_an_encoder_and_its_cache(both):
+    """A call that reads, and one that has read."""
+    small = ["model.d_model=32", "model.d_ff=32", "model.vocab=64", "model.moe.router.jitter=0"]
+    cfg = config.load("tiny_t5", small)
+    tokens, inputs = (np.random.default_rng(i).integers(0, 64, (8, n)).astype(np.int32) for i, n in enumerate((5, 9)))
+    results = []
+    for mesh in both:
+        model = Transformer(cfg.model, rules=Rules(), rngs=nnx.Rngs(params=0))
+        place(model, mesh, Rules())
+        with jax.set_mesh(mesh):
+            first = nnx.jit(lambda m, t, c, i: m(t, cache=c, inputs=i))(model, tokens, model.empty_cache(8, 6), inputs)
+            then = nnx.jit(lambda m, t, c: m(t, cache=c))(model, tokens[:, :1], first.cache)
+        assert not explicit(mesh) or typed(then.cache.layers[0][0].source_k) == (None, BATCH, "tensor", None, None)
+        results.append([np.asarray(a) for a in (first.logits, then.logits, then.cache.source)])
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
 def test_a_train_step(both):
     """The same losses, the same collectives; the state keeps its types."""
     small = [
