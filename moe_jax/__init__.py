@@ -6,6 +6,7 @@ from typing import Any
 _HOME = {
     "Config": "schema",
     "ConfigError": "schema",
+    "EncoderConfig": "schema",
     "LatentConfig": "schema",
     "MeshConfig": "schema",
     "ModelConfig": "schema",

@@ -244,7 +244,8 @@ def _check_latent(m: ModelConfig, no: Refuse) -> None:
 def _check_encoder(cfg: Config) -> list[Problem]:
     """What an encoder, or positions by distance, cannot be combined with."""
     m, encoder, out = cfg.model, cfg.model.encoder, []
-    whole = "set mesh.context=1 (or another axis of rules.length)"
+    over = " and ".join(f"mesh.{axis}" for axis in cfg.rules.length)
+    whole = f"set {over} to 1"
     if m.positions == "relative" and cfg.mesh.over(cfg.rules.length) > 1:
         why = "is 'relative', and the attention of split rows adds no biases to its scores"
         out.append(Problem("model.positions", why, f"{whole}, or use rotary"))
@@ -294,7 +295,8 @@ def check_model(m: ModelConfig) -> list[Problem]:
         elif m.moe.router.lookahead and m.moe.router.kind != "expert_choice":
             no("moe.router.lookahead", f"has no effect on the {m.moe.router.kind} router", "leave it out")
         if "moe" not in m.layer_kinds + m.encoder_kinds:
-            why = f"first_dense={m.moe.first_dense}, every={m.moe.every} leave no MoE layer among {m.layers}"
+            of = f"{m.layers}" + (f", and {m.encoder.layers} of the encoder" if m.encoder else "")
+            why = f"first_dense={m.moe.first_dense}, every={m.moe.every} leave no MoE layer among {of}"
             no("moe.every", why, "lower model.moe.every or first_dense, or raise model.layers")
     return out
 
@@ -391,13 +393,13 @@ def _check_context(cfg: Config) -> list[Problem]:
 
 def _check_residual(cfg: Config) -> list[Problem]:
     """Rows that do not split further between attention and feed-forward layers."""
-    rules, length = cfg.rules, cfg.data.length
+    rules, lengths = cfg.rules, {"data.length": cfg.data.length, "model.encoder.length": cfg.inputs}
     n = cfg.mesh.over(rules.length + rules.residual)
-    if not rules.residual or length % n == 0:
-        return []
     over = " x ".join(f"mesh.{axis}" for axis in rules.length + rules.residual)
-    why = f"splits rows of {length} tokens over {n} shards ({over}), which does not divide them"
-    return [Problem("rules.residual", why, f"set data.length to a multiple of {n}, or rules.residual=[]")]
+    why = "splits rows of {} tokens over {} shards ({}), which does not divide them"
+    remedy = "set {} to a multiple of {}, or rules.residual=[]"
+    wrong = {key: length for key, length in lengths.items() if rules.residual and length % n}
+    return [Problem("rules.residual", why.format(m, n, over), remedy.format(key, n)) for key, m in wrong.items()]
 
 
 def _check_groups(cfg: Config) -> list[Problem]:

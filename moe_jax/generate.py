@@ -107,16 +107,20 @@ class Generator:
             Refused: an empty prompt, or prompt and new tokens longer than model.max_length.
         """
         longest, limit = max(len(p) for p in prompts), self.model.cfg.model.max_length
+        reads = self.model.cfg.model.encoder is not None
+        most = limit + 1 if reads else limit - 1  # tokens of a prompt
+        room = limit - 1 if reads else limit - longest  # new ones
         if min(len(p) for p in prompts) == 0:
             raise Refused(Problem("--prompt", "is empty", "give at least one character"))
-        if longest >= limit:
-            why = f"the longest prompt has {longest} tokens, and the model takes {limit} with the new ones"
-            raise Refused(
-                Problem("--prompt", why, f"shorten it to at most {limit - 1} tokens (model.max_length={limit})")
-            )
-        if longest + new_tokens > limit:
-            why = f"{longest} prompt tokens and {new_tokens} new ones exceed model.max_length={limit}"
-            raise Refused(Problem("--tokens", why, f"ask for at most {limit - longest}, or shorten the prompt"))
+        if longest > most:
+            takes = f"its encoder takes {limit}" if reads else f"the model takes {limit} with the new ones"
+            why = f"the longest prompt has {longest} tokens, and {takes}"
+            raise Refused(Problem("--prompt", why, f"shorten it to at most {most} tokens (model.max_length={limit})"))
+        if new_tokens > room:
+            why = f"{1 if reads else longest} prompt tokens and {new_tokens} new ones exceed model.max_length={limit}"
+            remedy = f"ask for at most {room}" + ("" if reads else ", or shorten the prompt")
+            raise Refused(Problem("--tokens", why, remedy))
+        longest = max(longest, 1 + reads)  # an encoder reads a place of padding where there is nothing else
         shards = self.model.cfg.mesh.over(self.model.cfg.rules.batch)
         rows = -(-len(prompts) // shards) * shards  # rows that fill the last shard repeat a prompt and are not returned
         tokens, lengths = np.zeros((rows, longest), np.int32), np.zeros(rows, np.int32)

@@ -17,10 +17,10 @@ from moe_jax.config import ModelConfig
 from moe_jax.layers.attention import Source
 from moe_jax.layers.block import Block, Context, Routed
 from moe_jax.layers.common import Keys, between, dropout, fan_in, fold, gathered, lay, param, row_keys
+from moe_jax.layers.distances import Distances, bucket
 from moe_jax.layers.embed import Embedding
 from moe_jax.layers.moe import FROM_CONFIG, MoELayer, Record, SelectionBias
 from moe_jax.layers.norm import Norm
-from moe_jax.layers.positions import relative
 from moe_jax.pattern import Schedule
 from moe_jax.pipeline import of_round, pipelined, shared, split
 from moe_jax.rules import any_axes, current_mesh, spec
@@ -98,7 +98,7 @@ def cached(model: "Transformer", *_: Any, **__: Any) -> Any:
     if model.rules is None:
         return none
     layers, rows = model.rules.layout(*cached_axes(model.m)), (model.rules.batch, ())
-    return Cache(spec(layers), none, none, spec(rows))
+    return Cache._make((spec(layers), none, none, spec(rows)))
 
 
 class Encoder(nnx.Module):
@@ -110,10 +110,10 @@ class Encoder(nnx.Module):
         self.table = None if V is None else param(rngs, (V, m.d_model), ("vocab", "embed"), fan_in(m.d_model))
         self.stacks = nnx.List([stacked(m, run, rules, rngs, both_ways=True) for run in self.runs])
         self.final_norm = Norm(m.norm, m.d_model, m.norm_eps) if m.final_norm else None
-        self.relative = biases(m, rngs)
+        self.relative = distance_biases(m, rngs)
 
 
-def biases(m: ModelConfig, rngs: nnx.Rngs) -> nnx.Param | None:
+def distance_biases(m: ModelConfig, rngs: nnx.Rngs) -> nnx.Param | None:
     """The biases of distances of all layers."""
     return param(rngs, (BUCKETS, m.heads), ("bias", "heads"), fan_in(m.d_model)) if m.positions == "relative" else None
 
@@ -136,7 +136,7 @@ class Transformer(nnx.Module):
         self.embedding = Embedding(m, rules, rngs)
         self.stacks = nnx.List([stacked(m, run, rules, rngs, reads=m.encoder is not None) for run in self.runs])
         self.final_norm = Norm(m.norm, m.d_model, m.norm_eps) if m.final_norm else None
-        self.relative = biases(m, rngs)
+        self.relative = distance_biases(m, rngs)
         self.encoder = None if m.encoder is None else Encoder(m, rules, rngs)
 
     @any_axes(typed)
@@ -164,7 +164,7 @@ class Transformer(nnx.Module):
         Args:
             segments: [B, L] int32, tokens attend within their segment; 0 is padding. Default: all ones.
             positions: [B, L] int32. Default: 0, 1, 2, ... With a cache they count from each row's first token and
-                cannot be given; segments then only tell padding from tokens.
+                cannot be given; segments then only tell padding from tokens. Relative ones are always of the row.
             train: dropout, noise and the training capacity; needs `key`, one or [B], where the config asks for noise.
             cache: from `empty_cache`; the call appends its L tokens. Logits are NaN where its places do not suffice.
             capacity_factor: of every MoE layer, or a list with one for each; default the config's for training or
@@ -176,7 +176,7 @@ class Transformer(nnx.Module):
                 where rows are split, logits then need not be moved back.
             schedule: how the rows pass through the stages of a pipeline; without one, layers are brought to all stages.
             inputs: [B, M] int32, what the encoder reads, with segments and positions of their own; a token attends to
-                the inputs of its segment. With a cache in its first call alone.
+                the inputs of its segment. With a cache in its first call alone, segments telling padding from tokens.
         Raises:
             ValueError: rows too long, or that do not split over the mesh; a cache where they are split; inputs missing,
                 or without an encoder.
@@ -212,13 +212,15 @@ class Transformer(nnx.Module):
         if self.encoder is not None:
             done = self.m.encoder_kinds.count("moe")
             if inputs is not None:
+                if cache is not None and input_segments is not None:
+                    input_segments = (input_segments > 0).astype(jnp.int32)
                 given = inputs, input_segments, input_positions
                 source, routed = self.encode(*given, fold(keys, ENCODER), train, options[:done])
             else:
                 assert cache is not None and cache.source is not None
                 source = Source(cache.source, None)
             context = context._replace(source=source)
-        context = self.with_bias(context, self.relative, L if cache is None else places(cache), False, cache)
+        context = self.with_distances(context, self.relative, L if cache is None else places(cache), False, cache)
 
         outside = self.rules if self.rules is None or schedule is None else shared(self.rules, B)
         with jax.named_scope("embed"):
@@ -262,15 +264,15 @@ class Transformer(nnx.Module):
         """inputs [B, M] int32 -> what the decoder reads, and what the MoE layers return beside it."""
         assert self.encoder is not None
         B, M = inputs.shape
-        if M > self.m.max_length:
-            raise ValueError(f"{M} inputs exceed model.max_length={self.m.max_length}")
-        if sequence.shards(self.rules) > 1:
+        if not 0 < M <= self.m.max_length:
+            raise ValueError(f"{M} inputs: give 1 to model.max_length={self.m.max_length}, of segment 0 where none are")
+        if self.shards(M, None) > 1:
             why = "rules.length splits rows, and those of an encoder are whole"
             raise ValueError(f"{why}: build the model with rules.by_rows()")
         segments = jnp.ones((B, M), jnp.int32) if segments is None else segments
         positions = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32), (B, M)) if positions is None else positions
         context = Context(positions, segments, segments > 0, inputs, None)
-        context = self.with_bias(context, self.encoder.relative, M, True)
+        context = self.with_distances(context, self.encoder.relative, M, True)
         with jax.named_scope("embed"):
             x = self.embedding(inputs, positions, self.rules, self.encoder.table)
             x = dropout(x, self.m.dropout, fold(keys, 0))
@@ -283,15 +285,15 @@ class Transformer(nnx.Module):
         x = x if self.encoder.final_norm is None else self.encoder.final_norm(x)
         return Source(segments, gathered(x, self.rules)), routed
 
-    def with_bias(
+    def with_distances(
         self, context: Context, table: nnx.Param | None, keys: int, both_ways: bool, cache: Cache | None = None
     ) -> Context:
         """The context of layers whose scores get the biases of distances to the places 0, 1, ... of the keys."""
         if table is None:
             return context
         queries = jnp.arange(context.tokens.shape[1]) + (0 if cache is None else cache.filled)
-        bias = relative(table[...], queries, jnp.arange(keys), both_ways)
-        return context._replace(bias=lay(bias, self.rules, names=("act_heads", None, None)))
+        buckets = bucket(queries[:, None] - jnp.arange(keys)[None], both_ways)
+        return context._replace(distances=Distances(table[...], buckets, self.rules))
 
     def shards(self, L: int, cache: Cache | None) -> int:
         """Shards of a row of L tokens over the current mesh."""
@@ -383,7 +385,7 @@ class Transformer(nnx.Module):
 
         def stage(layers: Any, turn: jax.Array, x: jax.Array, rows: tuple[Context, Keys]) -> tuple[jax.Array, Any]:
             here, own = rows
-            here = here._replace(places=context.places, bias=context.bias)
+            here = here._replace(places=context.places, distances=context.distances)
 
             def one(x: jax.Array, layer: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
                 params, number = of_round(layer, turn, layouts)
@@ -396,7 +398,9 @@ class Transformer(nnx.Module):
             )
             return jax.lax.scan(again, x, layers)
 
-        rows = split((context._replace(places=None, bias=None), keys), schedule.microbatches, schedule.together, rules)
+        rows = split(
+            (context._replace(places=None, distances=None), keys), schedule.microbatches, schedule.together, rules
+        )
         x, routed = pipelined(stage, (params, jnp.arange(repeats)), layouts, x, rows, schedule, rules)
         return x, in_order(routed) if routed else None
 

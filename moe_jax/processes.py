@@ -87,9 +87,11 @@ class Place:
             try:
                 socket.create_connection((self.host, self.service or 0), timeout=max(1.0, seconds)).close()
                 return
-            except OSError:
+            except OSError as e:
                 if time.monotonic() > deadline:
-                    raise
+                    why = f"JAX's service at {self.host}:{self.service} cannot be reached within {seconds:g} s: {e}"
+                    remedy = "let that port of process 0 pass, choose one with --service-port, or raise --join-seconds"
+                    raise Refused(Problem("--service-port", why, remedy)) from None
                 time.sleep(RETRY_SECONDS)
 
 

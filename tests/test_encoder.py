@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import calls, inside, write_text
+from commands import calls, check_refusal, inside, write_text
 from flax import nnx
 from test_layers import complex_rotary, f64, filled, numbers
 
@@ -22,12 +22,14 @@ from moe_jax.config import (
     MeshConfig,
     ModelConfig,
     MoEConfig,
+    Refused,
     RouterConfig,
     load,
 )
 from moe_jax.generate import Generator, Sampling
 from moe_jax.layers.attention import whole_attention
-from moe_jax.layers.positions import bucket, relative, sinusoidal
+from moe_jax.layers.distances import Distances, bucket
+from moe_jax.layers.positions import sinusoidal
 from moe_jax.model import Transformer
 from moe_jax.train.state import Model, Weights
 from moe_jax.train.step import moved
@@ -220,16 +222,26 @@ def test_attention_to_nothing_is_zero():
 
 def test_relative_positions_without_an_encoder():
     """The decoder alone has biases too, of distances back."""
-    model = transformer(replace(T5, encoder=None))
-    q = jnp.arange(9)
-    np.testing.assert_array_equal(
-        relative(model.relative[...], q, q, False), by_distance(model.relative[...], 9, 9, False).astype(np.float32)
-    )
-    moved = filled(lambda: Transformer(replace(T5, encoder=None), rngs=nnx.Rngs(params=0)), seed=0)
-    moved.relative[...] = moved.relative[...].at[3].add(1.0)  # three places back
-    a, b = model(TOKENS).logits, moved(TOKENS).logits
+    model, other = (transformer(replace(T5, encoder=None)) for _ in range(2))
+    other.relative[...] = other.relative[...].at[3].add(1.0)  # three places back
+    a, b = model(TOKENS).logits, other(TOKENS).logits
     np.testing.assert_array_equal(a[:, :3], b[:, :3])
     assert (np.abs(a - b)[:, 3:].max(-1) > 1e-4).all()
+
+
+def test_the_gradient_of_distances():
+    """By bucket, against what JAX makes of the sum."""
+    table, scores = numbers(32, 4), numbers(3, 2, 2, 5, 7, seed=1)
+    buckets = bucket(jnp.asarray(np.arange(5)[:, None] - np.arange(7)), True)
+
+    def plain(table, scores):
+        return jnp.sin(scores + table.T[:, buckets].reshape(1, 2, 2, 5, 7)).sum()
+
+    def ours(table, scores):
+        return jnp.sin(Distances(table, buckets, None).added(scores)).sum()
+
+    for got, want in zip(*(jax.grad(f, (0, 1))(table, scores) for f in (ours, plain)), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_statistics_are_of_the_encoder_first():
@@ -244,7 +256,8 @@ def test_statistics_are_of_the_encoder_first():
 WRONG = {
     "its encoder reads them once": {},
     "no record, replay or schedule": {"inputs": INPUTS, "record": True},
-    "inputs exceed model.max_length": {"inputs": np.zeros((3, 161), np.int32)},
+    "161 inputs: give 1 to model.max_length=160": {"inputs": np.zeros((3, 161), np.int32)},
+    "0 inputs: give 1": {"inputs": np.zeros((3, 0), np.int32)},
 }
 
 
@@ -298,6 +311,7 @@ def made(model, seed=0):
 
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3]]
+ALONE = 1  # the one that leaves an encoder nothing to read
 
 
 TEXT = replace(T5, vocab=14, moe=MOE)
@@ -333,6 +347,12 @@ def test_text_goes_on_from_the_last_token(mesh):
     weights = Weights(jax.device_put(made(model), model.weight_shardings(built).params), None)
     new = Generator(model, built, 14, 14, Sampling(temperature=0.0))(weights, [np.array(p) for p in PROMPTS], 6)
     assert new.tokens == continued()
+    text = Generator(model, built, 14, 14, Sampling(temperature=0.0))
+    assert text(weights, [np.array(PROMPTS[ALONE])], 6).tokens == [continued()[ALONE]]
+    assert len(text(weights, [np.zeros(161, int)], 159).tokens[0]) == 159
+    for length, new_tokens, says in ((162, 1, "at most 161 tokens"), (2, 160, "ask for at most 159")):
+        with pytest.raises(Refused, match=says):
+            text(weights, [np.zeros(length, int)], new_tokens)
 
 
 @pytest.mark.parametrize("layers, every, first", [(2, 1, 0), (5, 2, 1)], ids=str)
@@ -373,6 +393,8 @@ REFUSED = {
     "model.encoder.length": ["model.encoder.length=513"],
     "model.moe.group_size": ["model.encoder.length=96", "model.moe.group_size=64"],
     "model.encoder.layers": ["model.encoder.layers=0"],
+    "rules.residual": ["mesh.tensor=2", 'rules.residual=["tensor"]', "model.encoder.length=33"],
+    "model.moe.every": ["model.layers=1", "model.encoder.layers=1"],
 }
 
 
@@ -397,7 +419,8 @@ def test_commands(call, tmp_path):
     text, folder = f"data.path={write_text(tmp_path)}", tmp_path / "run"
     argv = ["tiny_t5", *SMALL, text, "--workdir", folder]
     code, first, _ = call("train", *argv, "train.steps=3", "--json", "--quiet")
-    assert code == 0 and first["dropped"] == first["routed"] - first["kept"] and "sample" in first
+    # The last step: two MoE layers, of 8 sequences of 16 tokens and of those in front of them, 24 at the most.
+    assert code == 0 and 8 * 16 < first["routed"] <= 8 * (16 + 24) and "sample" in first
     code, report, _ = call("train", *argv, "train.steps=5", "--json", "--quiet")
     assert code == 0 and report["step"] == 5
     code, found, _ = call("eval", folder, "mesh.data=1", "mesh.expert=1", "--json", "--quiet")
@@ -408,3 +431,11 @@ def test_commands(call, tmp_path):
     assert code == 0 and found["exchange"]["times_least"] == 1 and found["flags"] == []
     code, found, _ = call("bench", "step", "tiny_t5", *SMALL, "--rounds", "1", "--json", "--quiet")
     assert code == 0
+    code, out, err = call("train", *argv[:-1], tmp_path / "other", "model.encoder.vocab=100")
+    check_refusal(code, out, err, "train", "model.encoder.vocab: 100 is smaller than the tokenizer's 257")
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(f'{{"text": "word {i}"}}\n' for i in range(2000)))
+    code, out, err = call(
+        "train", "tiny_t5", *SMALL, f"data.path={short}", "data.packing=pad", "--workdir", tmp_path / "pad"
+    )
+    check_refusal(code, out, err, "train", "data.packing: is 'pad', and no document is longer than a sequence")

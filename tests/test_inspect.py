@@ -284,6 +284,8 @@ def test_an_encoder_exchanges_the_least(name):
     assert found["exchange"]["count"] == {"forward": 4 * LAYERS, "recompute": 0, "backward": 4 * LAYERS}
     assert found["exchange"]["bytes"] == 4 * sum(each)
     assert found["exchange"]["times_least"] == 1 and found["flags"] == []
+    biases = [r["bytes"] for r in found["collectives"] if r["axes"] == ["expert"] and "attention" in r["module"]]
+    assert 0 < sum(biases) < 4 * LAYERS * cfg.model.heads // 2 * L * L, "gradients of [32, H], and not of [H, L, M]"
     sums = [m for m in traffic(Step(cfg, topology.platform)) if m.what == "attention sums"]
     rows = [r for r in found["collectives"] if r["module"] == "attention" and r["axes"] == ["tensor"]]
     assert {r["op"] for r in rows} == {"all-reduce"}

@@ -120,6 +120,7 @@ TRAINED = {  # rows, the mesh, and what both runs have beside tiny_gshard
     ),
     "muon": (8, [*TWO, "train.rounds=2"], [*EACH, "train.optimizer.kind=muon"]),
     "balanced over sequences": (8, TWO, [*EACH, "model.moe.balance_over=sequence", "model.moe.balance_loss=1.0"]),
+    "positions by distance": (8, TWO, [*EACH, "model.positions=relative"]),
     "dropout inside experts": (8, TWO, [*EACH, "model.moe.expert_dropout=0.4", "model.moe.shared_experts=1"]),
 }
 

@@ -41,6 +41,11 @@ class Windows:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def any_in_front(self) -> bool:
+        """Whether any window has text in front of it, for an encoder to read."""
+        return self._count > (1 if self.packing == "pack" else len(self._ends))
+
     def _packed(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The first token of windows [B] and the end of the text they may read."""
         return index * self.length, np.full(len(index), len(self._tokens))

@@ -1,6 +1,7 @@
 """The least that a model's exchange must move, to hold the compiled program against."""
 
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 
 from moe_jax.config import Config
 from moe_jax.plan.work import Step
@@ -53,13 +54,13 @@ def least_exchange(cfg: Config, platform: str, *, forward_only: bool = False) ->
         return None
     step = Step(cfg, platform)
     layers = sum(stack.moe_layers for stack in step.stacks)
-    tokens = sum(stack.moe_layers * stack.tokens for stack in step.stacks) // layers  # the mean
+    tokens = Fraction(sum(stack.moe_layers * stack.tokens for stack in step.stacks), layers)  # the mean
     size = 4 if platform == "cpu" else step.width
     factor = min(moe.capacity_factor or 1.0, moe.experts / moe.top_k)  # of an expert's slots, at most one a token
     stages: tuple[int, ...] = (n,)
     if moe.exchange == "hierarchical":
         stages = tuple(s for s in (cfg.mesh.over((a,)) for a in cfg.rules.experts) if s > 1)
-    buffer = factor * moe.top_k * tokens * m.d_model * size / cfg.mesh.over(cfg.rules.travelling)
+    buffer = factor * moe.top_k * float(tokens) * m.d_model * size / cfg.mesh.over(cfg.rules.travelling)
     each = round(buffer * sum((s - 1) / s for s in stages) / len(stages))
     ways = 2 * len(stages)
     return Least(
@@ -71,5 +72,5 @@ def least_exchange(cfg: Config, platform: str, *, forward_only: bool = False) ->
         passes=step.turns,
         shards=n,
         stages=stages,
-        tokens=tokens,
+        tokens=round(tokens),
     )

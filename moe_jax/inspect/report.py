@@ -83,6 +83,7 @@ def inspect(cfg: Config, mesh: Mesh, *, forward: bool = False, topology: Topolog
         "collectives": rows(found),
         "least": None if least is None else least.to_json(),
         "exchange": exchange_found(found, cfg, least),
+        "encoder": cfg.inputs > 0,
         "flags": [flag._asdict() for flag in flagged],
         "peak_bytes": compiled.peak_bytes,
         "memory_bytes": None if topology is None else topology.memory,

@@ -48,7 +48,8 @@ def exchange_lines(report: dict[str, Any]) -> list[str]:
     counts = ", ".join(f"{found['count'][p]} {p} (least {least['count'][p]})" for p in phases)
     n = ", ".join(map(str, least["stages"]))
     stages = f"the mean of {len(least['stages'])} stages, " if len(least["stages"]) > 1 else ""
-    why = f"{stages}f*K*T*D*b*(n-1)/n with T={least['tokens']:,} tokens a device, n={n}"
+    mean = " on average over encoder and decoder" if report["encoder"] else ""
+    why = f"{stages}f*K*T*D*b*(n-1)/n with T={least['tokens']:,} tokens a device{mean}, n={n}"
     most = "at most " if found["at_most"] else ""
     moved = f"{most}all-to-alls {counts}; {most}{found['times_least']:.3f} times the least bytes"
     if not any(found["count"].values()):

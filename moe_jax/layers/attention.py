@@ -12,6 +12,7 @@ from moe_jax.cache import Cached, LayerCache, write
 from moe_jax.config import ModelConfig
 from moe_jax.layers.common import along_last, constant, fan_in, lay, param, product
 from moe_jax.layers.context import split_attention
+from moe_jax.layers.distances import Distances
 from moe_jax.layers.norm import Norm
 from moe_jax.layers.positions import rotary
 from moe_jax.pattern import query_blocks
@@ -24,7 +25,7 @@ def weighted_values(
     v: jax.Array,
     mask: jax.Array,
     width: int | None = None,
-    bias: jax.Array | None = None,
+    distances: Distances | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(N)) v with the softmax in float32.
 
@@ -32,46 +33,46 @@ def weighted_values(
         q: [B, J, R, L, N], R query heads to each of the J key/value heads; k, v: [B, J, M, N], whose widths may differ;
             mask: [B, L, M] bool.
         width: in place of N under the root.
-        bias: [J*R, L, M] float32, added to the scores of all rows.
+        distances: whose biases are added to the scores.
     """
     scores = jnp.einsum("bjrln,bjmn->bjrlm", q, k, preferred_element_type=jnp.float32)
     scores = scores * fan_in(q.shape[-1] if width is None else width)
-    if bias is not None:
-        scores = scores + bias.reshape(1, *scores.shape[1:])
+    if distances is not None:
+        scores = distances.added(scores)
     scores = jnp.where(mask[:, None, None], scores, -1e30)  # finite: a row of padding sees nothing, and must not be NaN
     return jnp.einsum("bjrlm,bjmn->bjrln", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, bias: jax.Array | None = None
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, distances: Distances | None = None
 ) -> jax.Array:
     """Attention of each token to the earlier ones of its segment, in query blocks that skip the future.
 
     Args:
         q: [B, J, R, L, N]; k, v: [B, J, L, N], whose widths may differ; segments: [B, L] int32, 0 for padding.
-        bias: [J*R, L, L] float32, added to the scores.
+        distances: whose biases are added to the scores.
     """
     out = []
     for begin, end in query_blocks(q.shape[-2]):
         causal = jnp.arange(begin, end)[:, None] >= jnp.arange(end)[None]
         mask = causal[None] & (segments[:, begin:end, None] == segments[:, None, :end])  # [B, rows, end]
-        added = None if bias is None else bias[:, begin:end, :end]
-        out.append(weighted_values(q[..., begin:end, :], k[..., :end, :], v[..., :end, :], mask, bias=added))
+        block = None if distances is None else distances.rows(begin, end)
+        out.append(weighted_values(q[..., begin:end, :], k[..., :end, :], v[..., :end, :], mask, distances=block))
     return out[0] if len(out) == 1 else jnp.concatenate(out, axis=-2)
 
 
 def whole_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, seen: jax.Array, bias: jax.Array | None = None
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, seen: jax.Array, distances: Distances | None = None
 ) -> jax.Array:
     """Attention of each token [B, L] to all of its segment among [B, M], before it and after; 0 where there is none.
 
     Args:
         q: [B, J, R, L, N]; k, v: [B, J, M, N]; segments: [B, L] int32 of the queries, seen: [B, M] int32 of the keys, 0
             for padding.
-        bias: [J*R, L, M] float32, added to the scores.
+        distances: whose biases are added to the scores.
     """
     mask = (segments[:, :, None] == seen[:, None]) & (seen[:, None] > 0)  # [B,L,M]
-    y = weighted_values(q, k, v, mask, bias=bias)
+    y = weighted_values(q, k, v, mask, distances=distances)
     return jnp.where(mask.any(-1)[:, None, None, :, None], y, jnp.zeros((), y.dtype))
 
 
@@ -82,12 +83,12 @@ def over_rows(
     segments: jax.Array,
     m: ModelConfig,
     rules: Rules | None,
-    bias: jax.Array | None = None,
+    distances: Distances | None = None,
 ) -> jax.Array:
-    """`causal_attention` of whole rows, also of those that are split over the mesh, which take no bias."""
+    """`causal_attention` of whole rows, also of those that are split over the mesh, which take no distances."""
     if rules is None or shards(rules) == 1:
-        return causal_attention(q, k, v, segments, bias)
-    if bias is not None:
+        return causal_attention(q, k, v, segments, distances)
+    if distances is not None:
         raise ValueError("rules.length splits rows, whose attention adds no relative positions: build with by_rows()")
     wide = [(0, 0)] * (v.ndim - 1) + [(0, k.shape[-1] - v.shape[-1])]  # keys and values travel as one array
     return split_attention(q, k, jnp.pad(v, wide), segments, rules, m.attention_exchange)[..., : v.shape[-1]]
@@ -136,7 +137,7 @@ class Attention(nnx.Module):
         segments: jax.Array,
         cache: LayerCache | None = None,
         cached: Cached | None = None,
-        bias: jax.Array | None = None,
+        distances: Distances | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, L, D] -> ([B, L, D], cache).
 
@@ -145,7 +146,7 @@ class Attention(nnx.Module):
                 `sequence.balanced`.
             cache: k and v [B, J, M, N]; keys and values are written from `cached.place` on, and the tokens attend to
                 the places that `cached.visible` shows.
-            bias: [H, L, M] float32, added to the scores.
+            distances: whose biases are added to the scores.
         """
         m, rules = self.m, self.rules
         q, (k, v) = self.queries(x), self.keys_and_values(x)
@@ -154,11 +155,11 @@ class Attention(nnx.Module):
         q = groups(q, k)
         if cache is not None and cached is not None:
             cache = write(cache, k, v, cached.place)
-            y = weighted_values(q, cache.k, cache.v, cached.visible, bias=bias)
+            y = weighted_values(q, cache.k, cache.v, cached.visible, distances=distances)
         elif self.both_ways:
-            y = whole_attention(q, k, v, segments, segments, bias)
+            y = whole_attention(q, k, v, segments, segments, distances)
         else:
-            y = over_rows(q, k, v, segments, m, rules, bias)
+            y = over_rows(q, k, v, segments, m, rules, distances)
         return self.back(y), cache
 
     def queries(self, x: jax.Array) -> jax.Array:

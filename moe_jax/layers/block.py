@@ -11,6 +11,7 @@ from moe_jax.cache import Cached, LayerCache
 from moe_jax.config import ModelConfig
 from moe_jax.layers.attention import Attention, CrossAttention, Source
 from moe_jax.layers.common import Keys, dropout, fold, gathered, scattered
+from moe_jax.layers.distances import Distances
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.latent import LatentAttention
 from moe_jax.layers.moe import MoELayer, Record
@@ -26,7 +27,7 @@ class Context(NamedTuple):
     tokens: jax.Array  # [B, L] int32
     cached: Cached | None  # None without a cache
     places: jax.Array | None = None  # [L] int32 of tokens in the order of `sequence.balanced`; None in their own
-    bias: jax.Array | None = None  # [H, L, M] float32 of relative positions
+    distances: Distances | None = None  # of relative positions
     source: Source | None = None  # what an encoder read
 
 
@@ -86,7 +87,7 @@ class Block(nnx.Module):
 
         with jax.named_scope("attention"):
             h = gathered(self.attention_norm(x) if pre else x, self.rules)
-            h, cache = self.attention(h, context.positions, context.segments, cache, context.cached, context.bias)
+            h, cache = self.attention(h, context.positions, context.segments, cache, context.cached, context.distances)
             x = x + dropout(scattered(h, self.rules), self.m.dropout, fold(keys, 0), context.places)
             x = x if pre else self.attention_norm(x)
 

@@ -9,6 +9,7 @@ from moe_jax.cache import Cached, LayerCache, write
 from moe_jax.config import ModelConfig
 from moe_jax.layers.attention import from_heads, over_rows, to_heads, weighted_values
 from moe_jax.layers.common import fan_in, lay, param, product
+from moe_jax.layers.distances import Distances
 from moe_jax.layers.norm import Norm
 from moe_jax.layers.positions import rotary
 
@@ -42,7 +43,7 @@ class LatentAttention(nnx.Module):
         segments: jax.Array,
         cache: LayerCache | None = None,
         cached: Cached | None = None,
-        bias: jax.Array | None = None,
+        distances: Distances | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, L, D] -> ([B, L, D], cache); arguments as of `Attention`, the cache as `LayerCache` says. Positions are
         rotary, so that there is no bias."""

@@ -81,6 +81,12 @@ def probabilities(step: Step) -> int:
     return step.rows * heads * sum(tiled(*block, step.platform) for block in blocks) // step.over("length")
 
 
+def distances(step: Step) -> int:
+    """Bytes of the biases of a layer's scores by distance, and of their gradient before it is added up."""
+    m, L = step.cfg.model, step.cfg.data.length
+    return 2 * 4 * m.heads // step.over("act_heads") * tiled(L, L, step.platform) if m.positions == "relative" else 0
+
+
 def reading(step: Step) -> tuple[int, int]:
     """Elements of the probabilities of a layer's attention to what an encoder read, and of the keys and values."""
     m = step.cfg.model
@@ -191,7 +197,7 @@ def working(step: Step, kind: str) -> int:
     if step.cfg.model.remat == "none":
         return 2 * (w.hidden + w.expert_hidden) * b + w.rows * b + 8 * w.tokens * b + 2 * w.query * 4
     heads = w.query + w.key + w.value + w.mixed
-    shared = max(w.scores, reading(step)[0]) * 4 + heads * b + 7 * w.tokens * b + 3 * w.hidden * b
+    shared = distances(step) + max(w.scores, reading(step)[0]) * 4 + heads * b + 7 * w.tokens * b + 3 * w.hidden * b
     if w.rows and step.dispatch.dispatch == "ragged":  # both operands of each grouped product with zeros past the end
         return shared + (6 if nonlinear(step.cfg.model.ffn)[0] > 1 else 3) * w.expert_hidden * b + 3 * w.rows * b
     # The attention's probabilities in the compute type, or what the exchange brings back: one after the other.

@@ -69,8 +69,10 @@ def mixture(e: Estimate) -> dict[str, Any]:
     if moe is None:
         return {"all_to_all_bytes": 0}
     n = step.expert_shards
-    each = exchange_bytes(step) * (n - 1) / n
-    least = step.tokens * moe.top_k * e.cfg.model.d_model * step.width * (n - 1) / n
+    layers = sum(stack.moe_layers for stack in step.stacks)  # of an encoder too, whose tokens may be others: the mean
+    each = sum(stack.moe_layers * exchange_bytes(stack) for stack in step.stacks) / layers * (n - 1) / n
+    tokens = sum(stack.moe_layers * stack.tokens for stack in step.stacks) / layers
+    least = tokens * moe.top_k * e.cfg.model.d_model * step.width * (n - 1) / n
     exchanges = [v for v in e.moves if v.what == "exchange"]
     count, sent = sum(v.count for v in exchanges), sum(v.count * v.bytes for v in exchanges) * (n - 1) / n
     return {
@@ -80,7 +82,8 @@ def mixture(e: Estimate) -> dict[str, Any]:
         "experts_per_device": moe.experts / n,
         "tokens_per_expert": roofline.expert_rows(step),
         "dispatch": {"kind": step.dispatch.dispatch, "reason": step.dispatch.reason, "group": step.group}
-        | {"slots": step.slots, "overhead": roofline.exchange_overhead(step), "matrices": matrices(e.cfg.model.ffn)},
+        | {"slots": step.slots, "overhead": roofline.exchange_overhead(step), "matrices": matrices(e.cfg.model.ffn)}
+        | {"of": "all" if step.encoder is None else "decoder"},
     }
 
 

@@ -70,7 +70,8 @@ def exchange(r: dict[str, Any]) -> list[str]:
     if "dispatch" not in r:
         return []
     d, a = r["dispatch"], r["all_to_all"]
-    lines = [f"  dispatch {d['kind']}: {d['reason']}"]
+    mean = " on average" if d["of"] == "decoder" else ""
+    lines = [f"  dispatch {'of the decoder ' * bool(mean)}{d['kind']}: {d['reason']}"]
     lines += [
         f"  groups of {d['group']:,} tokens, {d['slots']:,} slots an expert",
         f"  experts of a layer on a device: {r['experts_per_device']:g}",
@@ -79,7 +80,7 @@ def exchange(r: dict[str, Any]) -> list[str]:
     if a["count"]:
         lines += [
             f"  all-to-all: {a['count']:,} a step over {a['devices']} devices; each time "
-            f"{size(a['bytes_each'])} leave a device, {size(a['bytes_least'])} of it in use"
+            f"{size(a['bytes_each'])}{mean} leave a device, {size(a['bytes_least'])} of it in use"
         ]
     return ["exchange", *lines]
 

@@ -83,6 +83,9 @@ class Run:
         """Everything after the text is at hand."""
         data = self.cfg.data
         self.windows = Windows(self.corpus.train, data.length, data.packing, self.cfg.inputs)
+        if self.cfg.inputs and not self.windows.any_in_front:
+            why = "is 'pad', and no document is longer than a sequence: nothing stands in front of one for the encoder"
+            raise Refused(Problem("data.packing", why, "set it to pack, or a smaller data.length"))
         self.evaluator = Evaluator(self.model, self.mesh, self.corpus)
         self.bigram = bigram_loss(self.windows, self.evaluator.windows, self.cfg.model.vocab)
         state = self.start()
@@ -148,11 +151,12 @@ class Run:
         if prompt is not None and not 0 < len(tokenizer.encode(prompt)) < limit:
             why = f"makes {len(tokenizer.encode(prompt))} tokens"
             raise Refused(Problem("train.sample", why, f"give a text of 1 to {limit - 1} tokens, or take the key out"))
-        size, vocab = tokenizer.size, self.cfg.model.vocab
-        if size > vocab:
-            raise Refused(
-                Problem("model.vocab", f"{vocab} is smaller than the tokenizer's {size}", f"set it to {size}")
-            )
+        m, size = self.cfg.model, tokenizer.size
+        tables = {"model.vocab": m.vocab, "model.encoder.vocab": m.encoder.vocab if m.encoder else None}
+        small = {key: vocab for key, vocab in tables.items() if vocab is not None and vocab < size}
+        if small:
+            why = "{} is smaller than the tokenizer's {}"
+            raise Refused(*(Problem(k, why.format(n, size), f"set it to {size}") for k, n in small.items()))
 
     def start(self) -> State:
         """A new state in its shards, or the newest checkpoint placed on this mesh."""
@@ -209,8 +213,11 @@ class Run:
 
     def dispatch(self) -> str:
         """The dispatcher, the groups and why, in words."""
-        picked, why = for_training(jax.devices()[0].platform, self.cfg.model, self.cfg.data.length)
-        return f"dispatch {picked} ({why})"
+        found = []
+        for length in dict.fromkeys((self.cfg.data.length, self.cfg.inputs or self.cfg.data.length)):
+            picked, why = for_training(jax.devices()[0].platform, self.cfg.model, length)
+            found.append(f"{'of the encoder ' * bool(found)}{picked} ({why})")
+        return f"dispatch {'; '.join(found)}"
 
     def compile(self) -> Any:
         """The train step, compiled."""
@@ -301,7 +308,8 @@ class Run:
         """The prompt and how the model continues it. Every process computes a part."""
         tokenizer = self.corpus.tokenizer
         generator = Generator(self.model, self.mesh, tokenizer.size, tokenizer.eos)
-        room = self.cfg.model.max_length - len(tokenizer.encode(prompt))
+        read = 1 if self.cfg.model.encoder else len(tokenizer.encode(prompt))  # by the decoder
+        room = self.cfg.model.max_length - read
         new = generator(state.weights, [tokenizer.encode(prompt)], min(self.cfg.train.sample_tokens, room))
         return prompt + tokenizer.decode(new.tokens[0])
 

@@ -209,7 +209,7 @@ def changes(saved: dict, cfg: Config) -> list[str]:
     Raises:
         ConfigError: keys that would make it another run, such as the model, the data or the seed.
     """
-    found = differences(saved, config.to_dict(cfg))
+    found = differences(config.to_dict(config.from_dict(saved)), config.to_dict(cfg))  # keys of today's, all of them
     changed = {k: (word(before), word(now)) for k, (before, now) in found.items()}
     fixed = [k for k in changed if not k.startswith(FREE) or k in FIXED]
     if fixed:

@@ -41,13 +41,15 @@ def check_model(dense: ModelConfig, m: ModelConfig) -> None:
 
     def settings(m: ModelConfig) -> dict[str, Any]:
         m = dataclasses.replace(m, kv_heads=m.resolved_kv_heads, head_dim=m.resolved_head_dim)
-        return {f.name: getattr(m, f.name) for f in dataclasses.fields(m) if f.name not in FREE}
+        out = {f.name: getattr(m, f.name) for f in dataclasses.fields(m) if f.name not in FREE}
+        encoder = out.pop("encoder")
+        return out | ({} if encoder is None else {"encoder.layers": encoder.layers, "encoder.vocab": encoder.vocab})
 
     was, now = settings(dense), settings(m)
-    wrong = [k for k in now if now[k] != was[k]]
+    wrong = [k for k in was | now if now.get(k) != was.get(k)]
     if wrong:
-        why = {k: f"is {now[k]!r}, and the dense model has {was[k]!r}" for k in wrong}
-        raise Refused(*(Problem(f"model.{k}", why[k], f"set it to {was[k]}") for k in wrong))
+        why = {k: f"is {now.get(k)!r}, and the dense model has {was.get(k)!r}" for k in wrong}
+        raise Refused(*(Problem(f"model.{k}", why[k], f"set it to {was.get(k) or 'unset'}") for k in wrong))
 
 
 def check_tokenizer(folder: Path, dense: Config, cfg: Config) -> None:
