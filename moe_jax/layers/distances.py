@@ -54,10 +54,12 @@ def add(scores: jax.Array, table: jax.Array, buckets: jax.Array, rules: Rules | 
 def forward(
     scores: jax.Array, table: jax.Array, buckets: jax.Array, rules: Rules | None
 ) -> tuple[jax.Array, jax.Array]:
+    """`add`, and what its gradient needs."""
     return add(scores, table, buckets, rules), buckets
 
 
 def backward(rules: Rules | None, buckets: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    """Gradients at scores and table."""
     heads = g.reshape(g.shape[0], -1, *g.shape[-2:])  # [B,H,L,M]
     if rules is None:
         return g, by_bucket(heads, buckets), None
