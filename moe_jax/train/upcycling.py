@@ -49,7 +49,8 @@ def check_model(dense: ModelConfig, m: ModelConfig) -> None:
     wrong = [k for k in was | now if now.get(k) != was.get(k)]
     if wrong:
         why = {k: f"is {now.get(k)!r}, and the dense model has {was.get(k)!r}" for k in wrong}
-        raise Refused(*(Problem(f"model.{k}", why[k], f"set it to {was.get(k) or 'unset'}") for k in wrong))
+        remedy = {k: f"set it to {'unset' if was.get(k) is None else was[k]}" for k in wrong}
+        raise Refused(*(Problem(f"model.{k}", why[k], remedy[k]) for k in wrong))
 
 
 def check_tokenizer(folder: Path, dense: Config, cfg: Config) -> None:
