@@ -31,6 +31,7 @@ from joined import SLEEP, flags, free_port, workers
 
 from moe_jax import cli, supervise
 from moe_jax.processes import Place, find_place
+from moe_jax.schema import Refused
 
 here = pytest.fixture(scope="module", autouse=True)(inside)
 call = pytest.fixture(calls)
@@ -350,7 +351,7 @@ def test_process_0_is_out_of_reach_until_jax_has_started_there():
     """Only then does a process tell that it is here."""
     port = free_port()
     place = Place(1, 2, "localhost", 1, service=port)
-    with pytest.raises(OSError, match="refused"):
+    with pytest.raises(Refused, match=rf"--service-port: .* localhost:{port} cannot be reached within 0\.5 s"):
         place.reach(0.5)
     with socket.create_server(("localhost", port)):
         place.reach(0.5)
