@@ -1,6 +1,6 @@
 """The transformer, a decoder alone or with an encoder: dense and MoE layers in a pattern, scanned, rematerialised."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ from moe_jax.axes import Rules
 from moe_jax.balance import Stats
 from moe_jax.cache import Cache, Cached, cached_axes, empty_layer, places
 from moe_jax.config import ModelConfig
-from moe_jax.layers.attention import Source
-from moe_jax.layers.block import Block, Context, Routed
+from moe_jax.layers.attention import Context, Source
+from moe_jax.layers.block import Block, Routed
 from moe_jax.layers.common import Keys, between, dropout, fan_in, fold, gathered, lay, param, row_keys
 from moe_jax.layers.distances import Distances, bucket
 from moe_jax.layers.embed import Embedding
@@ -81,6 +81,15 @@ def stacked(m: ModelConfig, run: Run, rules: Rules | None, rngs: nnx.Rngs, **pla
 def in_order(routed: tuple[Routed, ...]) -> Routed:
     """m MoE layers a period, each [repeats, ...] -> [repeats * m, ...] in the order of the layers."""
     return jax.tree.map(lambda *s: jnp.stack(s, 1).reshape(-1, *s[0].shape[1:]), *routed)
+
+
+def walk(part: "Transformer | Encoder", done: int) -> Iterator[tuple[int, Period, Run, slice]]:
+    """The stacks of a decoder or encoder, each with its number, its run, and the places of its MoE layers, of which
+    `done` came before."""
+    for i, (stack, run) in enumerate(zip(part.stacks, part.runs, strict=True)):
+        mine = slice(done, done + run[0].count("moe") * run[1])
+        yield i, stack, run, mine
+        done = mine.stop
 
 
 def typed(model: "Transformer", *_: Any, cache: Cache | None = None, record: bool = False, **__: Any) -> Any:
@@ -190,9 +199,13 @@ class Transformer(nnx.Module):
             raise ValueError("positions cannot be given with a cache, which counts them: leave them out")
         if self.encoder is not None and (schedule is not None or record or replay is not None):
             raise ValueError("a model with an encoder has no record, replay or schedule: leave them out")
-        if (self.encoder is None or (cache is not None and cache.source is not None)) != (inputs is None):
-            why = "a model without an encoder reads none" if self.encoder is None else "its encoder reads them once"
-            raise ValueError(f"inputs are {'missing' if inputs is None else 'given'}: {why}")
+        if self.encoder is None and inputs is not None:
+            raise ValueError("inputs are given, and a model without an encoder reads none: leave them out")
+        has_read = cache is not None and cache.source is not None
+        if self.encoder is not None and has_read and inputs is not None:
+            raise ValueError("inputs are given, and the cache holds what the encoder has read: leave them out")
+        if self.encoder is not None and not has_read and inputs is None:
+            raise ValueError("inputs are missing, which the encoder reads: pass inputs=, token ids [B, M]")
         n = self.shards(L, cache)
         order = jnp.asarray(sequence.places(L, n))  # [L]
         turned = 1 if balanced else n  # shards for which the order of the tokens is still to be changed
@@ -227,9 +240,8 @@ class Transformer(nnx.Module):
             x = dropout(
                 self.embedding(tokens, context.positions, outside), self.m.dropout, fold(keys, 0), context.places
             )
-        for i, (stack, run) in enumerate(zip(self.stacks, self.runs, strict=True)):
+        for i, stack, run, mine in walk(self, done):
             caches = None if cache is None else cache.layers[i]
-            mine = slice(done, done + run[0].count("moe") * run[1])
             past = None if replay is None else replay[mine]
             if schedule is None:
                 x, r, c = self.run(stack, run, x, context, fold(keys, 1 + i), caches, train, options[mine], past)
@@ -238,7 +250,6 @@ class Transformer(nnx.Module):
                 c = None
             routed += [] if r is None else [r]
             layers.append(c)
-            done = mine.stop
         with jax.named_scope("head"):
             x = x if self.final_norm is None else self.final_norm(x)
             logits = self.embedding.logits(x, outside)
@@ -276,12 +287,10 @@ class Transformer(nnx.Module):
         with jax.named_scope("embed"):
             x = self.embedding(inputs, positions, self.rules, self.encoder.table)
             x = dropout(x, self.m.dropout, fold(keys, 0))
-        routed, done = [], 0
-        for i, (stack, run) in enumerate(zip(self.encoder.stacks, self.encoder.runs, strict=True)):
-            mine = slice(done, done + run[0].count("moe") * run[1])
+        routed = []
+        for i, stack, run, mine in walk(self.encoder, 0):
             x, r, _ = self.run(stack, run, x, context, fold(keys, 1 + i), None, train, options[mine], None)
             routed += [] if r is None else [r]
-            done = mine.stop
         x = x if self.encoder.final_norm is None else self.encoder.final_norm(x)
         return Source(segments, gathered(x, self.rules)), routed
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import calls, check_refusal, inside, write_text
+from commands import check_refusal, write_text
 from flax import nnx
 from test_layers import complex_rotary, f64, filled, numbers
 
@@ -33,10 +33,10 @@ from moe_jax.layers.positions import sinusoidal
 from moe_jax.model import Transformer
 from moe_jax.train.state import Model, Weights
 from moe_jax.train.step import moved
+from moe_jax.train.upcycling import check_model
 from moe_jax.upcycle import upcycle
 
-here = pytest.fixture(scope="module", autouse=True)(inside)
-call = pytest.fixture(calls)
+pytestmark = pytest.mark.usefixtures("inside")
 T5 = ModelConfig(
     vocab=13,
     layers=2,
@@ -254,7 +254,7 @@ def test_statistics_are_of_the_encoder_first():
 
 
 WRONG = {
-    "its encoder reads them once": {},
+    "inputs are missing, which the encoder reads: pass": {},
     "no record, replay or schedule": {"inputs": INPUTS, "record": True},
     "161 inputs: give 1 to model.max_length=160": {"inputs": np.zeros((3, 161), np.int32)},
     "0 inputs: give 1": {"inputs": np.zeros((3, 0), np.int32)},
@@ -294,7 +294,7 @@ def test_decoding_equals_the_full_forward_pass(more):
         got.append(logits[:, 0])
     for row, n in enumerate(lengths):
         np.testing.assert_allclose([g[row] for g in got], whole[row, n - 1 : n + 5], atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="its encoder reads them once"):
+    with pytest.raises(ValueError, match="the cache holds what the encoder has read: leave them out"):
         model(TOKENS[:, :1], cache=cache, **before)
 
 
@@ -373,6 +373,23 @@ def test_upcycling_keeps_the_function_of_both(layers, every, first):
     routers = [x for path, x in jax.tree_util.tree_leaves_with_path(new.params) if "router" in str(path)]
     columns = {tuple(row[0, ::2].tolist()) for x in routers for row in x}
     assert len(columns) == (m.layer_kinds + m.encoder_kinds).count("moe"), "each layer draws its own"
+
+
+UNLIKE = {  # encoders of the dense model and of the other, and what is said
+    "model.encoder: is set, and the dense model has none": (None, EncoderConfig(2)),
+    "model.encoder: is not set, and the dense model has an encoder of 2 layers": (EncoderConfig(2), None),
+    "model.encoder.layers: is 3, and the dense model has 2": (EncoderConfig(2), EncoderConfig(3)),
+    "model.encoder.vocab: is 9, and the dense model has None": (EncoderConfig(2), EncoderConfig(2, vocab=9)),
+}
+
+
+@pytest.mark.parametrize("says", UNLIKE)
+def test_upcycling_to_another_encoder_is_refused(says):
+    was, now = (replace(T5, encoder=encoder) for encoder in UNLIKE[says])
+    with pytest.raises(Refused) as e:
+        check_model(was, now)
+    assert says in str(e.value) and "remedy: set " in str(e.value)
+    check_model(replace(T5, encoder=EncoderConfig(2)), replace(T5, encoder=EncoderConfig(2, length=7)))
 
 
 def test_selection_biases_move_by_the_loads_of_their_layers():

@@ -8,7 +8,7 @@ from flax import nnx
 
 from moe_jax.cache import empty_layer
 from moe_jax.config import LatentConfig, ModelConfig
-from moe_jax.layers.attention import Attention, causal_attention
+from moe_jax.layers.attention import Attention, Context, causal_attention
 from moe_jax.layers.common import dropout, fan_in, param, row_keys
 from moe_jax.layers.embed import Embedding
 from moe_jax.layers.ffn import FFN
@@ -169,6 +169,12 @@ def packed(L):
     return segments, (t - starts).astype(np.int32)
 
 
+def of_rows(positions, segments):
+    """What attention has of a call."""
+    positions, segments = jnp.asarray(positions), jnp.asarray(segments)
+    return Context(positions, segments, segments > 0, jnp.zeros_like(segments), None)
+
+
 SHAPES = {
     "mha": dict(),
     "gqa": dict(kv_heads=2),
@@ -190,7 +196,7 @@ def test_attention_equals_numpy(shape, L):
     assert count(layer) == 2 * D * H * N + 2 * D * J * N + more
     segments, positions = packed(L)
     x = 2.0 * numbers(2, L, D)
-    got, cache = jax.jit(layer.__call__)(x, jnp.asarray(positions), jnp.asarray(segments))
+    got, cache = jax.jit(layer.__call__)(x, of_rows(positions, segments))
     assert cache is None
     want = numpy_attention(layer, x, positions, segments)
     real = segments > 0
@@ -209,7 +215,7 @@ def test_latent_attention_equals_numpy(latent, L):
     layer = filled(lambda: LatentAttention(m, None, nnx.Rngs(params=0)))
     segments, positions = packed(L)
     x, C, N = 2.0 * numbers(2, L, m.d_model), m.latent.key_value, m.resolved_head_dim
-    got, _ = jax.jit(layer.__call__)(x, jnp.asarray(positions), jnp.asarray(segments))
+    got, _ = jax.jit(layer.__call__)(x, of_rows(positions, segments))
     h = x = f64(x)
     if m.latent.query:
         h = numpy_rms(x @ f64(layer.w_query_down[...]), layer.query_norm)
@@ -238,7 +244,7 @@ def test_attention_in_eight_blocks_at_most():
     layer = filled(lambda: Attention(m, None, nnx.Rngs(params=0)))
     segments, positions = packed(521)
     x = numbers(2, 521, 2)
-    got, _ = jax.jit(layer.__call__)(x, jnp.asarray(positions), jnp.asarray(segments))
+    got, _ = jax.jit(layer.__call__)(x, of_rows(positions, segments))
     want = numpy_attention(layer, x, positions, segments)
     np.testing.assert_allclose(np.asarray(got)[segments > 0], want[segments > 0], atol=2e-5)
 
@@ -249,14 +255,14 @@ def test_attention_is_causal_and_stays_in_its_segment():
     L, x = 65, numbers(2, 65, 16)
     positions = jnp.tile(jnp.arange(L)[None], (2, 1))
     ones = jnp.ones((2, L), jnp.int32)
-    before, _ = call(x, positions, ones)
+    before, _ = call(x, of_rows(positions, ones))
     for t in (1, 30, 63, 64):
-        after, _ = call(x.at[:, t:].add(1.0), positions, ones)
+        after, _ = call(x.at[:, t:].add(1.0), of_rows(positions, ones))
         np.testing.assert_array_equal(after[:, :t], before[:, :t])
         assert (np.abs(after[:, t:] - before[:, t:]).max(-1) > 1e-4).all()  # the present and the later ones do change
     segments = jnp.asarray(np.repeat([1, 2, 3], [20, 25, 20])[None].repeat(2, 0), jnp.int32)
-    before, _ = call(x, positions, segments)
-    after, _ = call(x.at[:, 20:45].multiply(-2.0), positions, segments)
+    before, _ = call(x, of_rows(positions, segments))
+    after, _ = call(x.at[:, 20:45].multiply(-2.0), of_rows(positions, segments))
     np.testing.assert_array_equal(after[:, :20], before[:, :20])
     np.testing.assert_array_equal(after[:, 45:], before[:, 45:])
     assert (np.abs(after[:, 20:45] - before[:, 20:45]).max(-1) > 1e-4).all()

@@ -15,7 +15,8 @@ from test_layers import ACTS, count, f64, filled, numbers
 from moe_jax import mesh
 from moe_jax.axes import Rules
 from moe_jax.config import ConfigError, LatentConfig, MeshConfig, ModelConfig, MoEConfig, RouterConfig
-from moe_jax.layers.block import Block, Context
+from moe_jax.layers.attention import Context
+from moe_jax.layers.block import Block
 from moe_jax.layers.moe import Experts, MoELayer
 from moe_jax.model import Transformer
 from moe_jax.pattern import pattern
@@ -92,7 +93,7 @@ def test_block_is_its_parts(norm, order):
     @jax.jit
     def both(x):
         def attention(h):
-            return block.attention(h, ctx.positions, ctx.segments)[0]
+            return block.attention(h, ctx)[0]
 
         if order == "pre":
             h = x + attention(block.attention_norm(x))

@@ -19,6 +19,26 @@ from moe_jax.pattern import query_blocks
 from moe_jax.sequence import shards
 
 
+class Source(NamedTuple):
+    """What a decoder reads."""
+
+    segments: jax.Array  # [B, M] int32, 0 for padding
+    tokens: jax.Array | None  # [B, M, D] as the encoder left them; None where a cache holds their keys and values
+
+
+class Context(NamedTuple):
+    """What every layer of a call shares."""
+
+    positions: jax.Array  # [B, L] int32
+    segments: jax.Array  # [B, L] int32, 0 for padding; of attention alone, which needs whole rows of them
+    mask: jax.Array  # [B, L] bool, segments > 0; an array of its own, to be split like the tokens
+    tokens: jax.Array  # [B, L] int32
+    cached: Cached | None  # None without a cache
+    places: jax.Array | None = None  # [L] int32 of tokens in the order of `sequence.balanced`; None in their own
+    distances: Distances | None = None  # of relative positions, whose biases are added to the scores
+    source: Source | None = None  # what an encoder read
+
+
 def weighted_values(
     q: jax.Array,
     k: jax.Array,
@@ -131,31 +151,22 @@ class Attention(nnx.Module):
         self.key_norm = Norm("rms", N, m.norm_eps) if m.qk_norm else None
 
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        segments: jax.Array,
-        cache: LayerCache | None = None,
-        cached: Cached | None = None,
-        distances: Distances | None = None,
+        self, x: jax.Array, context: Context, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, L, D] -> ([B, L, D], cache).
 
         Args:
-            positions: [B, L] int32; segments: [B, L] int32, 0 for padding. Tokens of split rows are in the order of
-                `sequence.balanced`.
-            cache: k and v [B, J, M, N]; keys and values are written from `cached.place` on, and the tokens attend to
-                the places that `cached.visible` shows.
-            distances: whose biases are added to the scores.
+            cache: k and v [B, J, M, N]; keys and values are written from `context.cached.place` on, and the tokens
+                attend to the places that `visible` shows there.
         """
-        m, rules = self.m, self.rules
+        m, rules, segments, distances = self.m, self.rules, context.segments, context.distances
         q, (k, v) = self.queries(x), self.keys_and_values(x)
         if m.positions == "rotary":
-            q, k = rotary(q, positions, m.rope_theta), rotary(k, positions, m.rope_theta)
+            q, k = (rotary(a, context.positions, m.rope_theta) for a in (q, k))
         q = groups(q, k)
-        if cache is not None and cached is not None:
-            cache = write(cache, k, v, cached.place)
-            y = weighted_values(q, cache.k, cache.v, cached.visible, distances=distances)
+        if cache is not None and context.cached is not None:
+            cache = write(cache, k, v, context.cached.place)
+            y = weighted_values(q, cache.k, cache.v, context.cached.visible, distances=distances)
         elif self.both_ways:
             y = whole_attention(q, k, v, segments, segments, distances)
         else:
@@ -184,25 +195,19 @@ def groups(q: jax.Array, k: jax.Array) -> jax.Array:
     return q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
 
 
-class Source(NamedTuple):
-    """What a decoder reads."""
-
-    segments: jax.Array  # [B, M] int32, 0 for padding
-    tokens: jax.Array | None  # [B, M, D] as the encoder left them; None where a cache holds their keys and values
-
-
 class CrossAttention(Attention):
     """From the tokens of a decoder to those that its encoder read (Vaswani et al. 2017, section 3.2.3), whatever their
     order: no positions."""
 
     def read(
-        self, x: jax.Array, segments: jax.Array, source: Source, cache: LayerCache | None = None
+        self, x: jax.Array, context: Context, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, L, D] -> ([B, L, D], cache), which holds the keys and values of the source from its first call on.
 
-        Args:
-            segments: [B, L] int32: a token reads the source of its segment, and nothing where there is none.
+        A token reads the source of its segment, and nothing where there is none.
         """
+        source = context.source
+        assert source is not None
         if source.tokens is not None:
             # Laid out in each layer, so that the gradients of keys and values are added up before they travel.
             k, v = self.keys_and_values(lay(source.tokens, self.rules, names=("batch", "length", "act_embed")))
@@ -211,5 +216,5 @@ class CrossAttention(Attention):
         else:
             assert cache is not None and cache.source_k is not None and cache.source_v is not None
             k, v = cache.source_k, cache.source_v
-        y = whole_attention(groups(self.queries(x), k), k, v, segments, source.segments)
+        y = whole_attention(groups(self.queries(x), k), k, v, context.segments, source.segments)
         return self.back(y), cache

@@ -7,28 +7,14 @@ from flax import nnx
 
 from moe_jax.axes import Rules
 from moe_jax.balance import Stats
-from moe_jax.cache import Cached, LayerCache
+from moe_jax.cache import LayerCache
 from moe_jax.config import ModelConfig
-from moe_jax.layers.attention import Attention, CrossAttention, Source
+from moe_jax.layers.attention import Attention, Context, CrossAttention
 from moe_jax.layers.common import Keys, dropout, fold, gathered, scattered
-from moe_jax.layers.distances import Distances
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.latent import LatentAttention
 from moe_jax.layers.moe import MoELayer, Record
 from moe_jax.layers.norm import Norm
-
-
-class Context(NamedTuple):
-    """What every layer of a call shares."""
-
-    positions: jax.Array  # [B, L] int32
-    segments: jax.Array  # [B, L] int32, 0 for padding; of attention alone, which needs whole rows of them
-    mask: jax.Array  # [B, L] bool, segments > 0; an array of its own, to be split like the tokens
-    tokens: jax.Array  # [B, L] int32
-    cached: Cached | None  # None without a cache
-    places: jax.Array | None = None  # [L] int32 of tokens in the order of `sequence.balanced`; None in their own
-    distances: Distances | None = None  # of relative positions
-    source: Source | None = None  # what an encoder read
 
 
 class Routed(NamedTuple):
@@ -87,14 +73,14 @@ class Block(nnx.Module):
 
         with jax.named_scope("attention"):
             h = gathered(self.attention_norm(x) if pre else x, self.rules)
-            h, cache = self.attention(h, context.positions, context.segments, cache, context.cached, context.distances)
+            h, cache = self.attention(h, context, cache)
             x = x + dropout(scattered(h, self.rules), self.m.dropout, fold(keys, 0), context.places)
             x = x if pre else self.attention_norm(x)
 
-        if self.cross_attention is not None and self.cross_norm is not None and context.source is not None:
+        if self.cross_attention is not None and self.cross_norm is not None:
             with jax.named_scope("attention"):
                 h = gathered(self.cross_norm(x) if pre else x, self.rules)
-                h, cache = self.cross_attention.read(h, context.segments, context.source, cache)
+                h, cache = self.cross_attention.read(h, context, cache)
                 x = x + dropout(scattered(h, self.rules), self.m.dropout, fold(keys, 3), context.places)
                 x = x if pre else self.cross_norm(x)
 
