@@ -104,7 +104,7 @@ def steps_of(workdir: Path) -> list[int]:
     return Checkpoints(workdir / "checkpoints").steps()
 
 
-def inside() -> Iterator[None]:
+def in_this_process() -> Iterator[None]:
     """Run commands in this process: a mesh takes the first of the eight devices, and the allocator stays as it is."""
     build = mesh.build_mesh
     assert jax.device_count() == 8  # and JAX has started: the commands leave the number as it is

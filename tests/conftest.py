@@ -20,7 +20,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import jax
 import pytest
-from commands import TINY, finish, start, write_text
+from commands import TINY, calls, finish, in_this_process, start, write_text
 
 # A shell lets its background jobs ignore Ctrl-C, and so would what tests start in order to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,6 +37,17 @@ def golden():
     import json
 
     return json.loads((Path(__file__).parent / "golden" / "routing.json").read_text())
+
+
+call = pytest.fixture(calls)
+inside = pytest.fixture(scope="module")(in_this_process)
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """The arguments of one run, but for its workdir."""
+    text = write_text(tmp_path_factory.mktemp("text"))
+    return ["train", *TINY, f"data.path={text}", "--json", "--workdir"]
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def absent(name):
     platform_of = parse(name).platform
     if (why := missing_compiler(platform_of)) is None:
         return ()
-    here = f"{sys.platform} {platform.machine()}"
-    install = f"python -m pip install -e '.[{COMPILERS[platform_of][1]}]', if it has packages for {here}"
-    why = f"NOT PROVED for {name}: {why}, and make test installs it on Linux x86_64 alone"
-    return pytest.mark.skip(f"{why}. Remedy: {install}; or make test on Linux x86_64, where no machine is skipped")
+    install = f"python -m pip install -e '.[{COMPILERS[platform_of][1]}]'"
+    here = f"there may be none for {sys.platform} {platform.machine()}, where make test does not install it"
+    remedy = f"{install} ({here}), or make test on Linux x86_64, which installs it and skips no machine"
+    return pytest.mark.skip(f"NOT PROVED for {name}: {why}. Remedy: {remedy}")

@@ -76,6 +76,17 @@ def test_products_of_a_step():
     assert step.dense_twin(cfg).model.d_ff == 1024
 
 
+def test_products_of_an_encoder_with_its_decoder():
+    """Those of its layers, which see both ways, and of the decoder's, which see half and all that the encoder read."""
+    cfg = config.load("tiny_t5", ["model.encoder.length=64", "model.encoder.layers=1", "model.layers=1", "model.moe="])
+    B, L, M, D, F, V = 32, 128, 64, 128, 256, cfg.model.vocab
+    encoder = 4 * B * M * D * D + 2 * B * M * M * D + 2 * B * M * D * F
+    own = 4 * B * L * D * D + 2 * B * (64 * 64 + 64 * 128) * D + 2 * B * L * D * F  # queries in blocks of 64
+    reading = 2 * B * L * D * D + 2 * B * M * D * D + 2 * B * L * M * D
+    parts = [sum(p.flops for p in part) for part in step.step_products(cfg)]
+    assert parts == [6 * encoder, 6 * (own + reading), 6 * B * L * D * V]
+
+
 @pytest.mark.parametrize(
     "argv,message",
     [

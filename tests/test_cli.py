@@ -11,12 +11,11 @@ from pathlib import Path
 
 import jax
 import pytest
-from commands import ENV, NOISE, ROOT, STEPS, TINY, calls, finish, inside, listing, start, words
+from commands import ENV, NOISE, ROOT, STEPS, TINY, finish, listing, start, words
 
 from moe_jax import cli, config
 
-here = pytest.fixture(scope="module", autouse=True)(inside)
-call = pytest.fixture(calls)
+pytestmark = pytest.mark.usefixtures("inside")
 
 
 # What the commands report

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import placements
 import pytest
-from commands import TINY, calls, finish, inside, start, write_text
+from commands import TINY, finish, in_this_process, start, write_text
 from commands import rows as history
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,8 +27,7 @@ from moe_jax.plan.work import Step
 from moe_jax.train.state import Model
 from moe_jax.train.step import lower_train_step, make_train_step
 
-in_process = pytest.fixture(inside)
-call = pytest.fixture(calls)
+in_process = pytest.fixture(in_this_process)
 
 
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 3))

@@ -5,13 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from commands import ENV, ROOT, calls, check_refusal
+from commands import ENV, ROOT, check_refusal
 
 from moe_jax import cli
 from moe_jax.plan.roofline import Timed, Times
 from moe_jax.plan.traffic import Move
 
-call = pytest.fixture(calls)
 KEYS = {"params", "flops_per_token", "memory_per_device", "all_to_all_bytes", "warnings", "contradictions", "traffic"}
 TIMED = {"step_seconds", "mfu_ceiling", "dominant", "run", "decode", "hbm_bytes", "fits"}
 

@@ -7,25 +7,21 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from commands import (
     NOISE,
     STEPS,
-    TINY,
-    calls,
     check_refusal,
     finish,
-    inside,
     narrow,
     read_until,
     rows,
     start,
     steps_of,
-    write_text,
 )
 from joined import SLEEP, flags, free_port, workers
 
@@ -33,8 +29,7 @@ from moe_jax import cli, supervise
 from moe_jax.processes import Place, find_place
 from moe_jax.schema import Refused
 
-here = pytest.fixture(scope="module", autouse=True)(inside)
-call = pytest.fixture(calls)
+pytestmark = pytest.mark.usefixtures("inside")
 
 
 def several(argv: list, count: int, devices: int, **options) -> list[subprocess.Popen]:
@@ -60,17 +55,10 @@ def check_all_same(workdir: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    """The arguments of one run, but for its workdir."""
-    text = write_text(tmp_path_factory.mktemp("text"))
-    return ["train", *TINY, f"data.path={text}", "--json"]
-
-
-@pytest.fixture(scope="module")
 def whole(train, tmp_path_factory):
     """The run in one process, this one."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    assert cli.main([*train, "--workdir", str(workdir)]) == 0
+    assert cli.main([*train, str(workdir)]) == 0
     return workdir
 
 
@@ -78,7 +66,7 @@ def whole(train, tmp_path_factory):
 def stopped(train, tmp_path_factory):
     """Two processes of four devices, of which the second gets SIGTERM: workdir, and code, output and log of each."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
-    children = several([*train, "--workdir", workdir], 2, 4, bufsize=0)
+    children = several([*train, workdir], 2, 4, bufsize=0)
     log = read_until(narrow(children[0]), 3)
     children[1].send_signal(signal.SIGTERM)
     code, out, rest = finish(children[0])
@@ -111,7 +99,7 @@ def test_sigterm_for_one_stops_all_after_the_same_step(stopped):
 def test_one_process_goes_on_where_two_stopped(train, stopped, whole, tmp_path, call):
     workdir = Path(shutil.copytree(stopped[0], tmp_path / "run"))
     newest = steps_of(workdir)[-1]
-    code, report, log = call(*train, "--workdir", workdir)
+    code, report, log = call(*train, workdir)
     assert code == 0 and f"goes on from the checkpoint at step {newest}\n" in log
     assert report["step"] == STEPS and report["processes"] == 1
     check_all_same(workdir, whole)
@@ -137,20 +125,20 @@ def test_two_processes_read_what_one_saved(whole, call):
 def test_other_processes_and_meshes_train_what_one_does(train, whole, tmp_path, call, count, devices, shape):
     """To the sample of text at the end, whose every token they compute together."""
     workdir, sample = tmp_path / "run", ["train.sample=ab", "train.sample_tokens=4"]
-    done = [finish(child) for child in several([*train, *shape, *sample, "--workdir", workdir], count, devices)]
+    done = [finish(child) for child in several([*train, workdir, *shape, *sample], count, devices)]
     assert [code for code, _, _ in done] == [0] * count, [log for _, _, log in done]
     check_all_same(workdir, whole)
     assert steps_of(workdir) == steps_of(whole)
-    assert json.loads(done[0][1])["sample"] == call(*train, *sample, "--workdir", workdir)[1]["sample"]
+    assert json.loads(done[0][1])["sample"] == call(*train, workdir, *sample)[1]["sample"]
 
 
 @pytest.mark.slow
 def test_stages_of_a_pipeline_in_two_processes(train, tmp_path, call):
     """Each process has one of the stages; what they pass on crosses from one to the other."""
     shape = ["model.moe.every=1", "mesh.stage=2", "mesh.data=1", "mesh.expert=4", "train.microbatches=2"]
-    argv = [*train, *shape, "train.steps=6", "train.checkpoint_every=3"]
-    assert call(*argv, "--workdir", tmp_path / "one")[0] == 0
-    done = [finish(child) for child in several([*argv, "--workdir", tmp_path / "two"], 2, 4)]
+    more = [*shape, "train.steps=6", "train.checkpoint_every=3"]
+    assert call(*train, tmp_path / "one", *more)[0] == 0
+    done = [finish(child) for child in several([*train, tmp_path / "two", *more], 2, 4)]
     assert [code for code, _, _ in done] == [0, 0], [log for _, _, log in done]
     check_all_same(tmp_path / "two", tmp_path / "one")
 
@@ -159,7 +147,7 @@ def test_stages_of_a_pipeline_in_two_processes(train, tmp_path, call):
 def test_folders_of_one_name_are_not_taken_for_one(train, tmp_path):
     """Of processes on hosts without a shared disk, the other one finds nothing of what process 0 writes."""
     port = free_port()
-    argv = [[*train, "--workdir", tmp_path / str(i), "--fake-devices", 4, *flags(i, 2, port)] for i in range(2)]
+    argv = [[*train, tmp_path / str(i), "--fake-devices", 4, *flags(i, 2, port)] for i in range(2)]
     (code, _, log), (own_code, _, own_log) = [finish(child) for child in [start(*a) for a in argv]]
     assert (code, own_code) == (2, 2), log + own_log
     assert "is not the folder of that name in which process 0 writes\n    remedy: give all" in own_log, own_log
@@ -171,30 +159,26 @@ def test_folders_of_one_name_are_not_taken_for_one(train, tmp_path):
 
 def child_of(process: subprocess.Popen) -> int:
     """The process that a supervisor has forked."""
-    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return int(child)
+    (child,) = psutil.Process(process.pid).children()
+    return child.pid
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended, if need be after a moment."""
+    """Whether a process has ended, if need be after a moment; one that nobody has asked for has."""
     for _ in range(100):
         try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
                 return True
-        except OSError:
+        except psutil.NoSuchProcess:
             return True
         time.sleep(0.05)
     return False
 
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found below /proc, as Linux has")
-
-
-@linux
 @pytest.mark.parametrize("role", [0, 1])
 def test_a_killed_run_is_named_by_the_other(train, tmp_path, role):
     """kill -9 of the whole process 0, which coordinates, or of what trains in process 1."""
-    argv = ["train", "tiny_dense", *train[2:], "mesh.data=2", "mesh.expert=1", "model.layers=1", "train.steps=100000"]
+    argv = ["train", "tiny_dense", *train[2:-1], "mesh.data=2", "mesh.expert=1", "model.layers=1", "train.steps=100000"]
     children = several([*argv, "--workdir", tmp_path / "run"], 2, 1, bufsize=0)
     read_until(narrow(children[0]), 2)
     workers = [child_of(child) for child in children]
@@ -411,16 +395,16 @@ def test_who_is_to_blame(ended, count, want):
 )
 def test_wrong_flags_are_refused(train, tmp_path, call, argv, needles):
     argv = [str(a).replace("localhost:0", f"localhost:{free_port()}") for a in argv]
-    check_refusal(*call(*train, "--workdir", tmp_path / "run", *argv), "train", *needles)
+    check_refusal(*call(*train, tmp_path / "run", *argv), "train", *needles)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_for_each_process_is_refused(train, call):
-    check_refusal(*call(*train, *flags(0, 2, free_port())), "train", "--workdir: is missing")
+    check_refusal(*call(*train[:-1], *flags(0, 2, free_port())), "train", "--workdir: is missing")
 
 
 def test_one_process_is_a_run_like_any_other(whole, train, call):
-    code, report, log = call(*train, "--workdir", whole, "--processes", "1", "--process", "0")
+    code, report, log = call(*train, whole, "--processes", "1", "--process", "0")
     assert code == 0 and report["processes"] == 1 and "nothing to do" in log
 
 

@@ -5,12 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import TINY, calls, check_refusal, finish, inside, listing, start
+from commands import TINY, check_refusal, finish, listing, start
 
 from moe_jax import cli
 
-here = pytest.fixture(scope="module", autouse=True)(inside)
-call = pytest.fixture(calls)
+pytestmark = pytest.mark.usefixtures("inside")
 
 
 # id: overrides or other arguments after the tiny config, and what the message must say
@@ -109,13 +108,13 @@ def test_config_refused(place, call, name, needles):
 def test_unwritable_workdir_refused(place, call, kind):
     if kind == "read-only folder":
         if os.geteuid() == 0:
-            pytest.skip("nothing is read-only to root. Remedy: run the tests as another user")
+            pytest.skip("NOT PROVED: nothing is read-only to root. Remedy: run the tests as another user")
         (place / "hollow").chmod(0o500)
         workdir = "hollow/run"
     else:
         if not Path("/proc/self").exists():
-            pytest.skip("no /proc here")
-        workdir = "/proc/moe_jax/run"  # not even root creates folders there
+            pytest.skip("NOT PROVED: there is no /proc, where not even root creates folders. Remedy: test on Linux")
+        workdir = "/proc/moe_jax/run"
     before = listing(place)
     check_refusal(*call("train", *TINY, "data.path=text.txt", "--workdir", workdir), "train", "--workdir", workdir)
     assert listing(place) == before

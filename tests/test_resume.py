@@ -20,18 +20,14 @@ from commands import (
     ENV,
     NOISE,
     STEPS,
-    TINY,
-    calls,
     check_refusal,
     finish,
-    inside,
     listing,
     narrow,
     read_until,
     rows,
     start,
     steps_of,
-    write_text,
 )
 
 from moe_jax import config, mesh
@@ -41,14 +37,7 @@ from moe_jax.train import resume
 from moe_jax.train.resume import Stop, changes
 from moe_jax.train.state import Model
 
-here = pytest.fixture(scope="module", autouse=True)(inside)
-call = pytest.fixture(calls)
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    """The arguments of one run, but for its workdir."""
-    return ["train", *TINY, f"data.path={write_text(tmp_path_factory.mktemp('text'))}", "--json", "--workdir"]
+pytestmark = pytest.mark.usefixtures("inside")
 
 
 def state(workdir: Path, step: int) -> list[tuple]:

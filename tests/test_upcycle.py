@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import NOISE, calls, check_refusal, inside, listing, write_text
+from commands import NOISE, check_refusal, listing, write_text
 
 from moe_jax import cli, config, mesh
 from moe_jax.checkpoint import Checkpoints
@@ -18,8 +18,7 @@ from moe_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, Refused, 
 from moe_jax.train.state import Model, State
 from moe_jax.upcycle import cut, upcycle
 
-here = pytest.fixture(scope="module", autouse=True)(inside)
-call = pytest.fixture(calls)
+pytestmark = pytest.mark.usefixtures("inside")
 
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, 17, (3, 11)), jnp.int32)
 
