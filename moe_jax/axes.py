@@ -16,7 +16,12 @@ WIDTHS = ("embed", "expert_embed", "latent_embed")
 MANY = ("layers", "experts")
 """Logical axes over which a parameter is many matrices."""
 NOT_MATRICES = ("norm", "bias", "position", "vocab", "router_embed")
-"""Logical axes of parameters that Muon leaves to AdamW."""
+
+
+def is_matrix(names: Axes) -> bool:
+    """Whether a parameter of these logical axes is one matrix, or many, that Muon takes; others are AdamW's."""
+    return sum(n not in MANY for n in names) >= 2 and not set(names) & set(NOT_MATRICES)
+
 
 Layout = tuple[Axes | None, ...]
 """The mesh axes of each dimension of an array; None leaves one to the compiler."""

@@ -263,9 +263,8 @@ def differences(asks: Mapping[str, str], theirs: Mapping[str, Any], index: int) 
 def join(place: Place, asks: Mapping[str, str], seconds: float) -> tuple[Link, int]:
     """The others: come to process 0 and wait until all have. Returns the link to it and the port of JAX's service."""
     deadline, at = time.monotonic() + seconds, f"{place.host}:{place.port}"
-    remedy = (
-        "start process 0, give its host and port to all, see whether a firewall is between, or raise --join-seconds"
-    )
+    remedy = "start process 0, give its host and port to all, see whether a firewall is between, or raise "
+    remedy += "--join-seconds"
     while True:
         try:
             sock = socket.create_connection((place.host, place.port), timeout=max(0.1, deadline - time.monotonic()))
@@ -286,12 +285,12 @@ def join(place: Place, asks: Mapping[str, str], seconds: float) -> tuple[Link, i
         while messages == []:
             left = deadline - time.monotonic()
             messages = link.receive() if left > 0 and selector.select(left) else None
-    if not messages or "start" not in messages[0]:
-        sock.close()
-    if messages and "refused" in messages[0]:
-        raise Refused(Problem(*map(str, messages[0]["refused"])))
-    if not messages or "start" not in messages[0]:
-        why = f"what answers at {at} is not, or is no longer, process 0 of this run"
-        raise Refused(Problem("--coordinator", why, remedy))
-    link.host = place.host
-    return link, messages[0]["start"]
+    answer = messages[0] if messages else {}
+    if "start" in answer:
+        link.host = place.host
+        return link, answer["start"]
+    sock.close()
+    if "refused" in answer:
+        raise Refused(Problem(*map(str, answer["refused"])))
+    why = f"what answers at {at} is not, or is no longer, process 0 of this run"
+    raise Refused(Problem("--coordinator", why, remedy))

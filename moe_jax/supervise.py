@@ -27,9 +27,8 @@ LOST, HUNG, LATE = 1000, 1001, 1002  # beside exit codes and minus the number of
 REFUSED, INTERRUPTED = 2, 130
 GOOD = (0, STOPPED)  # exit codes of a process that does not end the run of the others
 GRACE_SECONDS = 3.0  # for a first cause to come in after its consequence, and for a child that ends by itself
-ERROR_SECONDS = (
-    GRACE_SECONDS + 1
-)  # what libraries print is held as long: the trace of an abort is dropped where a peer is why
+# What libraries print is held as long: the trace of an abort is dropped where a peer is why.
+ERROR_SECONDS = GRACE_SECONDS + 1
 
 
 class ProcessDied(Exception):

@@ -37,11 +37,13 @@ def ffn_products(rows: int, batch: int, D: int, F: int, kind: str) -> list[Produ
     return [Product(batch, rows, D, F)] * (2 if kind == "swiglu" else 1) + [Product(batch, rows, F, D)]
 
 
-def layer_products(m: ModelConfig, kind: str, B: int, L: int, *, inputs: int = 0, reads: bool = False) -> list[Product]:
+def layer_products(
+    m: ModelConfig, kind: str, B: int, L: int, *, both_ways: bool = False, inputs: int = 0
+) -> list[Product]:
     """The products of one layer, without those that move tokens to experts and back.
 
     Args:
-        inputs: tokens M of an encoder: those of its own layers, or, with `reads`, what a decoder's layer attends to.
+        both_ways: of an encoder. inputs: tokens M that an encoder read, to which a decoder's layer attends too.
     """
     D, H, J, N, V, T = m.d_model, m.heads, m.resolved_kv_heads, m.key_dim, m.value_dim, B * L
     if m.latent is None:
@@ -55,9 +57,9 @@ def layer_products(m: ModelConfig, kind: str, B: int, L: int, *, inputs: int = 0
             Product(1, T, C, H * V),
         ]
     out.append(Product(1, T, H * V, D))
-    for begin, end in query_blocks(L) if reads or not inputs else [(0, L)]:  # the causal blocks of queries, or all
+    for begin, end in [(0, L)] if both_ways else query_blocks(L):  # all queries, or the causal blocks of them
         out += [Product(B * H, end - begin, N, end), Product(B * H, end - begin, end, V)]
-    if reads:
+    if inputs:
         out += [Product(1, T, D, H * N), *[Product(1, B * inputs, D, J * N)] * 2, Product(1, T, H * V, D)]
         out += [Product(B * H, L, N, inputs), Product(B * H, L, inputs, V)]
     if kind == "dense" or m.moe is None:
@@ -75,8 +77,8 @@ def layer_products(m: ModelConfig, kind: str, B: int, L: int, *, inputs: int = 0
 def step_products(cfg: Config) -> list[list[Product]]:
     """Products of every layer, then of the head."""
     m, B, L, M = cfg.model, cfg.data.batch, cfg.data.length, cfg.inputs
-    encoder = [layer_products(m, kind, B, M, inputs=M) for kind in m.encoder_kinds]
-    layers = [layer_products(m, kind, B, L, inputs=M, reads=M > 0) for kind in m.layer_kinds]
+    encoder = [layer_products(m, kind, B, M, both_ways=True) for kind in m.encoder_kinds]
+    layers = [layer_products(m, kind, B, L, inputs=M) for kind in m.layer_kinds]
     return [*encoder, *layers, [Product(1, B * L, m.d_model, m.vocab)]]
 
 

@@ -58,7 +58,8 @@ def inspect(cfg: Config, mesh: Mesh, *, forward: bool = False, topology: Topolog
         topology: what the mesh was built of, for its memory.
     Returns:
         JSON: collectives[] with op, axes, count, bytes (sent by a device in a step), phase, module; least, exchange,
-        flags[], peak_bytes (memory of a device), compile_seconds.
+        encoder (whether there is one, so that `least` is a mean over its layers and the decoder's), flags[], peak_bytes
+        (memory of a device), compile_seconds.
     Raises:
         Refused: rules and mesh that do not fit.
         TooLarge: a program that does not fit the memory of the topology.

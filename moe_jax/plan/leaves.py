@@ -8,7 +8,7 @@ from functools import cache
 from math import prod
 from typing import NamedTuple
 
-from moe_jax.axes import MANY, NOT_MATRICES, WIDTHS, Rules
+from moe_jax.axes import WIDTHS, Rules, is_matrix
 from moe_jax.schema import BUCKETS, LatentConfig, MeshConfig, ModelConfig, MoEConfig
 
 COMPONENTS = {  # component -> what it is called in tables
@@ -65,9 +65,8 @@ class Leaf(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether Muon takes it, as in train/optimizer.py."""
-        inner = [a for a in self.axes if a not in MANY]
-        return len(inner) >= 2 and not any(a in NOT_MATRICES for a in inner)
+        """Whether Muon takes it."""
+        return is_matrix(self.axes)
 
     @property
     def width(self) -> int:

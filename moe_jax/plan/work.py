@@ -31,12 +31,13 @@ def flops_per_token(cfg: Config, parameters: Count) -> Flops:
     """
     m, active, L, M = cfg.model, parameters.active_components, cfg.data.length, cfg.inputs
     idle = (*ADDED, *(c for c in LOOKED_UP if c != "embed" or not m.tied_head))
-    inputs = 2 * parameters.active_of_input
-    weights = 2 * sum(n for c, n in active.items() if c not in idle) - inputs + inputs * M // L
+    inputs = 2 * parameters.active_of_input  # of a token of the encoder
+    own = 2 * sum(n for c, n in active.items() if c not in idle) - inputs
+    weights = own + inputs * M // L
     pair = 2 * m.heads * (m.key_dim + m.value_dim)  # scores and values of a token with another, in a layer
     reading, encoder = pair * m.layers * M, pair * len(m.encoder_kinds) * M * M // L
     square = pair * m.layers * L // 2 + reading + encoder
-    decode = 2 * sum(n for c, n in active.items() if c not in idle) - inputs + pair * m.layers * L + reading
+    decode = own + pair * m.layers * L + reading
     return Flops(3 * (weights + square), weights + square, decode, 3 * weights, 3 * square)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.axes import MANY, NOT_MATRICES, WIDTHS
+from moe_jax.axes import MANY, WIDTHS, is_matrix
 from moe_jax.config import OptimizerConfig
 
 
@@ -49,9 +49,9 @@ def muon_dimensions(axes: Any) -> Any:
     """The matrix that Muon sees in each parameter, stacked layers and experts being batch; None: left to AdamW."""
 
     def one(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-        inner = [i for i, n in enumerate(names) if n not in MANY]
-        if len(inner) < 2 or any(n in NOT_MATRICES for n in names):
+        if not is_matrix(names):
             return None
+        inner = [i for i, n in enumerate(names) if n not in MANY]
         width = next(i for i in inner if names[i] in WIDTHS)
         others = tuple(i for i in inner if i != width)
         pair = ((width,), others) if width == inner[0] else (others, (width,))

@@ -22,8 +22,6 @@ from moe_jax.train.state import Model, State, Weights, nnx_keys, text_keys
 Batch = dict[str, jax.Array]
 """tokens, targets, segments, positions [B, L] int32 and weights [B, L] float32; for an encoder also inputs,
 input_segments and input_positions [B, M] int32."""
-
-
 INPUTS = ("inputs", "input_segments", "input_positions")
 
 

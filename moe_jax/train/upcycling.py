@@ -42,14 +42,21 @@ def check_model(dense: ModelConfig, m: ModelConfig) -> None:
     def settings(m: ModelConfig) -> dict[str, Any]:
         m = dataclasses.replace(m, kv_heads=m.resolved_kv_heads, head_dim=m.resolved_head_dim)
         out = {f.name: getattr(m, f.name) for f in dataclasses.fields(m) if f.name not in FREE}
-        encoder = out.pop("encoder")
-        return out | ({} if encoder is None else {"encoder.layers": encoder.layers, "encoder.vocab": encoder.vocab})
+        if m.encoder is None:
+            return out
+        return out | {"encoder": None, "encoder.layers": m.encoder.layers, "encoder.vocab": m.encoder.vocab}
 
+    if dense.encoder is None and m.encoder is not None:
+        raise Refused(Problem("model.encoder", "is set, and the dense model has none", "set model.encoder=unset"))
+    if m.encoder is None and dense.encoder is not None:
+        n = dense.encoder.layers
+        why = f"is not set, and the dense model has an encoder of {n} layers"
+        raise Refused(Problem("model.encoder", why, f"set model.encoder.layers={n}"))
     was, now = settings(dense), settings(m)
-    wrong = [k for k in was | now if now.get(k) != was.get(k)]
+    wrong = [k for k in now if now[k] != was[k]]
     if wrong:
-        why = {k: f"is {now.get(k)!r}, and the dense model has {was.get(k)!r}" for k in wrong}
-        remedy = {k: f"set it to {'unset' if was.get(k) is None else was[k]}" for k in wrong}
+        why = {k: f"is {now[k]!r}, and the dense model has {was[k]!r}" for k in wrong}
+        remedy = {k: f"set it to {'unset' if was[k] is None else was[k]}" for k in wrong}
         raise Refused(*(Problem(f"model.{k}", why[k], remedy[k]) for k in wrong))
 
 
