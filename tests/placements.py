@@ -189,6 +189,18 @@ class Step(NamedTuple):
     stats: Any
 
 
+def random_parameters(shapes: Any) -> Any:
+    """Numbers of one size, but for the scales of norms of queries and keys: these lie around 1, as they do in training.
+
+    With smaller ones all scores are as good as equal, and what the gradients at queries and keys then are is what
+    cancelling leaves over: the rounding of one device against that of another by 1e-5 of it.
+    """
+    named = jax.tree_util.tree_leaves_with_path(shapes)
+    normed = [{"query_norm", "key_norm"} & {k.key for k in path} for path, _ in named]
+    out = [0.3 * np.random.default_rng(i).normal(size=s.shape) + bool(normed[i]) for i, (_, s) in enumerate(named)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), [x.astype(np.float32) for x in out])
+
+
 def step(cfg: Config, explicit: bool = False) -> tuple[Step, list[Collective]]:
     """Loss, gradient and statistics of a train step, and the collectives of its program."""
     assert from_dict(to_dict(cfg)) == cfg, "a config that a file could hold"
@@ -198,9 +210,7 @@ def step(cfg: Config, explicit: bool = False) -> tuple[Step, list[Collective]]:
     if explicit:
         mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
     where = model.weight_shardings(mesh).params
-    numbers = [np.random.default_rng(i) for i in range(len(jax.tree.leaves(model.shapes)))]
-    leaves = [0.3 * r.normal(size=s.shape) for r, s in zip(numbers, jax.tree.leaves(model.shapes), strict=True)]
-    params = jax.tree.unflatten(jax.tree.structure(model.shapes), [x.astype(np.float32) for x in leaves])
+    params = random_parameters(model.shapes)
     keys = jax.random.split(jax.random.key(1), B)
 
     def loss(params, batch):
