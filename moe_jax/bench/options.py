@@ -2,18 +2,20 @@
 
 import argparse
 import math
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from moe_jax.terminal import result
+from moe_jax.terminal import result, say
 
 DISPATCHERS = ("einsum", "gather", "ragged")
 DEFAULT_CONFIG = "bench_small"
 
 
 def add_benchmarks(bench: argparse.ArgumentParser) -> None:
-    """`bench layer` and `bench step`."""
-    kinds = bench.add_subparsers(dest="benchmark", required=True, metavar="layer|step")
+    """`bench layer`, `bench step` and `bench decode`."""
+    kinds = bench.add_subparsers(dest="benchmark", required=True, metavar="layer|step|decode")
 
     def add(name: str, text: str, run: Callable, rounds: int) -> argparse.ArgumentParser:
         sub = kinds.add_parser(name, help=text, description=text)
@@ -48,6 +50,18 @@ def add_benchmarks(bench: argparse.ArgumentParser) -> None:
     step = add("step", "a train step against its matrix products alone and against a dense model", run_step, 9)
     step.add_argument("config", metavar="CONFIG", nargs="?", default=DEFAULT_CONFIG)
     step.add_argument("overrides", nargs="*", metavar="key.path=value")
+
+    text = "prefill and decoding of a shape of Mixtral's, random weights, alone or against transformers on the same CPU"
+    decode = add("decode", text, run_decode, 5)
+    decode.add_argument("config", metavar="CONFIG", nargs="?", default=DEFAULT_CONFIG)
+    decode.add_argument("overrides", nargs="*", metavar="key.path=value")
+    decode.add_argument("--against", choices=("transformers",), help="its fastest implementation, by turns")
+    help = "has torch and transformers (default: this interpreter)"
+    decode.add_argument("--python", default=sys.executable, metavar="PATH", help=help)
+    decode.add_argument("--batch", type=numbers, default=(1, 16), metavar="N,...", help="rows (default 1,16)")
+    decode.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="of each row (default 64)")
+    decode.add_argument("--tokens", type=int, default=128, metavar="N", help="new ones of each row (default 128)")
+    decode.add_argument("--threads", type=int, default=2, metavar="N", help="processors of each program (default 2)")
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -107,3 +121,60 @@ def run_step(args: argparse.Namespace) -> dict[str, Any]:
     report = step.measure(cfg, args.rounds)
     result(args, *step.lines(report))
     return report
+
+
+def run_decode(args: argparse.Namespace) -> dict[str, Any]:
+    """`moe-jax bench decode`."""
+    from moe_jax import config
+    from moe_jax.config import Problem, Refused
+
+    sizes = {n: getattr(args, n) for n in ("rounds", "prompt_tokens", "threads")}
+    at_least_one(batch=min(args.batch), **sizes)
+    if not hasattr(os, "sched_setaffinity"):
+        raise Refused(Problem("bench decode", "this system cannot pin a process to processors", "run it on Linux"))
+    here = len(os.sched_getaffinity(0))
+    if args.threads > here:
+        raise Refused(Problem("--threads", f"is {args.threads}, and there are {here}", f"give 1 to {here}"))
+    if args.tokens < 2:
+        raise Refused(Problem("--tokens", f"is {args.tokens}, and the first comes with prefill", "give 2 or more"))
+    if "=" in args.config:  # no config was named
+        args.config, args.overrides = DEFAULT_CONFIG, [args.config, *args.overrides]
+    args.overrides = ["model.ffn=swiglu", *args.overrides]
+    cfg = config.load(args.config, args.overrides)
+    mixtral(cfg)
+    config.require_decoding(cfg.model)
+    if args.prompt_tokens + args.tokens > cfg.model.max_length:
+        why = f"{args.prompt_tokens} tokens and {args.tokens} new ones exceed model.max_length={cfg.model.max_length}"
+        raise Refused(Problem("--tokens", why, "ask for fewer, or raise model.max_length"))
+    from moe_jax.bench import decode
+
+    try:
+        report = decode.measure(cfg, args, lambda line: say(args, line))
+    except decode.Missing as e:
+        why, remedy = f"lacks torch or transformers: {e}", "python -m pip install torch transformers there"
+        raise Refused(Problem(f"--python {args.python}", why, remedy)) from None
+    result(args, *decode.lines(report))
+    return report
+
+
+def mixtral(cfg: Any) -> None:
+    """Refuse a config that transformers' Mixtral is not the shape of."""
+    from moe_jax.config import Problem, Refused
+
+    m, moe = cfg.model, cfg.model.moe
+    plain = {
+        "model.moe": moe is not None and m.layer_kinds == ("moe",) * m.layers,
+        "model.moe.shared_experts": moe is None or not moe.shared_experts,
+        "model.moe.router.kind": moe is None or moe.router.kind in ("softmax_topk", "topk_softmax"),
+        "model.latent": m.latent is None,
+        "model.encoder": m.encoder is None,
+        "model.positions": m.positions == "rotary",
+        "model.norm": m.norm == "rms" and m.norm_order == "pre" and m.final_norm,
+        "model.ffn": m.ffn == "swiglu",
+        "model.biases": not m.biases and not m.qk_norm,
+        "mesh": cfg.mesh.size == 1,
+    }
+    wrong = [name for name, fits in plain.items() if not fits]
+    if wrong:
+        why = "is not as in Mixtral, the shape that is timed"
+        raise Refused(*(Problem(name, why, "take bench_small, or set it as there") for name in wrong))

@@ -9,7 +9,7 @@ from moe_jax.data.baseline import bigram_loss, unigram_loss
 from moe_jax.data.corpus import Corpus, TokenFile, open_prepared, prepare, wait_prepared, whole
 from moe_jax.data.pipeline import batches, heldout_batches
 from moe_jax.data.sources import Document, documents
-from moe_jax.data.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
+from moe_jax.data.tokenizer import ByteTokenizer, HFTokenizer, PieceTokenizer, Tokenizer, load_tokenizer, opening
 from moe_jax.data.windows import Windows
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Corpus",
     "Document",
     "HFTokenizer",
+    "PieceTokenizer",
     "TokenFile",
     "Tokenizer",
     "Windows",
@@ -26,6 +27,7 @@ __all__ = [
     "heldout_batches",
     "load_tokenizer",
     "open_prepared",
+    "opening",
     "prepare",
     "unigram_loss",
     "wait_prepared",

@@ -22,11 +22,11 @@ import numpy as np
 from moe_jax.config import DataConfig, Problem, Refused
 from moe_jax.data.sources import documents
 from moe_jax.data.split import PARTS, Survey, pieces, survey
-from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moe_jax.data.tokenizer import Tokenizer, load_tokenizer, opening
 
 FORMAT = 1
 INDEX = "index.json"
-SETTINGS = ("path", "field", "tokenizer", "heldout", "seed")  # what decides the tokens and their split
+SETTINGS = ("path", "field", "tokenizer", "bos", "heldout", "seed")  # what decides the tokens and their split
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Corpus:
     """A prepared corpus. `bytes_per_token` is that of the held-out part: nats / ln 2 / bytes_per_token = bits a byte.
 
     `documents` and `bytes` count the whole source; `fingerprint` is equal only for equal settings and equal text.
+    `first` are the ids that every document begins with.
     """
 
     train: TokenFile
@@ -54,6 +55,11 @@ class Corpus:
     documents: int
     bytes: int
     fingerprint: str
+    first: tuple[int, ...] = ()
+
+    def prompt(self, text: str) -> np.ndarray:
+        """The ids [T] int32 of the beginning of a document."""
+        return np.concatenate([self.first, self.tokenizer.encode(text)]).astype(np.int32)
 
 
 def prepare(cfg: DataConfig, folder: Path) -> Corpus:
@@ -109,8 +115,9 @@ def whole(cfg: DataConfig) -> Corpus:
         Refused: text that cannot be used, or less than one sequence of L+1 tokens.
     """
     tokenizer, rows, size = load_tokenizer(cfg.tokenizer), [], 0
+    first = opening(tokenizer, cfg.bos)
     for document in documents(cfg):
-        rows.append(np.append(tokenizer.encode(document.text), tokenizer.eos).astype(np.int32))
+        rows.append(ids_of(tokenizer, first, document.text))
         size += len(document.text.encode("utf-8"))
     tokens, ends = np.concatenate(rows), np.cumsum([len(row) for row in rows])
     if len(tokens) < cfg.length + 1:
@@ -118,7 +125,12 @@ def whole(cfg: DataConfig) -> Corpus:
         remedy = f"give more text, or data.length={len(tokens) - 1} or less"
         raise Refused(Problem("data.path", f"{why} {cfg.length + 1}", remedy))
     nothing = TokenFile(tokens[:0], ends[:0])
-    return Corpus(nothing, TokenFile(tokens, ends), tokenizer, size / len(tokens), len(rows), size, "")
+    return Corpus(nothing, TokenFile(tokens, ends), tokenizer, size / len(tokens), len(rows), size, "", first)
+
+
+def ids_of(tokenizer: Tokenizer, first: tuple[int, ...], text: str) -> np.ndarray:
+    """The ids [T] int32 of a document: what it begins with, its text, and the end."""
+    return np.concatenate([first, tokenizer.encode(text), [tokenizer.eos]]).astype(np.int32)
 
 
 def open_prepared(folder: Path, cfg: DataConfig) -> Corpus:
@@ -138,7 +150,8 @@ def open_prepared(folder: Path, cfg: DataConfig) -> Corpus:
         _enough(cfg, {name: index[name]["tokens"] for name in PARTS})
         train, heldout = (_open_part(folder, name, index) for name in PARTS)
         per_token = index["heldout"]["bytes"] / index["heldout"]["tokens"]
-        return Corpus(train, heldout, tokenizer, per_token, index["documents"], index["bytes"], index["fingerprint"])
+        counts, first = (index["documents"], index["bytes"]), opening(tokenizer, cfg.bos)
+        return Corpus(train, heldout, tokenizer, per_token, *counts, index["fingerprint"], first)
     except FileNotFoundError as e:
         why = f"no prepared corpus: {Path(e.filename or INDEX).name} is missing"
         raise Refused(Problem(str(folder), why, "prepare it, by training with these data settings")) from None
@@ -150,7 +163,7 @@ def _same_settings(cfg: DataConfig, index: dict, folder: Path) -> Tokenizer:
     """The tokenizer, if the corpus was prepared as `cfg` says."""
     problems = []
     for name in SETTINGS:
-        was, now = index["settings"][name], getattr(cfg, name)
+        was, now = index["settings"].get(name, getattr(DataConfig, name)), getattr(cfg, name)
         if was != now:
             why = f"is {now!r}, and the corpus in {folder} was prepared with {was!r}"
             remedy = f"set data.{name}={was if isinstance(was, str) else json.dumps(was)}, or use another folder"
@@ -191,12 +204,12 @@ def _open_part(folder: Path, name: str, index: dict) -> TokenFile:
 class _Part:
     """Writes one token file."""
 
-    def __init__(self, file: BinaryIO, dtype: np.dtype, tokenizer: Tokenizer):
-        self.file, self.dtype, self.tokenizer = file, dtype, tokenizer
+    def __init__(self, file: BinaryIO, dtype: np.dtype, tokenizer: Tokenizer, first: tuple[int, ...]):
+        self.file, self.dtype, self.tokenizer, self.first = file, dtype, tokenizer, first
         self.ends, self.tokens, self.bytes = array("q"), 0, 0
 
     def add(self, text: str) -> None:
-        ids = np.append(self.tokenizer.encode(text), self.tokenizer.eos).astype(self.dtype)
+        ids = ids_of(self.tokenizer, self.first, text).astype(self.dtype)
         self.file.write(ids.tobytes())
         self.tokens += len(ids)
         self.bytes += len(text.encode("utf-8"))
@@ -208,11 +221,12 @@ def _write(cfg: DataConfig, tokenizer: Tokenizer, found: Survey, folder: Path) -
     dtype = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in PARTS}
-        parts = {name: _Part(file, dtype, tokenizer) for name, file in files.items()}
+        first = opening(tokenizer, cfg.bos)
+        parts = {name: _Part(file, dtype, tokenizer, first) for name, file in files.items()}
         for name, text in pieces(cfg, found):
             parts[name].add(text)
     _enough(cfg, {name: part.tokens for name, part in parts.items()})
-    settings = {name: getattr(cfg, name) for name in SETTINGS}
+    settings = {name: getattr(cfg, name) for name in SETTINGS if name != "bos" or cfg.bos}  # older corpora lack the key
     identity = {"settings": settings, "tokenizer": tokenizer.fingerprint(), "content": found.content}
     index = {
         "format": FORMAT,

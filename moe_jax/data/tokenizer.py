@@ -1,7 +1,8 @@
-"""Text to token ids and back: UTF-8 bytes, or a Hugging Face tokenizer.json."""
+"""Text to token ids and back: UTF-8 bytes, a Hugging Face tokenizer.json, or a SentencePiece model."""
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -24,13 +25,22 @@ EOS_NAMES = (
 
 
 class Tokenizer(Protocol):
-    """What the rest of the library asks of a tokenizer. `size` is one more than the greatest id."""
+    """What the rest of the library asks of a tokenizer.
+
+    Attributes:
+        eos: the id that ends a document. size: one more than the greatest id.
+        front: the ids that it puts before a document, such as BOS; models begin with them if `data.bos` says so.
+        special: the tokens that stand for something else than their text, by name.
+    """
 
     eos: int
     size: int
+    front: tuple[int, ...]
+    special: dict[str, int]
 
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids [T] int32, without eos or other special tokens."""
+    def encode(self, text: str, marked: bool = False) -> np.ndarray:
+        """Token ids [T] int32 without eos or other special tokens; `marked`: names of special tokens in the text, as a
+        chat template writes them, are those tokens."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -47,8 +57,10 @@ class ByteTokenizer:
 
     eos = 256
     size = 257
+    front: tuple[int, ...] = ()
+    special: dict[str, int] = {}  # noqa: RUF012  # nothing is ever added
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, marked: bool = False) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -68,14 +80,7 @@ class HFTokenizer:
     def __init__(self, path: str):
         from tokenizers import Tokenizer as Rust
 
-        try:
-            with open(os.path.expanduser(path), "rb") as file:
-                raw = file.read()
-        except (OSError, ValueError) as e:
-            inside = os.path.join(path, "tokenizer.json")
-            hint = f"did you mean {inside!r}? " if os.path.isfile(inside) else nearest(path, ["bytes"])
-            remedy = f"{hint}give `bytes` or the path of a tokenizer.json"
-            raise _refusal(f"cannot read {path!r}: {getattr(e, 'strerror', None) or e}", remedy) from None
+        raw = _content(path)
         try:
             self._rust = Rust.from_buffer(raw)
         except Exception as e:  # the library raises plain `Exception`
@@ -95,10 +100,19 @@ class HFTokenizer:
         self._rust.no_truncation()
         self._rust.no_padding()
         self._rust.encode_special_tokens = True
+        self.special: dict[str, int] = {
+            token.content: id for id, token in self._rust.get_added_tokens_decoder().items() if token.special
+        }
+        plain, whole = (self._rust.encode("a", add_special_tokens=added).ids for added in (False, True))
+        begin = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        self.front: tuple[int, ...] = tuple(whole[:begin])
         self._fingerprint = f"tokenizer.json sha256 {hashlib.sha256(raw).hexdigest()}"
 
-    def encode(self, text: str) -> np.ndarray:
-        return np.array(self._rust.encode(text, add_special_tokens=False).ids, np.int32)
+    def encode(self, text: str, marked: bool = False) -> np.ndarray:
+        self._rust.encode_special_tokens = not marked
+        ids = self._rust.encode(text, add_special_tokens=False).ids
+        self._rust.encode_special_tokens = True
+        return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         # The eos may be an ordinary entry of the vocabulary, so that the library would print it.
@@ -109,10 +123,80 @@ class HFTokenizer:
         return self._fingerprint
 
 
+class PieceTokenizer:
+    """A tokenizer.model of the `sentencepiece` library.
+
+    Raises:
+        Refused: (key `data.tokenizer`) the file is missing or no model, or has no token that ends a document.
+    """
+
+    def __init__(self, path: str):
+        from sentencepiece import SentencePieceProcessor
+
+        raw = _content(path)
+        self._model = SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(raw)
+            names = [self._model.IdToPiece(i) for i in range(self._model.GetPieceSize())]
+        except (RuntimeError, ValueError) as e:
+            why = f"{path!r} is not a SentencePiece model: {e}"
+            raise _refusal(why, "give the tokenizer.model that the library wrote") from None
+        self.eos: int = self._model.eos_id()
+        if self.eos < 0:
+            raise _refusal(f"{path!r} has no token that ends a document", "train it again with an eos_id")
+        self.size = len(names)
+        self.front: tuple[int, ...] = (self._model.bos_id(),) if self._model.bos_id() >= 0 else ()
+        self.special = {name: i for i, name in enumerate(names) if self._model.IsControl(i)}
+        self._fingerprint = f"tokenizer.model sha256 {hashlib.sha256(raw).hexdigest()}"
+
+    def encode(self, text: str, marked: bool = False) -> np.ndarray:
+        if not marked or not self.special:
+            return np.array(self._model.EncodeAsIds(text), np.int32)
+        parts = re.split("(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")", text)
+        ids = [[self.special[p]] if p in self.special else self._model.EncodeAsIds(p) for p in parts if p]
+        return np.array([i for part in ids for i in part], np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        known = [i for i in map(int, ids) if 0 <= i < self.size and not self._model.IsControl(i)]
+        return self._model.DecodeIds(known)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
+def _content(path: str) -> bytes:
+    """What a tokenizer's file holds."""
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as e:
+        inside = [os.path.join(path, name) for name in ("tokenizer.json", "tokenizer.model")]
+        found = next((name for name in inside if os.path.isfile(name)), None)
+        hint = f"did you mean {found!r}? " if found else nearest(path, ["bytes"])
+        remedy = f"{hint}give `bytes` or the path of a tokenizer.json or tokenizer.model"
+        raise _refusal(f"cannot read {path!r}: {getattr(e, 'strerror', None) or e}", remedy) from None
+
+
 def _refusal(reason: str, remedy: str) -> Refused:
     return Refused(Problem("data.tokenizer", reason, remedy))
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`: `bytes`, or the path of a tokenizer.json."""
-    return ByteTokenizer() if spec == "bytes" else HFTokenizer(spec)
+    """The tokenizer of `data.tokenizer`: `bytes`, or the path of a tokenizer.json or tokenizer.model."""
+    if spec == "bytes":
+        return ByteTokenizer()
+    return PieceTokenizer(spec) if spec.endswith(".model") else HFTokenizer(spec)
+
+
+def opening(tokenizer: Tokenizer, bos: bool) -> tuple[int, ...]:
+    """The ids that a document and a prompt begin with.
+
+    Raises:
+        Refused: (key `data.bos`) the tokenizer puts none there.
+    """
+    if not bos:
+        return ()
+    if not tokenizer.front:
+        why = "is true, and the tokenizer puts nothing before a document"
+        raise Refused(Problem("data.bos", why, "set data.bos=false, or give another data.tokenizer"))
+    return tokenizer.front

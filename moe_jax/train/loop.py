@@ -17,7 +17,7 @@ from moe_jax import mesh as meshes
 from moe_jax.checkpoint import Checkpoints, check_workdir
 from moe_jax.config import Config, Problem, Refused
 from moe_jax.cost import for_training
-from moe_jax.data import Windows, batches, bigram_loss, load_tokenizer, prepare, wait_prepared
+from moe_jax.data import Windows, batches, bigram_loss, load_tokenizer, opening, prepare, wait_prepared
 from moe_jax.generate import Generator
 from moe_jax.health import Watch
 from moe_jax.mesh import fetch
@@ -148,8 +148,10 @@ class Run:
             self.cfg.train.sample,
             self.cfg.model.max_length,
         )
-        if prompt is not None and not 0 < len(tokenizer.encode(prompt)) < limit:
-            why = f"makes {len(tokenizer.encode(prompt))} tokens"
+        first = len(opening(tokenizer, self.cfg.data.bos))
+        count = 0 if not prompt else first + len(tokenizer.encode(prompt))
+        if prompt is not None and not 0 < count < limit:
+            why = f"makes {count} tokens"
             raise Refused(Problem("train.sample", why, f"give a text of 1 to {limit - 1} tokens, or take the key out"))
         m, size = self.cfg.model, tokenizer.size
         tables = {"model.vocab": m.vocab, "model.encoder.vocab": m.encoder.vocab if m.encoder else None}
@@ -308,9 +310,10 @@ class Run:
         """The prompt and how the model continues it. Every process computes a part."""
         tokenizer = self.corpus.tokenizer
         generator = Generator(self.model, self.mesh, tokenizer.size, tokenizer.eos)
-        read = 1 if self.cfg.model.encoder else len(tokenizer.encode(prompt))  # by the decoder
+        ids = self.corpus.prompt(prompt)
+        read = 1 if self.cfg.model.encoder else len(ids)  # by the decoder
         room = self.cfg.model.max_length - read
-        new = generator(state.weights, [tokenizer.encode(prompt)], min(self.cfg.train.sample_tokens, room))
+        new = generator(state.weights, [ids], min(self.cfg.train.sample_tokens, room))
         return prompt + tokenizer.decode(new.tokens[0])
 
     def say(self, text: str) -> None:

@@ -68,6 +68,10 @@ def check_tokenizer(folder: Path, dense: Config, cfg: Config) -> None:
         was, now = dense.data.tokenizer, cfg.data.tokenizer
         why = f"{now!r} is not the tokenizer of the dense model, {was!r}"
         raise Refused(Problem("data.tokenizer", why, f"set data.tokenizer={was}"))
+    if cfg.data.bos != dense.data.bos:
+        was, now = (str(c.data.bos).lower() for c in (dense, cfg))
+        why = f"is {now}, and the dense model learned with {was}"
+        raise Refused(Problem("data.bos", why, f"set data.bos={was}"))
 
 
 def check_new(workdir: Path) -> Checkpoints:
