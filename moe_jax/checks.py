@@ -69,6 +69,9 @@ def check_moe(moe: MoEConfig, prefix: str = "model.moe", *, learns: bool = True)
     if moe.group_size == "auto" and moe.dispatch == "auto":
         why = "is 'auto' with dispatch=auto: what is dropped would depend on the platform"
         no("group_size", why, "name the dispatcher, for example dispatch=einsum, or give a number")
+    if not moe.shared_experts:
+        why, remedy = "there are no shared experts", f"set {prefix}.shared_experts=1"
+        out += _idle(moe, prefix, ["shared_d_ff", "shared_gate"], why, remedy)
     if learns:
         _check_gradient(moe, no)
     _check_router(moe, no)

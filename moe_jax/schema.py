@@ -143,7 +143,13 @@ class MoEConfig:
     every: Count = key(1, "every n-th layer is MoE (the n-th, 2n-th, ...), after the first dense ones")
     first_dense: Whole = key(0, "number of dense layers before the first MoE layer")
     shared_experts: Whole = key(0, "experts that every token passes, added to the routed sum")
+    shared_d_ff: Count | None = key(None, "hidden width of a shared expert; unset: as a routed one (Qwen2-MoE: 5632)")
+    shared_gate: bool = key(False, "the shared experts' output is times sigmoid(x w), one number a token (Qwen2-MoE)")
     expert_dropout: Rate = key(0.0, "dropout inside the experts in training (Switch, Table 4: 0.4)")
+
+    def shared_width(self, d_ff: int) -> int:
+        """Hidden width of all shared experts beside one another; `d_ff`: that of a routed expert."""
+        return self.shared_experts * (self.shared_d_ff or d_ff)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,12 @@ def _split_slices(m: ModelConfig, moe: MoEConfig, width: int) -> int:
         why = f"is {moe.shared_experts}, and of the {m.d_ff // width} slices of the dense layer none is left for others"
         raise Refused(Problem("model.moe.shared_experts", why, "lower it, or model.moe.d_ff"))
     out = []
+    if moe.shared_d_ff not in (None, width):
+        why = f"is {moe.shared_d_ff}, and all slices of the dense layer are {width} wide"
+        out.append(Problem("model.moe.shared_d_ff", why, "leave it unset"))
+    if moe.shared_gate:
+        why = "is true, and slices of the dense layer in shared experts count in full"
+        out.append(Problem("model.moe.shared_gate", why, "leave it out"))
     if moe.experts % slices:
         why = f"{moe.experts} experts are no whole number of groups of {slices} slices"
         out.append(Problem("model.moe.experts", why, f"use a multiple of {slices}, or another model.moe.d_ff"))

@@ -152,6 +152,12 @@ class Experts(nnx.Module):
         return self.times(h, self.w_down, self.b_down).reshape(E, G, C, D)
 
 
+def gated(y: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
+    """What shared experts made of x [B, L, D], times sigmoid(x w) with w [D, 1], in float32 like the router."""
+    gate = jax.nn.sigmoid(jnp.einsum("bld,dk->blk", x.astype(jnp.float32), w, precision=HIGHEST))  # [B,L,1]
+    return (y.astype(jnp.float32) * gate).astype(y.dtype)
+
+
 def typed(layer: "MoELayer", *_: Any, record: bool = False, **__: Any) -> Any:
     """Partition specs of what a call of a layer returns; without rules it is on one device."""
     if layer.rules is None:
@@ -200,8 +206,10 @@ class MoELayer(nnx.Module):
         biased = moe.bias_rate is not None
         self.bias = SelectionBias(jnp.zeros(moe.experts), axes=("router_experts",)) if biased else None
         self.experts = Experts(moe, ffn, d_model, width, rules, rngs, biases=biases)
-        shared = moe.shared_experts * width
+        shared = moe.shared_width(width)
         self.shared = FFN(ffn, d_model, shared, rules, rngs, biases=biases) if shared else None
+        gate = moe.shared_gate
+        self.shared_gate = param(rngs, (d_model, 1), ("router_embed", "bias"), fan_in(d_model)) if gate else None
 
     @any_axes(typed)
     def __call__(
@@ -275,6 +283,8 @@ class MoELayer(nnx.Module):
             with jax.named_scope("shared_experts"):
                 places = cut.places() if moe.expert_dropout else None
                 shared = self.shared(x, rate=moe.expert_dropout, keys=fold(rows, 2), places=places)
+                if self.shared_gate is not None:
+                    shared = gated(shared, x, self.shared_gate[...])
                 if self.shared.b_down is not None:  # which padding would come out as
                     shared = jnp.where(cut.whole(mask)[..., None], shared, jnp.zeros((), shared.dtype))
         if fallback:

@@ -123,7 +123,9 @@ def mixture(m: ModelConfig, moe: MoEConfig) -> Iterator[Part]:
     if m.biases:
         yield "ffn.experts.b_down", (E, D), ("experts", "bias"), "expert_bias"
     if moe.shared_experts:
-        yield from feed_forward(m, moe.shared_experts * F, "ffn.shared", "shared_experts", "shared_expert_bias")
+        yield from feed_forward(m, moe.shared_width(F), "ffn.shared", "shared_experts", "shared_expert_bias")
+    if moe.shared_gate:  # a router of one output: whole everywhere, in float32
+        yield "ffn.shared_gate", (D, 1), ("router_embed", "bias"), "router"
 
 
 def norm(m: ModelConfig, name: str) -> Iterator[Part]:
