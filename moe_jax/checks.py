@@ -118,10 +118,11 @@ def _check_router(moe: MoEConfig, no: Refuse) -> None:
     if moe.router.gate_width is not None and moe.router.gate != "mlp":
         no("router.gate_width", f"is {moe.router.gate_width} with a linear gate", "set router.gate=mlp")
     if kind == "hash":
-        learned = [n for n in ("gate", "jitter") if getattr(moe.router, n) not in ("linear", 0.0)]
+        router = ("gate", "jitter", "bias")
+        learned = [n for n in router if getattr(moe.router, n) != getattr(RouterConfig, n)]
         learned += [n for n in (*STEERING, "sequence_loss", "z_loss") if getattr(moe, n)]
         for name in learned:
-            where = f"router.{name}" if name in ("gate", "jitter") else name
+            where = f"router.{name}" if name in router else name
             no(where, "has no effect on the hash router, which learns nothing", "leave it out")
         if moe.priority in ("probability", "batch"):
             why = f"is {moe.priority!r}, and to the hash router all choices are equally probable"

@@ -74,6 +74,7 @@ class RouterConfig:
     )
     gate: Literal["linear", "mlp"] = key("linear", "the router is one matrix, or two with a GELU between")
     gate_width: Count | None = key(None, "gate=mlp: its hidden width; unset: the model width")
+    bias: bool = key(False, "a trained bias [E] on the logits, float32 like them (GPT-OSS); moe.bias_rate is another")
     jitter: Rate = key(0.0, "in training the router's input is multiplied by U[1-jitter, 1+jitter] (Switch: 0.01)")
     force: Literal["balanced", "biased"] | None = key(
         None, "benchmarks: experts in turn, or some experts favoured, whatever the logits say; gates stay the router's"

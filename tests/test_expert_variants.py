@@ -49,7 +49,7 @@ def sized(top_k: int, router: RouterConfig, **more: Any) -> MoEConfig:
 QWEN: dict[str, Any] = {"shared_experts": 1, "shared_d_ff": 14, "shared_gate": True}
 VARIANTS = {
     "qwen2_moe": Variant(sized(2, RouterConfig("softmax_topk"), **QWEN)),
-    "all": Variant(sized(2, RouterConfig("topk_softmax"), capacity_factor=1.0, **QWEN), biases=True),
+    "all": Variant(sized(2, RouterConfig("topk_softmax", bias=True), capacity_factor=1.0, **QWEN), biases=True),
 }
 CASES = [  # variant, mesh, dispatch
     ("qwen2_moe", "one", "gather"),
@@ -274,6 +274,7 @@ def test_in_bfloat16(dispatch):
 
 COUNTED = [
     ["tiny_mixtral", "model.moe.shared_experts=2", "model.moe.shared_d_ff=28", "model.moe.shared_gate=true"],
+    ["tiny_gshard", "model.moe.router.bias=true", "model.moe.router.gate=mlp"],
     ["tiny_t5", "model.moe.shared_experts=1", "model.moe.shared_gate=true", "model.biases=true"],
 ]
 
@@ -290,6 +291,7 @@ def test_the_plan_counts_like_the_model(settings):
 REFUSED = {
     "there are no shared experts": {"shared_d_ff": 8},
     "is True, and there are no shared experts": {"shared_gate": True},
+    "no effect on the hash router": {"router": RouterConfig("hash", bias=True)},
 }
 
 

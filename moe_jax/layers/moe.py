@@ -19,7 +19,7 @@ from moe_jax.capacity import Slots, assign, capacity, unlimited
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.grouped import Weights
-from moe_jax.layers.common import ACTIVATIONS, Keys, constant, dropout, fan_in, fold, lay, param, row_keys
+from moe_jax.layers.common import ACTIVATIONS, Keys, along_last, constant, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.ragged import over_mesh, ragged_experts
 from moe_jax.routing import QUIET, Noise, Routing, check_mask, draw, jittered, recorded, route
@@ -203,6 +203,8 @@ class MoELayer(nnx.Module):
             raise config.ConfigError(config.Problem("ffn", f"is {ffn!r}", f"use one of {', '.join(ACTIVATIONS)}"))
         self.moe, self.rules, self.d_model = moe, rules, d_model
         self.gate_in, self.router, self.noise = self.gate(rngs, d_model)
+        own = moe.router.bias and self.router is not None
+        self.router_bias = constant(0.0, (moe.experts,), ("router_experts",)) if own else None
         biased = moe.bias_rate is not None
         self.bias = SelectionBias(jnp.zeros(moe.experts), axes=("router_experts",)) if biased else None
         self.experts = Experts(moe, ffn, d_model, width, rules, rngs, biases=biases)
@@ -385,7 +387,8 @@ class MoELayer(nnx.Module):
             spread = jax.nn.softplus(jnp.einsum("gsd,de->gse", h, self.noise[...], precision=HIGHEST))
         if self.gate_in is not None:
             h = jax.nn.gelu(jnp.einsum("gsd,dw->gsw", h, self.gate_in[...], precision=HIGHEST))
-        return jnp.einsum("gsd,de->gse", h, self.router[...], precision=HIGHEST), spread
+        logits = jnp.einsum("gsd,de->gse", h, self.router[...], precision=HIGHEST)
+        return logits if self.router_bias is None else logits + along_last(self.router_bias[...], logits), spread
 
     def route(
         self, moe: MoEConfig, h: jax.Array, mask: jax.Array, draws: Draws, C: int, dispatch: str, ids=None, chosen=None

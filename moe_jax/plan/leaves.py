@@ -30,10 +30,11 @@ COMPONENTS = {  # component -> what it is called in tables
     "shared_experts": "shared experts",
     "shared_expert_bias": "their biases",
     "router": "routers",
+    "router_bias": "routers' biases",
     "norms": "norms",
 }
 ADDED = ("norms", "qk_norm", "mla_norm", "rel_bias")
-ADDED += ("attn_bias", "cross_attn_bias", "dense_ffn_bias", "expert_bias", "shared_expert_bias")
+ADDED += ("attn_bias", "cross_attn_bias", "dense_ffn_bias", "expert_bias", "shared_expert_bias", "router_bias")
 """Components that multiply no matrix."""
 LOOKED_UP = ("embed", "encoder_embed", "pos")  # of which a token reads rows
 EXPERTS = ("experts", "expert_bias")  # of which a token touches K in E
@@ -113,6 +114,8 @@ def mixture(m: ModelConfig, moe: MoEConfig) -> Iterator[Part]:
             width, axis = moe.router.gate_width or D, "router_mlp"
             yield "ffn.gate_in", (D, width), ("router_embed", axis), "router"
         yield "ffn.router", (width, E), (axis, "router_experts"), "router"
+        if moe.router.bias:
+            yield "ffn.router_bias", (E,), ("router_experts",), "router_bias"
         if moe.router.kind == "noisy_topk":
             yield "ffn.noise", (D, E), ("router_embed", "router_experts"), "router"
     for matrix in ("gate", "up") if m.ffn == "swiglu" else ("up",):
