@@ -23,6 +23,7 @@ NonNegative = Annotated[float, Limit(ge=0)]
 Rate = Annotated[float, Limit(ge=0, lt=1)]
 Fractional = Annotated[float, Limit(gt=0, lt=1)]
 
+GATED = ("swiglu", "geglu", "clamped_swiglu")  # feed-forward networks of three matrices, the first of them a gate's
 BUCKETS = 32  # of distances, each with a bias for every head: model.positions=relative
 
 
@@ -210,7 +211,11 @@ class ModelConfig:
     norm_order: Literal["pre", "post"] = key("pre", "x + f(norm(x)) or norm(x + f(x))")
     norm_eps: Positive = key(1e-6, "epsilon of the norms")
     final_norm: bool = key(True, "a norm before the head")
-    ffn: Literal["relu", "gelu", "swiglu"] = key("swiglu", "dense layers and experts: two matrices, or gated three")
+    ffn: Literal["relu", "gelu", "swiglu", "geglu", "clamped_swiglu"] = key(
+        "swiglu",
+        "dense layers and experts: two matrices (relu, gelu), or three with a gate by SiLU, by GELU, or (GPT-OSS) "
+        "gate * sigmoid(1.702 gate) * (up + 1) with gate <= 7 and |up| <= 7",
+    )
     tied_head: bool = key(True, "the head is the transposed embedding")
     attention_exchange: Literal["gather", "ring"] = key(
         "gather", "mesh.context > 1: keys and values are gathered, or passed round a ring of shards"

@@ -23,6 +23,7 @@ from moe_jax import mesh as meshes
 from moe_jax.axes import Rules
 from moe_jax.capacity import capacity
 from moe_jax.config import ConfigError, MeshConfig, MoEConfig, RouterConfig
+from moe_jax.layers.ffn import FFN
 from moe_jax.layers.moe import MoELayer
 from moe_jax.plan.leaves import count, leaves
 from moe_jax.rules import spec
@@ -49,10 +50,14 @@ def sized(top_k: int, router: RouterConfig, **more: Any) -> MoEConfig:
 QWEN: dict[str, Any] = {"shared_experts": 1, "shared_d_ff": 14, "shared_gate": True}
 VARIANTS = {
     "qwen2_moe": Variant(sized(2, RouterConfig("softmax_topk"), **QWEN)),
-    "all": Variant(sized(2, RouterConfig("topk_softmax", bias=True), capacity_factor=1.0, **QWEN), biases=True),
+    "gpt_oss": Variant(sized(2, RouterConfig("topk_softmax", bias=True)), "clamped_swiglu", biases=True),
+    "all": Variant(
+        sized(2, RouterConfig("topk_softmax", bias=True), capacity_factor=1.0, **QWEN), "clamped_swiglu", biases=True
+    ),
 }
 CASES = [  # variant, mesh, dispatch
     ("qwen2_moe", "one", "gather"),
+    *(("gpt_oss", "one", d) for d in WAYS),
     *(("all", "expert=2,tensor=2", d) for d in WAYS),
 ]
 
@@ -76,7 +81,8 @@ def given(name: str) -> tuple[dict, np.ndarray, np.ndarray]:
 
     def fill(path: Any, leaf: Any) -> np.ndarray:
         last = path[-1].key
-        size = 0.5 if last.startswith("b_") or last == "router_bias" else 2.0 / np.sqrt(leaf.shape[-2])
+        size = 1.0 if last.startswith("b_") or last == "router_bias" else 2.0 / np.sqrt(leaf.shape[-2])
+        size *= 2 if VARIANTS[name].ffn == "clamped_swiglu" else 1  # some numbers are above its bounds
         return np.float64(np.float32(size * rng.normal(size=leaf.shape)))
 
     weights = jax.tree_util.tree_map_with_path(fill, nnx.to_pure_dict(split_layer(name, "einsum", None)[1]))
@@ -116,7 +122,13 @@ def sigmoid(h):
     return 1 / (1 + np.exp(-h))
 
 
-ACTS = {"swiglu": lambda gate, up: gate * sigmoid(gate) * up}
+ACTS = {
+    "swiglu": lambda gate, up: gate * sigmoid(gate) * up,
+    "geglu": lambda gate, up: 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up,
+    "clamped_swiglu": lambda gate, up: (
+        np.minimum(gate, 7) * sigmoid(1.702 * np.minimum(gate, 7)) * (np.clip(up, -7, 7) + 1)
+    ),
+}
 
 
 def network(x, w, ffn):
@@ -208,6 +220,19 @@ def qwen2_moe(w):
 
 
 REMEDY = "python -m pip install torch transformers, or make test where the development extra brings them"
+
+
+def gpt_oss(w):
+    """Gate and up lie by turns, nothing is transposed."""
+    e = w["experts"]
+    mixed = {n: np.stack([e[f"{n}_gate"], e[f"{n}_up"]], -1) for n in ("w", "b")}
+    mixed = {n: a.reshape(*a.shape[:-2], -1) for n, a in mixed.items()}
+    experts = {"gate_up_proj": mixed["w"], "gate_up_proj_bias": mixed["b"]}
+    experts |= {"down_proj": e["w_down"], "down_proj_bias": e["b_down"]}
+    router = {"router.weight": w["router"].T, "router.bias": w["router_bias"]}
+    return {f"experts.{n}": a for n, a in experts.items()} | router
+
+
 SIZES = {"hidden_size": D, "num_experts_per_tok": 2, "num_attention_heads": 3}
 FAMILIES = {  # variant -> config and class of its module there, its sizes, and the names of its parameters
     "qwen2_moe": (
@@ -216,6 +241,7 @@ FAMILIES = {  # variant -> config and class of its module there, its sizes, and 
         {"num_experts": E, "moe_intermediate_size": F, "shared_expert_intermediate_size": 14},
         qwen2_moe,
     ),
+    "gpt_oss": ("GptOssConfig", "GptOssMLP", {"num_local_experts": E, "intermediate_size": F}, gpt_oss),
 }
 
 
@@ -256,6 +282,19 @@ def test_equals_the_family(name, where, dispatch):
         agree(g, want_grads[n], n, 2e-5)
 
 
+@pytest.mark.parametrize("ffn", ["geglu", "clamped_swiglu"])
+def test_dense_networks(ffn):
+    """A dense layer of each kind: its output, and bounds that are reached."""
+    layer = nnx.eval_shape(lambda: FFN(ffn, D, F, None, nnx.Rngs(params=0), biases=True))
+    graph, state = nnx.split(layer)
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(lambda p: 2.0 * rng.normal(size=p.shape), nnx.to_pure_dict(state))
+    x = rng.normal(size=(B, L, D))
+    assert (np.abs(x @ weights["w_up"]) > 7).any() and (x @ weights["w_gate"] > 7).any()
+    y = jax.jit(lambda x: nnx.merge(graph, single(weights))(x))(single(x))
+    agree(np.float64(y), network(x, weights, ffn), "output")
+
+
 # In bfloat16, on the whole, and what is refused
 
 
@@ -275,6 +314,7 @@ def test_in_bfloat16(dispatch):
 COUNTED = [
     ["tiny_mixtral", "model.moe.shared_experts=2", "model.moe.shared_d_ff=28", "model.moe.shared_gate=true"],
     ["tiny_gshard", "model.moe.router.bias=true", "model.moe.router.gate=mlp"],
+    ["tiny_mixtral", "model.ffn=clamped_swiglu", "model.biases=true", "model.moe.first_dense=1"],
     ["tiny_t5", "model.moe.shared_experts=1", "model.moe.shared_gate=true", "model.biases=true"],
 ]
 

@@ -34,7 +34,7 @@ class Product(NamedTuple):
 
 def ffn_products(rows: int, batch: int, D: int, F: int, kind: str) -> list[Product]:
     """Two matrices, or three."""
-    return [Product(batch, rows, D, F)] * (2 if kind == "swiglu" else 1) + [Product(batch, rows, F, D)]
+    return [Product(batch, rows, D, F)] * (cost.matrices(kind) - 1) + [Product(batch, rows, F, D)]
 
 
 def layer_products(

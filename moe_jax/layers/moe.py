@@ -24,6 +24,7 @@ from moe_jax.layers.ffn import FFN
 from moe_jax.layers.ragged import over_mesh, ragged_experts
 from moe_jax.routing import QUIET, Noise, Routing, check_mask, draw, jittered, recorded, route
 from moe_jax.rules import any_axes, by_hand, current_mesh, platform, spec
+from moe_jax.schema import GATED
 from moe_jax.sequence import Cut, shards
 
 FROM_CONFIG: Any = "the config's capacity factor"
@@ -113,10 +114,10 @@ class Experts(nnx.Module):
         self.kind, self.rules = kind, rules
         E, D, F = moe.experts, d_model, d_ff
         up, down = ("experts", "expert_embed", "expert_mlp"), ("experts", "expert_mlp", "expert_embed")
-        self.w_gate = param(rngs, (E, D, F), up, fan_in(D)) if kind == "swiglu" else None
+        self.w_gate = param(rngs, (E, D, F), up, fan_in(D)) if kind in GATED else None
         self.w_up = param(rngs, (E, D, F), up, fan_in(D))
         self.w_down = param(rngs, (E, F, D), down, fan_in(F))
-        self.b_gate = constant(0.0, (E, F), ("experts", "expert_mlp")) if biases and kind == "swiglu" else None
+        self.b_gate = constant(0.0, (E, F), ("experts", "expert_mlp")) if biases and kind in GATED else None
         self.b_up = constant(0.0, (E, F), ("experts", "expert_mlp")) if biases else None
         self.b_down = constant(0.0, (E, D), ("experts", "bias")) if biases else None
 
@@ -141,8 +142,8 @@ class Experts(nnx.Module):
         """[E, G, C, D] -> [E, G, C, D], expert e working on row e; `keys` [G] draw the dropout of the hidden layer."""
         E, G, C, D = x.shape
         x = x.reshape(E, G * C, D)  # one batched product; the groups keep their sharding
-        h, act = self.times(x, self.w_up, self.b_up), ACTIVATIONS[self.kind]  # [E, G*C, F]
-        h = act(h) if self.w_gate is None else act(self.times(x, self.w_gate, self.b_gate)) * h
+        ups = [self.times(x, w, b) for w, b in ((self.w_gate, self.b_gate), (self.w_up, self.b_up)) if w is not None]
+        h = ACTIVATIONS[self.kind](*ups)  # [E, G*C, F]
         if self.rules is not None:
             experts, groups, _, _ = self.rules.expert_major
             h = lay(h, self.rules, (experts, groups, self.rules.expert_mlp))
@@ -174,7 +175,7 @@ class MoELayer(nnx.Module):
         moe: experts, router, capacity and dispatch; `MoEConfig(experts=8, top_k=2, d_ff=1024)` is enough.
         d_model: width D of the tokens.
         d_ff: hidden width F of an expert where `moe.d_ff` is unset.
-        ffn: `relu`, `gelu` (two matrices) or `swiglu` (three).
+        ffn: `relu`, `gelu` (two matrices), `swiglu`, `geglu` or `clamped_swiglu` (three).
         biases: give experts and shared experts biases.
         rules: logical axis -> mesh axis; calls then need `jax.set_mesh`. None: no sharding at all.
         rngs: `nnx.Rngs(params=seed)`.

@@ -9,7 +9,7 @@ from math import prod
 from typing import NamedTuple
 
 from moe_jax.axes import WIDTHS, Rules, is_matrix
-from moe_jax.schema import BUCKETS, LatentConfig, MeshConfig, ModelConfig, MoEConfig
+from moe_jax.schema import BUCKETS, GATED, LatentConfig, MeshConfig, ModelConfig, MoEConfig
 
 COMPONENTS = {  # component -> what it is called in tables
     "embed": "embedding",
@@ -96,7 +96,7 @@ Runs = list[tuple[tuple[str, ...], int]]  # kinds of the layers of a period, and
 def feed_forward(m: ModelConfig, hidden: int, name: str, component: str, biases: str) -> Iterator[Part]:
     """A dense feed-forward layer."""
     width = m.d_model
-    for matrix in ("gate", "up") if m.ffn == "swiglu" else ("up",):
+    for matrix in ("gate", "up") if m.ffn in GATED else ("up",):
         yield f"{name}.w_{matrix}", (width, hidden), ("embed", "mlp"), component
         if m.biases:
             yield f"{name}.b_{matrix}", (hidden,), ("mlp",), biases
@@ -118,7 +118,7 @@ def mixture(m: ModelConfig, moe: MoEConfig) -> Iterator[Part]:
             yield "ffn.router_bias", (E,), ("router_experts",), "router_bias"
         if moe.router.kind == "noisy_topk":
             yield "ffn.noise", (D, E), ("router_embed", "router_experts"), "router"
-    for matrix in ("gate", "up") if m.ffn == "swiglu" else ("up",):
+    for matrix in ("gate", "up") if m.ffn in GATED else ("up",):
         yield f"ffn.experts.w_{matrix}", (E, D, F), ("experts", "expert_embed", "expert_mlp"), "experts"
         if m.biases:
             yield f"ffn.experts.b_{matrix}", (E, F), ("experts", "expert_mlp"), "expert_bias"

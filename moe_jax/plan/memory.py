@@ -142,9 +142,9 @@ def widths(step: Step, kind: str) -> Widths:
 def nonlinear(ffn: str) -> tuple[int, int]:
     """Hidden arrays that the backward pass of a feed-forward network needs: in the compute type, and as bytes.
 
-    SwiGLU and GELU keep what each of their factors was made from; ReLU its output and where it was positive.
+    All keep what each of their factors was made from, and their output; ReLU this, and where it was positive.
     """
-    return (1, 1) if ffn == "relu" else (6, 0)
+    return {"relu": (1, 1), "gelu": (6, 0), "swiglu": (6, 0), "geglu": (8, 0), "clamped_swiglu": (9, 0)}[ffn]
 
 
 def residuals(step: Step, kind: str) -> int:
