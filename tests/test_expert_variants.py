@@ -51,6 +51,8 @@ QWEN: dict[str, Any] = {"shared_experts": 1, "shared_d_ff": 14, "shared_gate": T
 VARIANTS = {
     "qwen2_moe": Variant(sized(2, RouterConfig("softmax_topk"), **QWEN)),
     "gpt_oss": Variant(sized(2, RouterConfig("topk_softmax", bias=True)), "clamped_swiglu", biases=True),
+    "granitemoe": Variant(sized(3, RouterConfig("topk_softmax"))),
+    "deepseek_v2": Variant(sized(3, RouterConfig("deepseek_v2", scale=16.0), shared_experts=2)),
     "all": Variant(
         sized(2, RouterConfig("topk_softmax", bias=True), capacity_factor=1.0, **QWEN), "clamped_swiglu", biases=True
     ),
@@ -58,6 +60,8 @@ VARIANTS = {
 CASES = [  # variant, mesh, dispatch
     ("qwen2_moe", "one", "gather"),
     *(("gpt_oss", "one", d) for d in WAYS),
+    ("granitemoe", "one", "einsum"),
+    ("deepseek_v2", "one", "gather"),
     *(("all", "expert=2,tensor=2", d) for d in WAYS),
 ]
 
@@ -170,7 +174,8 @@ def expected(name, w, x, expert, kept):
         out = network(flat, {n: p[e] for n, p in w["experts"].items()}, v.ffn)
         y += (gate * (expert == e)).sum(-1, keepdims=True) * out
     if v.moe.shared_experts:
-        y += MASK.reshape(-1, 1) * sigmoid(flat @ w["shared_gate"]) * network(flat, w["shared"], v.ffn)
+        gate = sigmoid(flat @ w["shared_gate"]) if v.moe.shared_gate else 1.0
+        y += MASK.reshape(-1, 1) * gate * network(flat, w["shared"], v.ffn)
     return y.reshape(x.shape)
 
 
@@ -233,6 +238,18 @@ def gpt_oss(w):
     return {f"experts.{n}": a for n, a in experts.items()} | router
 
 
+def granitemoe(w):
+    return up_and_down(w["experts"]) | {"router.weight": w["router"].T}
+
+
+def deepseek_v2(w):
+    shared = {f"shared_experts.{n}_proj.weight": w["shared"][f"w_{n}"].T for n in ("gate", "up", "down")}
+    return up_and_down(w["experts"]) | shared | {"gate.weight": w["router"].T}
+
+
+LOCAL = {"num_local_experts": E, "intermediate_size": F}
+# It does not heed norm_topk_prob.
+GREEDY = {"topk_method": "greedy", "norm_topk_prob": True, "routed_scaling_factor": 16.0}
 SIZES = {"hidden_size": D, "num_experts_per_tok": 2, "num_attention_heads": 3}
 FAMILIES = {  # variant -> config and class of its module there, its sizes, and the names of its parameters
     "qwen2_moe": (
@@ -241,7 +258,14 @@ FAMILIES = {  # variant -> config and class of its module there, its sizes, and 
         {"num_experts": E, "moe_intermediate_size": F, "shared_expert_intermediate_size": 14},
         qwen2_moe,
     ),
-    "gpt_oss": ("GptOssConfig", "GptOssMLP", {"num_local_experts": E, "intermediate_size": F}, gpt_oss),
+    "gpt_oss": ("GptOssConfig", "GptOssMLP", LOCAL, gpt_oss),
+    "granitemoe": ("GraniteMoeConfig", "GraniteMoeMoE", LOCAL | {"num_experts_per_tok": 3}, granitemoe),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        "DeepseekV2Moe",
+        GREEDY | {"num_experts_per_tok": 3, "n_routed_experts": E, "n_shared_experts": 2, "moe_intermediate_size": F},
+        deepseek_v2,
+    ),
 }
 
 
