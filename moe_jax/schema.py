@@ -217,6 +217,12 @@ class ModelConfig:
         "gate * sigmoid(1.702 gate) * (up + 1) with gate <= 7 and |up| <= 7",
     )
     tied_head: bool = key(True, "the head is the transposed embedding")
+    head_bias: bool = key(False, "a bias [V] on the logits (Phi-MoE)")
+    embed_scale: Positive = key(1.0, "factor on rows of the embedding (Granite: 12; Gemma: the root of d_model)")
+    residual_scale: Positive = key(1.0, "factor on what a sub-layer adds to the residual (Granite: 0.22)")
+    logit_scale: Positive = key(
+        1.0, "factor on the logits (Granite: 1/logits_scaling; T5 with a tied head: 1 by the root of d_model)"
+    )
     attention_exchange: Literal["gather", "ring"] = key(
         "gather", "mesh.context > 1: keys and values are gathered, or passed round a ring of shards"
     )

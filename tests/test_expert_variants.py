@@ -25,6 +25,7 @@ from moe_jax.capacity import capacity
 from moe_jax.config import ConfigError, MeshConfig, MoEConfig, RouterConfig
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.moe import MoELayer
+from moe_jax.model import Transformer
 from moe_jax.plan.leaves import count, leaves
 from moe_jax.rules import spec
 from moe_jax.train.state import Model
@@ -339,6 +340,7 @@ COUNTED = [
     ["tiny_mixtral", "model.moe.shared_experts=2", "model.moe.shared_d_ff=28", "model.moe.shared_gate=true"],
     ["tiny_gshard", "model.moe.router.bias=true", "model.moe.router.gate=mlp"],
     ["tiny_mixtral", "model.ffn=clamped_swiglu", "model.biases=true", "model.moe.first_dense=1"],
+    ["tiny_dense", "model.head_bias=true"],
     ["tiny_t5", "model.moe.shared_experts=1", "model.moe.shared_gate=true", "model.biases=true"],
 ]
 
@@ -350,6 +352,35 @@ def test_the_plan_counts_like_the_model(settings):
     model = Model.of(cfg)
     assert {x.name: (x.shape, x.axes) for x in leaves(cfg.model)} == {n: (s, a) for n, s, a in model.leaves()}
     assert count(cfg.model)[:2] == model.count()
+
+
+def test_factors_of_a_model():
+    """Those of Granite are factors on parameters: of the embedding, of the last matrix of each sub-layer, the head."""
+    base = config.load("tiny_t5", ["model.biases=true", "model.tied_head=false", "model.encoder.vocab=512"]).model
+    base = dataclasses.replace(base, d_model=16, d_ff=24, heads=2, layers=2, vocab=32, head_bias=True)
+    factors = {"table": 12.0, "last": 0.22, "head": 1 / 6}
+    names = ("w_out", "b_out", "w_down", "b_down")
+
+    def scaled(path, leaf):
+        last = path[-1].key
+        of = "last" if last in names else "head" if last.startswith("head") else last
+        return leaf * factors.get(of, 1.0)
+
+    def model(m):
+        return nnx.split(nnx.eval_shape(lambda: Transformer(m, rngs=nnx.Rngs(params=0))))
+
+    graph, state = model(base)
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(lambda p: rng.normal(size=p.shape) / 4, nnx.to_pure_dict(state))
+    m = dataclasses.replace(base, embed_scale=12.0, residual_scale=0.22, logit_scale=1 / 6)
+    tokens, inputs = (jnp.asarray(rng.integers(0, 32, (2, 6))) for _ in range(2))
+
+    def logits(graph, weights):
+        return jax.jit(lambda w: nnx.merge(graph, w)(tokens, inputs=inputs).logits)(single(weights))
+
+    plain, want = (logits(graph, w) for w in (weights, jax.tree_util.tree_map_with_path(scaled, weights)))
+    agree(np.float64(logits(model(m)[0], weights)), np.float64(want), "logits")
+    assert np.abs(np.asarray(want - plain)).max() > 0.1
 
 
 REFUSED = {

@@ -16,6 +16,7 @@ COMPONENTS = {  # component -> what it is called in tables
     "encoder_embed": "the encoder's embedding",
     "pos": "learned positions",
     "lm_head": "head",
+    "head_bias": "its bias",
     "attn": "attention",
     "attn_bias": "attention's biases",
     "cross_attn": "attention to the encoder",
@@ -34,7 +35,15 @@ COMPONENTS = {  # component -> what it is called in tables
     "norms": "norms",
 }
 ADDED = ("norms", "qk_norm", "mla_norm", "rel_bias")
-ADDED += ("attn_bias", "cross_attn_bias", "dense_ffn_bias", "expert_bias", "shared_expert_bias", "router_bias")
+ADDED += (
+    "attn_bias",
+    "cross_attn_bias",
+    "dense_ffn_bias",
+    "expert_bias",
+    "shared_expert_bias",
+    "router_bias",
+    "head_bias",
+)
 """Components that multiply no matrix."""
 LOOKED_UP = ("embed", "encoder_embed", "pos")  # of which a token reads rows
 EXPERTS = ("experts", "expert_bias")  # of which a token touches K in E
@@ -203,6 +212,8 @@ def leaves(m: ModelConfig) -> tuple[Leaf, ...]:
         out.append(Leaf("embedding.positions", (m.max_length, D), ("position", "embed"), "pos"))
     if not m.tied_head:
         out.append(Leaf("embedding.head", (D, V), ("embed", "vocab"), "lm_head"))
+    if m.head_bias:
+        out.append(Leaf("embedding.head_bias", (V,), ("vocab",), "head_bias"))
     if m.encoder is not None:
         if m.encoder.vocab is not None:
             out.append(Leaf("encoder.table", (m.encoder.vocab, D), ("vocab", "embed"), "encoder_embed"))
