@@ -69,6 +69,9 @@ def check_moe(moe: MoEConfig, prefix: str = "model.moe", *, learns: bool = True)
     if moe.group_size == "auto" and moe.dispatch == "auto":
         why = "is 'auto' with dispatch=auto: what is dropped would depend on the platform"
         no("group_size", why, "name the dispatcher, for example dispatch=einsum, or give a number")
+    if not moe.shared_experts:
+        why, remedy = "there are no shared experts", f"set {prefix}.shared_experts=1"
+        out += _idle(moe, prefix, ["shared_d_ff", "shared_gate"], why, remedy)
     if learns:
         _check_gradient(moe, no)
     _check_router(moe, no)
@@ -115,10 +118,11 @@ def _check_router(moe: MoEConfig, no: Refuse) -> None:
     if moe.router.gate_width is not None and moe.router.gate != "mlp":
         no("router.gate_width", f"is {moe.router.gate_width} with a linear gate", "set router.gate=mlp")
     if kind == "hash":
-        learned = [n for n in ("gate", "jitter") if getattr(moe.router, n) not in ("linear", 0.0)]
+        router = ("gate", "jitter", "bias")
+        learned = [n for n in router if getattr(moe.router, n) != getattr(RouterConfig, n)]
         learned += [n for n in (*STEERING, "sequence_loss", "z_loss") if getattr(moe, n)]
         for name in learned:
-            where = f"router.{name}" if name in ("gate", "jitter") else name
+            where = f"router.{name}" if name in router else name
             no(where, "has no effect on the hash router, which learns nothing", "leave it out")
         if moe.priority in ("probability", "batch"):
             why = f"is {moe.priority!r}, and to the hash router all choices are equally probable"

@@ -9,6 +9,7 @@ from math import ceil
 from typing import NamedTuple
 
 from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.schema import GATED
 
 EINSUM_LIMIT = 0.25  # overhead that a group size is chosen for
 DROPLESS_GROUP = 128  # without a limit the group size changes no result, and small groups have small masks
@@ -32,7 +33,7 @@ class Groups(NamedTuple):
 
 def matrices(ffn: str) -> int:
     """Matrices of a feed-forward network of a kind."""
-    return 3 if ffn == "swiglu" else 2
+    return 3 if ffn in GATED else 2
 
 
 def einsum_overhead(group: int, d_ff: int, matrices: int) -> float:

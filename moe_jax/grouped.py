@@ -21,7 +21,8 @@ WEIGHT_GRADIENT = jax.lax.RaggedDotDimensionNumbers(
 )
 
 
-Act = Callable[[jax.Array], jax.Array]
+Act = Callable[..., jax.Array]
+"""The hidden layer from the products that lead to it, element by element: of one, or of a gate's and another."""
 Products = tuple[jax.Array, ...]
 """Rows times the matrices that go up, [R, F] each: one, or the gate's first."""
 
@@ -29,7 +30,7 @@ Products = tuple[jax.Array, ...]
 class Weights(NamedTuple):
     """Matrices and biases of the experts, in the type of the tokens."""
 
-    w_gate: jax.Array | None  # [E, D, F], swiglu only
+    w_gate: jax.Array | None  # [E, D, F], where there is a gate
     w_up: jax.Array  # [E, D, F]
     w_down: jax.Array  # [E, F, D]
     b_gate: jax.Array | None = None  # [E, F], where there is a bias and a gate
@@ -55,12 +56,6 @@ class Weights(NamedTuple):
         """Arrays in the places of these, as `matrices` and `biases` list them."""
         given = iter(arrays)
         return jax.tree.map(lambda _: next(given), self)
-
-
-def hidden(act: Act, *products: jax.Array) -> jax.Array:
-    """The hidden layer from the products that lead to it: act(h), or act(gate) * h (Shazeer 2020)."""
-    h = act(products[0])
-    return h if len(products) == 1 else h * products[1]
 
 
 class Block:
@@ -146,7 +141,7 @@ def blocked(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, widen: b
             y, kept = carry
             rows = block.take(x).astype(dtype)
             products = [plus(times(rows, w), b).astype(x.dtype) for w, b in zip(mine, ups, strict=True)]
-            y = block.put(y, plus(times(hidden(act, *products).astype(dtype), last), down))
+            y = block.put(y, plus(times(act(*products).astype(dtype), last), down))
             return y, tuple(block.put(k, p.astype(dtype)) for k, p in zip(kept, products, strict=True))
 
         return loop(step, carry)
@@ -169,7 +164,7 @@ def blocked_gradients(
         def step(carry: Any, block: Block) -> Any:
             dx, *sums = carry
             rows, cotangent = block.take_own(x).astype(dtype), block.take_own(g).astype(dtype)
-            h, back = jax.vjp(partial(hidden, act), *(block.take(k) for k in kept))
+            h, back = jax.vjp(act, *(block.take(k) for k in kept))
             steps = [d.astype(dtype) for d in back(times(cotangent, last, True).astype(h.dtype))]
             dx = block.put(dx, total_of(times(d, w, True) for d, w in zip(steps, mine, strict=True)))
             pairs = [*((rows, d) for d in steps), (h.astype(dtype), cotangent)]
@@ -220,14 +215,14 @@ def ragged(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act) -> tuple[
     """What `blocked` computes, by XLA's own grouped products."""
     biases = [rows_of(b, sizes, x.shape[0]) for b in weights.biases] or [None] * len(weights.matrices)
     kept = tuple(plus(ragged_dot(x, w, sizes), b) for w, b in zip(weights.up, biases[:-1], strict=True))
-    return plus(ragged_dot(hidden(act, *kept), weights.w_down, sizes), biases[-1]), kept
+    return plus(ragged_dot(act(*kept), weights.w_down, sizes), biases[-1]), kept
 
 
 def ragged_gradients(
     x: jax.Array, sizes: jax.Array, weights: Weights, kept: Products, g: jax.Array, act: Act
 ) -> tuple[jax.Array, Weights]:
     """What `blocked_gradients` computes, by XLA's own grouped products."""
-    h, back = jax.vjp(partial(hidden, act), *kept)
+    h, back = jax.vjp(act, *kept)
     steps = back(ragged_dot(g, weights.w_down, sizes, transposed=True))
     dx = total_of(ragged_dot(d, w, sizes, transposed=True) for d, w in zip(steps, weights.up, strict=True))
     pairs = [*((x, d) for d in steps), (h, g)]
@@ -267,7 +262,7 @@ def grouped_ffn(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act) -> j
         x: [R, D], the rows of expert 0 first, then those of expert 1, and so on; rows after the last are ignored.
         sizes: [E] int32, rows of each expert, R in all at the most.
         weights: of all experts, in the type of x.
-        act: of the hidden layer, element by element.
+        act: of the products that go up, one or, with a gate, two.
     Returns:
         [R, D] in the type of x, zero after the last row in use. Differentiable once in x and the weights. Inside
         `shard_map` all arguments vary over the same mesh axes: what fewer shards hold is cast (`jax.lax.pcast`) by the

@@ -23,6 +23,7 @@ NonNegative = Annotated[float, Limit(ge=0)]
 Rate = Annotated[float, Limit(ge=0, lt=1)]
 Fractional = Annotated[float, Limit(gt=0, lt=1)]
 
+GATED = ("swiglu", "geglu", "clamped_swiglu")  # feed-forward networks of three matrices, the first of them a gate's
 BUCKETS = 32  # of distances, each with a bias for every head: model.positions=relative
 
 
@@ -74,6 +75,7 @@ class RouterConfig:
     )
     gate: Literal["linear", "mlp"] = key("linear", "the router is one matrix, or two with a GELU between")
     gate_width: Count | None = key(None, "gate=mlp: its hidden width; unset: the model width")
+    bias: bool = key(False, "a trained bias [E] on the logits, float32 like them (GPT-OSS); moe.bias_rate is another")
     jitter: Rate = key(0.0, "in training the router's input is multiplied by U[1-jitter, 1+jitter] (Switch: 0.01)")
     force: Literal["balanced", "biased"] | None = key(
         None, "benchmarks: experts in turn, or some experts favoured, whatever the logits say; gates stay the router's"
@@ -143,7 +145,13 @@ class MoEConfig:
     every: Count = key(1, "every n-th layer is MoE (the n-th, 2n-th, ...), after the first dense ones")
     first_dense: Whole = key(0, "number of dense layers before the first MoE layer")
     shared_experts: Whole = key(0, "experts that every token passes, added to the routed sum")
+    shared_d_ff: Count | None = key(None, "hidden width of a shared expert; unset: as a routed one (Qwen2-MoE: 5632)")
+    shared_gate: bool = key(False, "the shared experts' output is times sigmoid(x w), one number a token (Qwen2-MoE)")
     expert_dropout: Rate = key(0.0, "dropout inside the experts in training (Switch, Table 4: 0.4)")
+
+    def shared_width(self, d_ff: int) -> int:
+        """Hidden width of all shared experts beside one another; `d_ff`: that of a routed expert."""
+        return self.shared_experts * (self.shared_d_ff or d_ff)
 
 
 @dataclass(frozen=True)
@@ -203,8 +211,18 @@ class ModelConfig:
     norm_order: Literal["pre", "post"] = key("pre", "x + f(norm(x)) or norm(x + f(x))")
     norm_eps: Positive = key(1e-6, "epsilon of the norms")
     final_norm: bool = key(True, "a norm before the head")
-    ffn: Literal["relu", "gelu", "swiglu"] = key("swiglu", "dense layers and experts: two matrices, or gated three")
+    ffn: Literal["relu", "gelu", "swiglu", "geglu", "clamped_swiglu"] = key(
+        "swiglu",
+        "dense layers and experts: two matrices (relu, gelu), or three with a gate by SiLU, by GELU, or (GPT-OSS) "
+        "gate * sigmoid(1.702 gate) * (up + 1) with gate <= 7 and |up| <= 7",
+    )
     tied_head: bool = key(True, "the head is the transposed embedding")
+    head_bias: bool = key(False, "a bias [V] on the logits (Phi-MoE)")
+    embed_scale: Positive = key(1.0, "factor on rows of the embedding (Granite: 12; Gemma: the root of d_model)")
+    residual_scale: Positive = key(1.0, "factor on what a sub-layer adds to the residual (Granite: 0.22)")
+    logit_scale: Positive = key(
+        1.0, "factor on the logits (Granite: 1/logits_scaling; T5 with a tied head: 1 by the root of d_model)"
+    )
     attention_exchange: Literal["gather", "ring"] = key(
         "gather", "mesh.context > 1: keys and values are gathered, or passed round a ring of shards"
     )

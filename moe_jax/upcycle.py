@@ -1,11 +1,10 @@
 """Upcycling: the weights of a dense model become those of a mixture of experts. Pure functions on parameter trees.
 
-The dense feed-forward layer y(x) is cut along its hidden width into slices that add up to it: for ReLU, GELU and
-SwiGLU y = f_0 + f_1 + ... exactly. `copy` makes one slice of it, so that every expert is the dense layer (Komatsuzaki
-et al. 2022, Sparse Upcycling). `split` makes d_ff / moe.d_ff of them: the first ones become the shared
-experts, if there are any (always-active slices as in CMoE, Pei et al. 2025), the other G are spread over R = E/G
-virtual groups (He et al. 2024, Upcycling Large Language Models into Mixture of Experts). Expert r*G + g holds slice g
-in group r.
+The dense feed-forward layer y(x) is cut along its hidden width into slices that add up to it: y = f_0 + f_1 + ...
+exactly. `copy` makes one slice of it, so that every expert is the dense layer (Komatsuzaki et al. 2022, Sparse
+Upcycling). `split` makes d_ff / moe.d_ff of them: the first ones become the shared experts, if there are any (always-
+active slices as in CMoE, Pei et al. 2025), the other G are spread over R = E/G virtual groups (He et al. 2024,
+Upcycling Large Language Models into Mixture of Experts). Expert r*G + g holds slice g in group r.
 
 The experts of a group share one column of the router, and so one logit: the K best are K/G whole groups, each of
 which adds up to y. Their gates are equal within a group, so the layer returns y times (sum of the K gates) / G. That is
@@ -14,8 +13,8 @@ Neighbours make a group, so that ties fall whole groups at a time and group-limi
 drops and the noise of noisy_topk, which is drawn for each expert, can part them.
 
 He et al. scale every matrix by a^(1/3) or a^(1/2), which SwiGLU's and GELU's gates do not pass on exactly. Here the
-factor goes onto the matrices in which the layer is homogeneous: `w_up` and `w_down` by a^(1/2) each, for GELU `w_down`
-by a.
+factor goes onto the matrices in which the layer is homogeneous: `w_up` and `w_down` by a^(1/2) each; for GELU, and for
+SwiGLU between bounds, `w_down` by a.
 """
 
 import math
@@ -108,6 +107,12 @@ def _split_slices(m: ModelConfig, moe: MoEConfig, width: int) -> int:
         why = f"is {moe.shared_experts}, and of the {m.d_ff // width} slices of the dense layer none is left for others"
         raise Refused(Problem("model.moe.shared_experts", why, "lower it, or model.moe.d_ff"))
     out = []
+    if moe.shared_d_ff not in (None, width):
+        why = f"is {moe.shared_d_ff}, and all slices of the dense layer are {width} wide"
+        out.append(Problem("model.moe.shared_d_ff", why, "leave it unset"))
+    if moe.shared_gate:
+        why = "is true, and slices of the dense layer in shared experts count in full"
+        out.append(Problem("model.moe.shared_gate", why, "leave it out"))
     if moe.experts % slices:
         why = f"{moe.experts} experts are no whole number of groups of {slices} slices"
         out.append(Problem("model.moe.experts", why, f"use a multiple of {slices}, or another model.moe.d_ff"))
@@ -231,6 +236,6 @@ def _part(factor: float, name: str, ffn: str) -> float:
         return 1.0
     if name == "b_down":
         return factor
-    if ffn == "gelu":
+    if ffn in ("gelu", "clamped_swiglu"):
         return factor if name == "w_down" else 1.0
     return math.sqrt(factor)

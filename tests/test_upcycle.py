@@ -91,6 +91,7 @@ PRESERVED = {
     "split, G=4 swiglu": ("split", "swiglu", SPLIT | {"router": TOPK}),
     "split, G=4 relu": ("split", "relu", SPLIT | {"router": NORMAL}),
     "split, G=4 gelu": ("split", "gelu", SPLIT | {"router": TOPK}),
+    "split, G=4 clamped": ("split", "clamped_swiglu", SPLIT | {"router": TOPK}),
     "split, G=4 top-8 of 12": ("split", "swiglu", SPLIT | {"top_k": 8, "router": {"normalize": "after"}}),
     "split, G=4 of all": ("split", "swiglu", SPLIT | {"experts": 4, "router": TOPK}),
     "split, noisy": ("split", "swiglu", SPLIT | {"router": {"kind": "noisy_topk"}}),

@@ -22,6 +22,7 @@ from moe_jax.grouped import grouped_ffn, ragged
 from moe_jax.layers.common import ACTIVATIONS
 from moe_jax.layers.moe import SILENT, MoELayer
 from moe_jax.rows import gather_rows, sum_rows
+from moe_jax.schema import GATED
 
 PHASES = ("forward", "forward+backward")
 
@@ -89,16 +90,14 @@ def ideal(shape: Shape, phase: str) -> Piece:
     E, D, F, dtype = shape.experts, shape.d_model, shape.d_ff, jnp.dtype(shape.dtype)
     C = ceil(shape.top_k * shape.tokens * shape.capacity_factor / E)
     sizes = {"x": (E, C, D), "w_up": (E, D, F), "w_down": (E, F, D)}
-    if shape.ffn == "swiglu":
+    if shape.ffn in GATED:
         sizes["w_gate"] = (E, D, F)
     keys = jax.random.split(jax.random.key(0), len(sizes))
     arrays = {n: 0.05 * jax.random.normal(k, s) for k, (n, s) in zip(keys, sizes.items(), strict=True)}
 
     def products(a: dict[str, jax.Array], _: Any) -> jax.Array:
         w = {n: v.astype(dtype) for n, v in a.items()}  # parameters stay float32, as in the layer
-        h = w["x"] @ w["w_up"]  # [E,C,F]
-        act = ACTIVATIONS[shape.ffn]
-        h = act(w["x"] @ w["w_gate"]) * h if "w_gate" in w else act(h)
+        h = ACTIVATIONS[shape.ffn](*(w["x"] @ w[n] for n in ("w_gate", "w_up") if n in w))  # [E,C,F]
         return h @ w["w_down"]  # [E,C,D]
 
     return Piece(products, phase, arrays | {"x": arrays["x"].astype(dtype)})

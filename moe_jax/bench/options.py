@@ -31,7 +31,7 @@ def add_benchmarks(bench: argparse.ArgumentParser) -> None:
         layer.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
     help = "several are compared with the first, such as 8,64 (default 8)"
     layer.add_argument("--experts", type=numbers, default=(8,), metavar="N,...", help=help)
-    layer.add_argument("--ffn", choices=("relu", "gelu", "swiglu"), default="relu")
+    layer.add_argument("--ffn", choices=("relu", "gelu", "swiglu", "geglu", "clamped_swiglu"), default="relu")
     layer.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     layer.add_argument("--capacity-factor", type=float, default=1.25, metavar="F", help="default 1.25")
     layer.add_argument(

@@ -34,7 +34,7 @@ class Product(NamedTuple):
 
 def ffn_products(rows: int, batch: int, D: int, F: int, kind: str) -> list[Product]:
     """Two matrices, or three."""
-    return [Product(batch, rows, D, F)] * (2 if kind == "swiglu" else 1) + [Product(batch, rows, F, D)]
+    return [Product(batch, rows, D, F)] * (cost.matrices(kind) - 1) + [Product(batch, rows, F, D)]
 
 
 def layer_products(
@@ -71,7 +71,8 @@ def layer_products(
     dropless = moe.capacity_factor is None
     rows = -(-moe.top_k * T // moe.experts) if dropless else capacity(moe, S, moe.capacity_factor) * (T // S)
     out += [Product(1, T, D, moe.experts), *ffn_products(rows, moe.experts, D, F, m.ffn)]
-    return out + (ffn_products(T, 1, D, moe.shared_experts * F, m.ffn) if moe.shared_experts else [])
+    out += ffn_products(T, 1, D, moe.shared_width(F), m.ffn) if moe.shared_experts else []
+    return out + ([Product(1, T, D, 1)] if moe.shared_gate else [])
 
 
 def step_products(cfg: Config) -> list[list[Product]]:
@@ -134,7 +135,8 @@ def dense_twin(cfg: Config) -> Config:
     """The config with dense layers as wide as what a token passes in an MoE layer: equal active FLOPs."""
     m, moe = cfg.model, cfg.model.moe
     assert moe is not None
-    width = (moe.d_ff or m.d_ff) * (moe.top_k + moe.shared_experts)
+    expert = moe.d_ff or m.d_ff
+    width = expert * moe.top_k + moe.shared_width(expert)
     if "dense" in m.layer_kinds + m.encoder_kinds and width != m.d_ff:
         why = f"some layers are dense, {m.d_ff} wide, and the twin's layers all have one width, {width}"
         raise Refused(Problem("model.d_ff", why, f"set model.d_ff={width}"))

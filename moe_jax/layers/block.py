@@ -25,7 +25,7 @@ class Routed(NamedTuple):
 
 
 class Block(nnx.Module):
-    """pre-norm: x + f(norm(x)); post-norm: norm(x + f(x)) (Xiong et al. 2020).
+    """pre-norm: x + f(norm(x)); post-norm: norm(x + f(x)) (Xiong et al. 2020); f times `residual_scale`.
 
     Args:
         kind: `dense` or `moe`.
@@ -74,14 +74,14 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             h = gathered(self.attention_norm(x) if pre else x, self.rules)
             h, cache = self.attention(h, context, cache)
-            x = x + dropout(scattered(h, self.rules), self.m.dropout, fold(keys, 0), context.places)
+            x = self.sum(x, h, context, fold(keys, 0))
             x = x if pre else self.attention_norm(x)
 
         if self.cross_attention is not None and self.cross_norm is not None:
             with jax.named_scope("attention"):
                 h = gathered(self.cross_norm(x) if pre else x, self.rules)
                 h, cache = self.cross_attention.read(h, context, cache)
-                x = x + dropout(scattered(h, self.rules), self.m.dropout, fold(keys, 3), context.places)
+                x = self.sum(x, h, context, fold(keys, 3))
                 x = x if pre else self.cross_norm(x)
 
         with jax.named_scope("ffn"):
@@ -94,6 +94,12 @@ class Block(nnx.Module):
                 routed = Routed(*rest)
             else:
                 h = self.ffn(h)
-            x = x + dropout(scattered(h, self.rules), self.m.dropout, fold(keys, 1), context.places)
+            x = self.sum(x, h, context, fold(keys, 1))
             x = x if pre else self.ffn_norm(x)
         return x, routed, cache
+
+    def sum(self, x: jax.Array, h: jax.Array, context: Context, keys: Keys) -> jax.Array:
+        """x [B, L, D] and what a sub-layer made of it, with its dropout and factor."""
+        h = scattered(h, self.rules)
+        h = h if self.m.residual_scale == 1.0 else h * self.m.residual_scale
+        return x + dropout(h, self.m.dropout, keys, context.places)

@@ -12,7 +12,30 @@ from moe_jax.axes import Layout, Rules
 from moe_jax.rules import constrain
 from moe_jax.sequence import shards
 
-ACTIVATIONS: dict[str, Callable] = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "swiglu": jax.nn.silu}
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Shazeer 2020, eq. 6."""
+    return jax.nn.silu(gate) * up
+
+
+def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Shazeer 2020, eq. 6, with GELU by tanh."""
+    return jax.nn.gelu(gate) * up
+
+
+def clamped_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """SwiGLU between bounds, by a sigmoid as steep as GELU's, of an `up` that begins at 1 (OpenAI 2025, gpt-oss)."""
+    gate = jnp.minimum(gate, 7.0)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (jnp.clip(up, -7.0, 7.0) + 1.0)
+
+
+ACTIVATIONS: dict[str, Callable] = {  # the hidden layer from the products that lead to it, the gate's first
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "swiglu": swiglu,
+    "geglu": geglu,
+    "clamped_swiglu": clamped_swiglu,
+}
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:

@@ -6,7 +6,7 @@ from flax import nnx
 
 from moe_jax.axes import Rules
 from moe_jax.config import ModelConfig
-from moe_jax.layers.common import between, fan_in, gathered, inside, lay, param, product
+from moe_jax.layers.common import along_last, between, constant, fan_in, gathered, inside, lay, param, product
 from moe_jax.layers.positions import sinusoidal
 
 
@@ -20,6 +20,7 @@ class Embedding(nnx.Module):
         learned = m.positions == "learned"
         self.positions = param(rngs, (m.max_length, D), ("position", "embed"), 0.02) if learned else None
         self.head = None if m.tied_head else param(rngs, (D, V), ("embed", "vocab"), fan_in(D))
+        self.head_bias = constant(0.0, (V,), ("vocab",)) if m.head_bias else None
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, rules: Rules | None, table: nnx.Param | None = None
@@ -30,6 +31,7 @@ class Embedding(nnx.Module):
             table: [V, D] of an encoder, in place of the decoder's.
         """
         x = self.rows(self.table if table is None else table, "vocab")[tokens]  # [B,L,D]
+        x = x if self.m.embed_scale == 1.0 else x * self.m.embed_scale
         if self.positions is not None:
             x = x + self.rows(self.positions, "position")[positions]
         if self.m.positions == "sinusoidal":
@@ -44,4 +46,6 @@ class Embedding(nnx.Module):
         """x [B, L, D] -> [B, L, V] float32, both laid out by `rules`."""
         w = self.table[...].T if self.head is None else self.head[...]
         out = product(gathered(x, rules), w, rules, jnp.float32)
+        out = out if self.head_bias is None else out + along_last(self.head_bias[...], out)
+        out = out if self.m.logit_scale == 1.0 else out * self.m.logit_scale
         return lay(out, rules, names=("batch", "length", "act_vocab"))

@@ -19,11 +19,12 @@ from moe_jax.capacity import Slots, assign, capacity, unlimited
 from moe_jax.config import MoEConfig
 from moe_jax.dispatch import DISPATCHERS
 from moe_jax.grouped import Weights
-from moe_jax.layers.common import ACTIVATIONS, Keys, constant, dropout, fan_in, fold, lay, param, row_keys
+from moe_jax.layers.common import ACTIVATIONS, Keys, along_last, constant, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.ragged import over_mesh, ragged_experts
 from moe_jax.routing import QUIET, Noise, Routing, check_mask, draw, jittered, recorded, route
 from moe_jax.rules import any_axes, by_hand, current_mesh, platform, spec
+from moe_jax.schema import GATED
 from moe_jax.sequence import Cut, shards
 
 FROM_CONFIG: Any = "the config's capacity factor"
@@ -113,10 +114,10 @@ class Experts(nnx.Module):
         self.kind, self.rules = kind, rules
         E, D, F = moe.experts, d_model, d_ff
         up, down = ("experts", "expert_embed", "expert_mlp"), ("experts", "expert_mlp", "expert_embed")
-        self.w_gate = param(rngs, (E, D, F), up, fan_in(D)) if kind == "swiglu" else None
+        self.w_gate = param(rngs, (E, D, F), up, fan_in(D)) if kind in GATED else None
         self.w_up = param(rngs, (E, D, F), up, fan_in(D))
         self.w_down = param(rngs, (E, F, D), down, fan_in(F))
-        self.b_gate = constant(0.0, (E, F), ("experts", "expert_mlp")) if biases and kind == "swiglu" else None
+        self.b_gate = constant(0.0, (E, F), ("experts", "expert_mlp")) if biases and kind in GATED else None
         self.b_up = constant(0.0, (E, F), ("experts", "expert_mlp")) if biases else None
         self.b_down = constant(0.0, (E, D), ("experts", "bias")) if biases else None
 
@@ -141,8 +142,8 @@ class Experts(nnx.Module):
         """[E, G, C, D] -> [E, G, C, D], expert e working on row e; `keys` [G] draw the dropout of the hidden layer."""
         E, G, C, D = x.shape
         x = x.reshape(E, G * C, D)  # one batched product; the groups keep their sharding
-        h, act = self.times(x, self.w_up, self.b_up), ACTIVATIONS[self.kind]  # [E, G*C, F]
-        h = act(h) if self.w_gate is None else act(self.times(x, self.w_gate, self.b_gate)) * h
+        ups = [self.times(x, w, b) for w, b in ((self.w_gate, self.b_gate), (self.w_up, self.b_up)) if w is not None]
+        h = ACTIVATIONS[self.kind](*ups)  # [E, G*C, F]
         if self.rules is not None:
             experts, groups, _, _ = self.rules.expert_major
             h = lay(h, self.rules, (experts, groups, self.rules.expert_mlp))
@@ -150,6 +151,12 @@ class Experts(nnx.Module):
             by_group = h.reshape(E, G, C, -1).swapaxes(0, 1)  # [G,E,C,F]
             h = dropout(by_group, rate, keys).swapaxes(0, 1).reshape(h.shape)
         return self.times(h, self.w_down, self.b_down).reshape(E, G, C, D)
+
+
+def gated(y: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
+    """What shared experts made of x [B, L, D], times sigmoid(x w) with w [D, 1], in float32 like the router."""
+    gate = jax.nn.sigmoid(jnp.einsum("bld,dk->blk", x.astype(jnp.float32), w, precision=HIGHEST))  # [B,L,1]
+    return (y.astype(jnp.float32) * gate).astype(y.dtype)
 
 
 def typed(layer: "MoELayer", *_: Any, record: bool = False, **__: Any) -> Any:
@@ -168,7 +175,7 @@ class MoELayer(nnx.Module):
         moe: experts, router, capacity and dispatch; `MoEConfig(experts=8, top_k=2, d_ff=1024)` is enough.
         d_model: width D of the tokens.
         d_ff: hidden width F of an expert where `moe.d_ff` is unset.
-        ffn: `relu`, `gelu` (two matrices) or `swiglu` (three).
+        ffn: `relu`, `gelu` (two matrices), `swiglu`, `geglu` or `clamped_swiglu` (three).
         biases: give experts and shared experts biases.
         rules: logical axis -> mesh axis; calls then need `jax.set_mesh`. None: no sharding at all.
         rngs: `nnx.Rngs(params=seed)`.
@@ -197,11 +204,15 @@ class MoELayer(nnx.Module):
             raise config.ConfigError(config.Problem("ffn", f"is {ffn!r}", f"use one of {', '.join(ACTIVATIONS)}"))
         self.moe, self.rules, self.d_model = moe, rules, d_model
         self.gate_in, self.router, self.noise = self.gate(rngs, d_model)
+        own = moe.router.bias and self.router is not None
+        self.router_bias = constant(0.0, (moe.experts,), ("router_experts",)) if own else None
         biased = moe.bias_rate is not None
         self.bias = SelectionBias(jnp.zeros(moe.experts), axes=("router_experts",)) if biased else None
         self.experts = Experts(moe, ffn, d_model, width, rules, rngs, biases=biases)
-        shared = moe.shared_experts * width
+        shared = moe.shared_width(width)
         self.shared = FFN(ffn, d_model, shared, rules, rngs, biases=biases) if shared else None
+        gate = moe.shared_gate
+        self.shared_gate = param(rngs, (d_model, 1), ("router_embed", "bias"), fan_in(d_model)) if gate else None
 
     @any_axes(typed)
     def __call__(
@@ -275,6 +286,8 @@ class MoELayer(nnx.Module):
             with jax.named_scope("shared_experts"):
                 places = cut.places() if moe.expert_dropout else None
                 shared = self.shared(x, rate=moe.expert_dropout, keys=fold(rows, 2), places=places)
+                if self.shared_gate is not None:
+                    shared = gated(shared, x, self.shared_gate[...])
                 if self.shared.b_down is not None:  # which padding would come out as
                     shared = jnp.where(cut.whole(mask)[..., None], shared, jnp.zeros((), shared.dtype))
         if fallback:
@@ -375,7 +388,8 @@ class MoELayer(nnx.Module):
             spread = jax.nn.softplus(jnp.einsum("gsd,de->gse", h, self.noise[...], precision=HIGHEST))
         if self.gate_in is not None:
             h = jax.nn.gelu(jnp.einsum("gsd,dw->gsw", h, self.gate_in[...], precision=HIGHEST))
-        return jnp.einsum("gsd,de->gse", h, self.router[...], precision=HIGHEST), spread
+        logits = jnp.einsum("gsd,de->gse", h, self.router[...], precision=HIGHEST)
+        return logits if self.router_bias is None else logits + along_last(self.router_bias[...], logits), spread
 
     def route(
         self, moe: MoEConfig, h: jax.Array, mask: jax.Array, draws: Draws, C: int, dispatch: str, ids=None, chosen=None

@@ -9,13 +9,14 @@ from math import prod
 from typing import NamedTuple
 
 from moe_jax.axes import WIDTHS, Rules, is_matrix
-from moe_jax.schema import BUCKETS, LatentConfig, MeshConfig, ModelConfig, MoEConfig
+from moe_jax.schema import BUCKETS, GATED, LatentConfig, MeshConfig, ModelConfig, MoEConfig
 
 COMPONENTS = {  # component -> what it is called in tables
     "embed": "embedding",
     "encoder_embed": "the encoder's embedding",
     "pos": "learned positions",
     "lm_head": "head",
+    "head_bias": "its bias",
     "attn": "attention",
     "attn_bias": "attention's biases",
     "cross_attn": "attention to the encoder",
@@ -30,10 +31,19 @@ COMPONENTS = {  # component -> what it is called in tables
     "shared_experts": "shared experts",
     "shared_expert_bias": "their biases",
     "router": "routers",
+    "router_bias": "routers' biases",
     "norms": "norms",
 }
 ADDED = ("norms", "qk_norm", "mla_norm", "rel_bias")
-ADDED += ("attn_bias", "cross_attn_bias", "dense_ffn_bias", "expert_bias", "shared_expert_bias")
+ADDED += (
+    "attn_bias",
+    "cross_attn_bias",
+    "dense_ffn_bias",
+    "expert_bias",
+    "shared_expert_bias",
+    "router_bias",
+    "head_bias",
+)
 """Components that multiply no matrix."""
 LOOKED_UP = ("embed", "encoder_embed", "pos")  # of which a token reads rows
 EXPERTS = ("experts", "expert_bias")  # of which a token touches K in E
@@ -95,7 +105,7 @@ Runs = list[tuple[tuple[str, ...], int]]  # kinds of the layers of a period, and
 def feed_forward(m: ModelConfig, hidden: int, name: str, component: str, biases: str) -> Iterator[Part]:
     """A dense feed-forward layer."""
     width = m.d_model
-    for matrix in ("gate", "up") if m.ffn == "swiglu" else ("up",):
+    for matrix in ("gate", "up") if m.ffn in GATED else ("up",):
         yield f"{name}.w_{matrix}", (width, hidden), ("embed", "mlp"), component
         if m.biases:
             yield f"{name}.b_{matrix}", (hidden,), ("mlp",), biases
@@ -113,9 +123,11 @@ def mixture(m: ModelConfig, moe: MoEConfig) -> Iterator[Part]:
             width, axis = moe.router.gate_width or D, "router_mlp"
             yield "ffn.gate_in", (D, width), ("router_embed", axis), "router"
         yield "ffn.router", (width, E), (axis, "router_experts"), "router"
+        if moe.router.bias:
+            yield "ffn.router_bias", (E,), ("router_experts",), "router_bias"
         if moe.router.kind == "noisy_topk":
             yield "ffn.noise", (D, E), ("router_embed", "router_experts"), "router"
-    for matrix in ("gate", "up") if m.ffn == "swiglu" else ("up",):
+    for matrix in ("gate", "up") if m.ffn in GATED else ("up",):
         yield f"ffn.experts.w_{matrix}", (E, D, F), ("experts", "expert_embed", "expert_mlp"), "experts"
         if m.biases:
             yield f"ffn.experts.b_{matrix}", (E, F), ("experts", "expert_mlp"), "expert_bias"
@@ -123,7 +135,9 @@ def mixture(m: ModelConfig, moe: MoEConfig) -> Iterator[Part]:
     if m.biases:
         yield "ffn.experts.b_down", (E, D), ("experts", "bias"), "expert_bias"
     if moe.shared_experts:
-        yield from feed_forward(m, moe.shared_experts * F, "ffn.shared", "shared_experts", "shared_expert_bias")
+        yield from feed_forward(m, moe.shared_width(F), "ffn.shared", "shared_experts", "shared_expert_bias")
+    if moe.shared_gate:  # a router of one output: whole everywhere, in float32
+        yield "ffn.shared_gate", (D, 1), ("router_embed", "bias"), "router"
 
 
 def norm(m: ModelConfig, name: str) -> Iterator[Part]:
@@ -198,6 +212,8 @@ def leaves(m: ModelConfig) -> tuple[Leaf, ...]:
         out.append(Leaf("embedding.positions", (m.max_length, D), ("position", "embed"), "pos"))
     if not m.tied_head:
         out.append(Leaf("embedding.head", (D, V), ("embed", "vocab"), "lm_head"))
+    if m.head_bias:
+        out.append(Leaf("embedding.head_bias", (V,), ("vocab",), "head_bias"))
     if m.encoder is not None:
         if m.encoder.vocab is not None:
             out.append(Leaf("encoder.table", (m.encoder.vocab, D), ("vocab", "embed"), "encoder_embed"))

@@ -109,6 +109,7 @@ class Widths(NamedTuple):
     latents: int  # [T, Q + C], behind their norms
     scores: int  # probabilities
     hidden: int  # [T, F] of the dense feed-forward layer or of the shared experts
+    gated: int  # [T, D] of the shared experts in front of their gate
     rows: int  # [R, D] of the exchange
     expert_hidden: int  # [R, F] of the experts
     mask: int  # [G, S, E, C] of one-hot dispatch
@@ -128,21 +129,22 @@ def widths(step: Step, kind: str) -> Widths:
         probabilities(step),
     )
     if kind == "dense" or moe is None:
-        return Widths(tokens, stream, *attention, T * m.d_ff // step.over("act_mlp"), 0, 0, 0)
+        return Widths(tokens, stream, *attention, T * m.d_ff // step.over("act_mlp"), 0, 0, 0, 0)
     R, F = step.sent_rows, expert_width(m)
-    shared = T * moe.shared_experts * F // step.over("act_mlp")
+    shared = T * moe.shared_width(F) // step.over("act_mlp")
     one_hot = step.groups * moe.experts * tiled(step.group, step.slots, step.platform)
     mask = one_hot if step.dispatch.dispatch == "einsum" else 0
     rows = R * m.d_model // step.cfg.mesh.over(step.cfg.rules.travelling)
-    return Widths(tokens, stream, *attention, shared, rows, R * F // step.over("expert_mlp"), mask)
+    gated = tokens if moe.shared_gate else 0
+    return Widths(tokens, stream, *attention, shared, gated, rows, R * F // step.over("expert_mlp"), mask)
 
 
 def nonlinear(ffn: str) -> tuple[int, int]:
     """Hidden arrays that the backward pass of a feed-forward network needs: in the compute type, and as bytes.
 
-    SwiGLU and GELU keep what each of their factors was made from; ReLU its output and where it was positive.
+    All keep what each of their factors was made from, and their output; ReLU this, and where it was positive.
     """
-    return (1, 1) if ffn == "relu" else (6, 0)
+    return {"relu": (1, 1), "gelu": (6, 0), "swiglu": (6, 0), "geglu": (8, 0), "clamped_swiglu": (9, 0)}[ffn]
 
 
 def residuals(step: Step, kind: str) -> int:
@@ -161,7 +163,7 @@ def residuals(step: Step, kind: str) -> int:
         norms += 2 * w.stream * wide
         products += (w.tokens + w.mixed) * b
         attention += (w.query + keys) * b + scores * (wide + b)
-    hidden = (w.hidden + w.expert_hidden) * (full * b + flags) + (w.tokens * b if w.hidden else 0)
+    hidden = (w.hidden + w.expert_hidden) * (full * b + flags) + (w.tokens * b if w.hidden else 0) + w.gated * b
     exchange = w.rows * (b + wide)  # dispatched rows, and float32 outputs, of which the gates' gradient is made
     mask = w.mask * (wide + b)
     return norms + products + attention + hidden + exchange + mask
@@ -184,7 +186,7 @@ def saved(step: Step, kind: str) -> dict[str, int]:
         case "dots":
             made = w.query + w.key * m.resolved_head_dim // m.key_dim + w.value  # what turns is no part of a key yet
             hidden = (matrices(m.ffn) - 1) * w.hidden
-            return {"activations": (2 * w.tokens + w.latents + made + hidden) * b}
+            return {"activations": (2 * w.tokens + w.latents + made + hidden + w.gated) * b}
         case "exchange":
             return {"activations": w.stream * b, "dispatch": 2 * w.rows * b}
         case _:
