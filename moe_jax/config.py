@@ -29,6 +29,7 @@ from moe_jax.schema import (
     OptimizerConfig,
     Problem,
     Refused,
+    RopeConfig,
     RouterConfig,
     TrainConfig,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "OptimizerConfig",
     "Problem",
     "Refused",
+    "RopeConfig",
     "RouterConfig",
     "TrainConfig",
     "check_exchange",

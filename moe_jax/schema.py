@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import log, prod, sqrt
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict
@@ -22,8 +22,15 @@ Positive = Annotated[float, Limit(gt=0)]
 NonNegative = Annotated[float, Limit(ge=0)]
 Rate = Annotated[float, Limit(ge=0, lt=1)]
 Fractional = Annotated[float, Limit(gt=0, lt=1)]
+Share = Annotated[float, Limit(gt=0, le=1)]
 
 BUCKETS = 32  # of distances, each with a bias for every head: model.positions=relative
+
+
+def turning(width: int, fraction: float) -> int:
+    """How many of a head's numbers turn with the position; 0 where the fraction makes no whole pairs of them."""
+    turned = round(width * fraction)
+    return 0 if turned % 2 or abs(turned - width * fraction) > 1e-6 else turned
 
 
 def key(default: Any, doc: str) -> Any:
@@ -163,6 +170,43 @@ class LatentConfig:
 
 
 @dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions of other rates, or of a part of each head. Pairs are (i, i + N/2); a model that turns (2i, 2i+1)
+    is the same with the columns of its queries and keys in another order."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["plain", "linear", "yarn"] = key(
+        "plain", "rates theta^(-2i/N), all divided by the factor, or slow pairs divided and fast ones kept (YaRN)"
+    )
+    factor: Positive | None = key(None, "linear, yarn: how much longer rows may be than those of the first training")
+    original_length: Count | None = key(None, "yarn: tokens of the rows of the first training")
+    beta_fast: Positive = key(32.0, "yarn: pairs that turn more often in original_length keep their rate")
+    beta_slow: Positive = key(1.0, "yarn: pairs that turn less often get theirs divided by the factor")
+    mscale: Positive | None = key(None, "yarn: with mscale_all_dim; sine and cosine times the ratio of both scales")
+    mscale_all_dim: Positive | None = key(
+        None, "yarn: see mscale; in latent attention the scores are multiplied by the square of this scale (DeepSeek)"
+    )
+    attention_factor: Positive | None = key(
+        None, "yarn: factor on sine and cosine; unset: 0.1 ln(factor) + 1, or by mscale"
+    )
+    truncate: bool = key(True, "yarn: the bounds between fast and slow pairs are whole numbers (GPT-OSS: false)")
+    fraction: Share = key(1.0, "the first so many of a head's width turn, the others have no position")
+
+    def scale(self, weight: float = 1.0) -> float:
+        """0.1 m ln s + 1, the root of the factor on scores (Peng et al. 2023, YaRN, section 3.4), of weight m."""
+        return 1.0 if self.factor is None or self.factor <= 1.0 else 0.1 * weight * log(self.factor) + 1.0
+
+    @property
+    def turned(self) -> float:
+        """Factor on sine and cosine."""
+        if self.kind != "yarn" or self.attention_factor is not None:
+            return self.attention_factor or 1.0
+        if self.mscale is None or self.mscale_all_dim is None:
+            return self.scale()
+        return self.scale(self.mscale) / self.scale(self.mscale_all_dim)
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
     """The encoder that a decoder reads (Vaswani et al. 2017, section 3.1): layers like its own that see both ways."""
 
@@ -198,6 +242,7 @@ class ModelConfig:
         "rotary", "positional encoding; relative: T5's biases of the scores by distance, for encoder and decoder"
     )
     rope_theta: Positive = key(10000.0, "base of the rotary frequencies")
+    rope: RopeConfig | None = key(None, "rotary positions of another kind, or of a part of each head; unset: plain")
     max_length: Count = key(2048, "longest sequence the model accepts")
     norm: Literal["layer", "rms"] = key("rms", "LayerNorm or RMSNorm")
     norm_order: Literal["pre", "post"] = key("pre", "x + f(norm(x)) or norm(x + f(x))")
@@ -240,6 +285,15 @@ class ModelConfig:
     def value_dim(self) -> int:
         """Head width of values."""
         return (self.latent.value if self.latent else None) or self.resolved_head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on the products of queries and keys. Of latent keys only a part turns: YaRN's factor is on all here
+        (DeepSeek-V2, section 3.1.4), and not on sine and cosine alone."""
+        scale = 1.0 / sqrt(self.key_dim)
+        if self.latent is None or self.rope is None or self.rope.mscale_all_dim is None:
+            return scale
+        return scale * self.rope.scale(self.rope.mscale_all_dim) ** 2
 
     @property
     def cached_width(self) -> int:

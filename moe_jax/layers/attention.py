@@ -44,19 +44,19 @@ def weighted_values(
     k: jax.Array,
     v: jax.Array,
     mask: jax.Array,
-    width: int | None = None,
+    scale: float | None = None,
     distances: Distances | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(N)) v with the softmax in float32.
+    """softmax(scale q k^T) v with the softmax in float32.
 
     Args:
         q: [B, J, R, L, N], R query heads to each of the J key/value heads; k, v: [B, J, M, N], whose widths may differ;
             mask: [B, L, M] bool.
-        width: in place of N under the root.
+        scale: default 1 / sqrt(N).
         distances: whose biases are added to the scores.
     """
     scores = jnp.einsum("bjrln,bjmn->bjrlm", q, k, preferred_element_type=jnp.float32)
-    scores = scores * fan_in(q.shape[-1] if width is None else width)
+    scores = scores * (fan_in(q.shape[-1]) if scale is None else scale)
     if distances is not None:
         scores = distances.added(scores)
     scores = jnp.where(mask[:, None, None], scores, -1e30)  # finite: a row of padding sees nothing, and must not be NaN
@@ -64,35 +64,46 @@ def weighted_values(
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, distances: Distances | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    scale: float | None = None,
+    distances: Distances | None = None,
 ) -> jax.Array:
     """Attention of each token to the earlier ones of its segment, in query blocks that skip the future.
 
     Args:
         q: [B, J, R, L, N]; k, v: [B, J, L, N], whose widths may differ; segments: [B, L] int32, 0 for padding.
-        distances: whose biases are added to the scores.
+        scale, distances: as `weighted_values` takes them.
     """
     out = []
     for begin, end in query_blocks(q.shape[-2]):
         causal = jnp.arange(begin, end)[:, None] >= jnp.arange(end)[None]
         mask = causal[None] & (segments[:, begin:end, None] == segments[:, None, :end])  # [B, rows, end]
         block = None if distances is None else distances.rows(begin, end)
-        out.append(weighted_values(q[..., begin:end, :], k[..., :end, :], v[..., :end, :], mask, distances=block))
+        out.append(weighted_values(q[..., begin:end, :], k[..., :end, :], v[..., :end, :], mask, scale, block))
     return out[0] if len(out) == 1 else jnp.concatenate(out, axis=-2)
 
 
 def whole_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, seen: jax.Array, distances: Distances | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    seen: jax.Array,
+    scale: float | None = None,
+    distances: Distances | None = None,
 ) -> jax.Array:
     """Attention of each token [B, L] to all of its segment among [B, M], before it and after; 0 where there is none.
 
     Args:
         q: [B, J, R, L, N]; k, v: [B, J, M, N]; segments: [B, L] int32 of the queries, seen: [B, M] int32 of the keys, 0
             for padding.
-        distances: whose biases are added to the scores.
+        scale, distances: as `weighted_values` takes them.
     """
     mask = (segments[:, :, None] == seen[:, None]) & (seen[:, None] > 0)  # [B,L,M]
-    y = weighted_values(q, k, v, mask, distances=distances)
+    y = weighted_values(q, k, v, mask, scale, distances)
     return jnp.where(mask.any(-1)[:, None, None, :, None], y, jnp.zeros((), y.dtype))
 
 
@@ -107,11 +118,12 @@ def over_rows(
 ) -> jax.Array:
     """`causal_attention` of whole rows, also of those that are split over the mesh, which take no distances."""
     if rules is None or shards(rules) == 1:
-        return causal_attention(q, k, v, segments, distances)
+        return causal_attention(q, k, v, segments, m.score_scale, distances)
     if distances is not None:
         raise ValueError("rules.length splits rows, whose attention adds no relative positions: build with by_rows()")
     wide = [(0, 0)] * (v.ndim - 1) + [(0, k.shape[-1] - v.shape[-1])]  # keys and values travel as one array
-    return split_attention(q, k, jnp.pad(v, wide), segments, rules, m.attention_exchange)[..., : v.shape[-1]]
+    y = split_attention(q, k, jnp.pad(v, wide), segments, rules, m.attention_exchange, m.score_scale)
+    return y[..., : v.shape[-1]]
 
 
 def to_heads(x: jax.Array, w: jax.Array, name: str, rules: Rules | None, bias: nnx.Param | None = None) -> jax.Array:
@@ -162,13 +174,13 @@ class Attention(nnx.Module):
         m, rules, segments, distances = self.m, self.rules, context.segments, context.distances
         q, (k, v) = self.queries(x), self.keys_and_values(x)
         if m.positions == "rotary":
-            q, k = (rotary(a, context.positions, m.rope_theta) for a in (q, k))
+            q, k = (rotary(a, context.positions, m.rope_theta, m.rope) for a in (q, k))
         q = groups(q, k)
         if cache is not None and context.cached is not None:
             cache = write(cache, k, v, context.cached.place)
-            y = weighted_values(q, cache.k, cache.v, context.cached.visible, distances=distances)
+            y = weighted_values(q, cache.k, cache.v, context.cached.visible, m.score_scale, distances)
         elif self.both_ways:
-            y = whole_attention(q, k, v, segments, segments, distances)
+            y = whole_attention(q, k, v, segments, segments, m.score_scale, distances)
         else:
             y = over_rows(q, k, v, segments, m, rules, distances)
         return self.back(y), cache
@@ -216,5 +228,6 @@ class CrossAttention(Attention):
         else:
             assert cache is not None and cache.source_k is not None and cache.source_v is not None
             k, v = cache.source_k, cache.source_v
-        y = whole_attention(groups(self.queries(x), k), k, v, context.segments, source.segments)
+        q = groups(self.queries(x), k)
+        y = whole_attention(q, k, v, context.segments, source.segments, self.m.score_scale)
         return self.back(y), cache

@@ -19,6 +19,13 @@ from moe_jax.layers.common import fan_in
 from moe_jax.rules import by_hand, current_mesh, spec
 
 
+class How(NamedTuple):
+    """What is the same for every shard and block."""
+
+    kind: str  # `gather` or `ring`
+    scale: float  # of the scores
+
+
 class Sums(NamedTuple):
     """A softmax under way, of one half or stacked of both."""
 
@@ -27,15 +34,15 @@ class Sums(NamedTuple):
     peak: jax.Array  # [B, J, R, c] float32, largest score so far
 
 
-def scores(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+def scores(q: jax.Array, k: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
     """q [B, J, R, c, N], k [B, J, c, N], mask [B, c, c] -> [B, J, R, c, c] float32."""
-    s = jnp.einsum("bjrln,bjmn->bjrlm", q, k, preferred_element_type=jnp.float32) * fan_in(q.shape[-1])
+    s = jnp.einsum("bjrln,bjmn->bjrlm", q, k, preferred_element_type=jnp.float32) * scale
     return jnp.where(mask[:, None, None], s, -1e30)
 
 
-def add(sums: Sums | None, q: jax.Array, kv: jax.Array, mask: jax.Array) -> Sums:
+def add(sums: Sums | None, q: jax.Array, kv: jax.Array, mask: jax.Array, how: How) -> Sums:
     """The sums with one more block of keys and values kv [2, B, J, c, N]; the first one must show each row a key."""
-    s = scores(q, kv[0], mask)
+    s = scores(q, kv[0], mask, how.scale)
     peak = s.max(-1) if sums is None else jnp.maximum(sums.peak, s.max(-1))
     p = jnp.exp(s - peak[..., None])
     out = jnp.einsum("bjrlm,bjmn->bjrln", p.astype(kv.dtype), kv[1], preferred_element_type=jnp.float32)
@@ -55,11 +62,11 @@ class Late(NamedTuple):
     log_sum: jax.Array  # [B, J, R, c] float32, log of the sum of exp(score)
 
 
-def pull(h: Late, kv: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def pull(h: Late, kv: jax.Array, mask: jax.Array, how: How) -> tuple[jax.Array, jax.Array]:
     """Gradients of one block at its queries [B, J, R, c, N] and at its keys and values [2, B, J, c, N], float32."""
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    p = jnp.exp(scores(h.q, kv[0], mask) - h.log_sum[..., None])  # [B,J,R,c,c]
-    ds = p * (product("bjrln,bjmn->bjrlm", h.g, kv[1]) - h.delta[..., None]) * fan_in(h.q.shape[-1])
+    p = jnp.exp(scores(h.q, kv[0], mask, how.scale) - h.log_sum[..., None])  # [B,J,R,c,c]
+    ds = p * (product("bjrln,bjmn->bjrlm", h.g, kv[1]) - h.delta[..., None]) * how.scale
     p, ds = p.astype(kv.dtype), ds.astype(kv.dtype)
     dk, dv = product("bjrlm,bjrln->bjmn", ds, h.q), product("bjrlm,bjrln->bjmn", p, h.g)
     return product("bjrlm,bjmn->bjrln", ds, kv[0]), jnp.stack([dk, dv])
@@ -85,24 +92,24 @@ def same(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def attend(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, kind: str) -> jax.Array:
+def attend(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, how: How) -> jax.Array:
     """Attention of one shard's two halves, inside `shard_map`.
 
     Args:
         q: [2, B, J, R, c, N]; kv: [2, 2, B, J, c, N], halves, then keys and values; segments: [n, 2, B, c] of all.
-        axes: the mesh axes of the length; kind: `gather` or `ring`.
+        axes: the mesh axes of the length.
     """
-    return forward(q, kv, segments, axes, kind)[0]
+    return forward(q, kv, segments, axes, how)[0]
 
 
-def forward(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, kind: str) -> tuple[jax.Array, Any]:
+def forward(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, how: How) -> tuple[jax.Array, Any]:
     """`attend`, and what its gradient needs."""
     i, n, c = jax.lax.axis_index(axes), jax.lax.axis_size(axes), q.shape[-2]
     own = at(segments, i)
     causal = (jnp.arange(c)[:, None] >= jnp.arange(c)[None])[None]
-    early, late = (add(None, q[h], kv[h], same(own[h], own[h]) & causal) for h in (0, 1))
-    late = add(late, q[1], kv[0], same(own[1], own[0]))
-    everyone = jax.lax.all_gather(kv, axes) if kind == "gather" else None
+    early, late = (add(None, q[h], kv[h], same(own[h], own[h]) & causal, how) for h in (0, 1))
+    late = add(late, q[1], kv[0], same(own[1], own[0]), how)
+    everyone = jax.lax.all_gather(kv, axes) if how.kind == "gather" else None
 
     def step(carry: tuple[Sums, Any], distance: jax.Array) -> tuple[Any, None]:
         sums, theirs = carry
@@ -111,8 +118,8 @@ def forward(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, kind: 
             theirs = onward(theirs, axes)
         block = theirs if everyone is None else at(everyone, j)
         seen, half = at(segments, j), jnp.where(j < i, 0, 1)
-        sums = put(sums, 1, add(at(sums, 1), q[1], block[0], same(own[1], seen[0])))
-        one = add(at(sums, half), at(q, half), at(block, half), same(at(own, half), at(seen, half)))
+        sums = put(sums, 1, add(at(sums, 1), q[1], block[0], same(own[1], seen[0]), how))
+        one = add(at(sums, half), at(q, half), at(block, half), same(at(own, half), at(seen, half)), how)
         return (put(sums, half, one), theirs), None
 
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), early, late)
@@ -121,7 +128,7 @@ def forward(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, kind: 
     return out, (q, kv, segments, out, sums.peak + jnp.log(sums.total))
 
 
-def backward(axes: Axes, kind: str, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def backward(axes: Axes, how: How, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     """Gradients at q and kv, by the same walk. What a block gives to another shard's keys travels on with them, or is
     added up at the end."""
     q, kv, segments, out, log_sum = saved
@@ -129,11 +136,11 @@ def backward(axes: Axes, kind: str, saved: Any, g: jax.Array) -> tuple[jax.Array
     own = at(segments, i)
     causal = (jnp.arange(c)[:, None] >= jnp.arange(c)[None])[None]
     halves = Late(q, g, (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), log_sum)
-    first = [pull(at(halves, h), kv[h], same(own[h], own[h]) & causal) for h in (0, 1)]
-    more, to_early = pull(at(halves, 1), kv[0], same(own[1], own[0]))
+    first = [pull(at(halves, h), kv[h], same(own[h], own[h]) & causal, how) for h in (0, 1)]
+    more, to_early = pull(at(halves, 1), kv[0], same(own[1], own[0]), how)
     dq = jnp.stack([first[0][0], first[1][0] + more])
     dkv = jnp.stack([first[0][1] + to_early, first[1][1]])
-    everyone = jax.lax.all_gather(kv, axes) if kind == "gather" else None
+    everyone = jax.lax.all_gather(kv, axes) if how.kind == "gather" else None
 
     def step(carry: tuple[jax.Array, Any, jax.Array], distance: jax.Array) -> tuple[Any, None]:
         dq, theirs, dkv = carry
@@ -142,8 +149,8 @@ def backward(axes: Axes, kind: str, saved: Any, g: jax.Array) -> tuple[jax.Array
             theirs, dkv = onward((theirs, dkv), axes)
         block = theirs if everyone is None else at(everyone, j)
         seen, half = at(segments, j), jnp.where(j < i, 0, 1)
-        to_late, to_early = pull(at(halves, 1), block[0], same(own[1], seen[0]))
-        to_half, to_same = pull(at(halves, half), at(block, half), same(at(own, half), at(seen, half)))
+        to_late, to_early = pull(at(halves, 1), block[0], same(own[1], seen[0]), how)
+        to_half, to_same = pull(at(halves, half), at(block, half), same(at(own, half), at(seen, half)), how)
         dq = dq.at[1].add(to_late).at[half].add(to_half)
         gained = jnp.zeros_like(to_same, shape=kv.shape).at[0].add(to_early).at[half].add(to_same)
         dkv = dkv + gained if everyone is None else dkv.at[j].add(gained)
@@ -163,7 +170,13 @@ attend.defvjp(forward, backward)
 
 
 def split_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, rules: Rules, kind: str
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    rules: Rules,
+    kind: str,
+    scale: float | None = None,
 ) -> jax.Array:
     """Attention of each token to the earlier ones of its segment, rows split over `rules.length` and `balanced`.
 
@@ -173,7 +186,9 @@ def split_attention(
     Args:
         q: [B, J, R, L, N]; k, v: [B, J, L, N]; segments: [B, L] int32, 0 for padding.
         kind: `gather` or `ring`.
+        scale: of the scores; default 1 / sqrt(N).
     """
+    how = How(kind, fan_in(q.shape[-1]) if scale is None else scale)
     mesh, heads = current_mesh(), rules.act_heads
     axes = tuple(a for a in rules.length if mesh.shape[a] > 1)
     shared = k.shape[1] % prod(mesh.shape[a] for a in heads) > 0
@@ -186,7 +201,7 @@ def split_attention(
         pieces = segments.reshape(B, -1, 2, c).transpose(1, 2, 0, 3)  # [n,2,B,c]
         kv = jnp.stack([halves(k), halves(v)], 1)
         kv = jax.lax.pcast(kv, heads, to="varying") if shared else kv
-        out = attend(halves(q), kv, pieces, axes, kind)
+        out = attend(halves(q), kv, pieces, axes, how)
         return jnp.concatenate([out[0], out[1]], axis=-2)
 
     groups, within = ((), heads) if shared else (heads, ())
