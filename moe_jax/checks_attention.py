@@ -90,9 +90,28 @@ def _check_yarn(m: ModelConfig, rope: RopeConfig, no: Refuse) -> None:
         no("rope.attention_factor", why, "take it out, or mscale and mscale_all_dim")
 
 
+def _check_window(m: ModelConfig, no: Refuse) -> None:
+    """Layers that see a part of what is before them, and layers that see all."""
+    if m.full_every is not None and m.window is None:
+        no("full_every", f"is {m.full_every}, and without a window every layer sees all", "set model.window")
+    if m.full_every == 1 and m.window is not None:
+        no("full_every", f"is 1: every layer sees all, and none the window of {m.window}", "take one of them out")
+    if m.window is None:
+        return
+    for name, there in {
+        "latent": m.latent is not None,
+        "encoder": m.encoder is not None,
+        "positions": m.positions == "relative",
+    }.items():
+        if there:
+            value = "'relative'" if name == "positions" else "set"
+            no(name, f"is {value}, and such attention has no window (model.window={m.window})", "take one of them out")
+
+
 def check_attention(m: ModelConfig, no: Refuse) -> None:
     """Kinds of attention that contradict one another, or positions."""
     if m.latent is not None:
         _check_latent(m, no)
     if m.rope is not None and m.positions == "rotary":
         _check_rope(m, m.rope, no)
+    _check_window(m, no)

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import log, prod, sqrt
+from itertools import accumulate
+from math import lcm, log, prod, sqrt
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict
@@ -238,6 +239,10 @@ class ModelConfig:
     )
     qk_norm: bool = key(False, "an RMSNorm over the head width of each query and key (Qwen3)")
     biases: bool = key(False, "biases in attention, feed-forward layers and experts; never in routers and the head")
+    window: Count | None = key(None, "tokens that a query sees, itself included; unset: all of its sequence so far")
+    full_every: Count | None = key(
+        None, "with a window: every n-th layer (the n-th, 2n-th, ...) sees all (GPT-OSS: 2); unset: no layer does"
+    )
     positions: Literal["learned", "sinusoidal", "rotary", "relative"] = key(
         "rotary", "positional encoding; relative: T5's biases of the scores by distance, for encoder and decoder"
     )
@@ -321,15 +326,31 @@ class ModelConfig:
     @property
     def runs(self) -> list[tuple[tuple[str, ...], int]]:
         """Kinds of the layers of a period, and its repeats: the parameters of a run's repeats are stacked."""
-        return self._runs(self.layer_kinds)
+        return self._runs(self.layer_kinds, self.windows)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many tokens each layer sees; None for all."""
+        n = self.full_every
+        return tuple(None if n and (i + 1) % n == 0 else self.window for i in range(self.layers))
+
+    @property
+    def run_windows(self) -> list[tuple[int | None, ...]]:
+        """The same for the layers of the period of each run."""
+        begins = accumulate((len(kinds) * repeats for kinds, repeats in self.runs), initial=0)
+        return [self.windows[i : i + len(kinds)] for i, (kinds, _) in zip(begins, self.runs, strict=False)]
 
     @property
     def encoder_runs(self) -> list[tuple[tuple[str, ...], int]]:
         """The same of the encoder."""
-        return self._runs(self.encoder_kinds)
+        return self._runs(self.encoder_kinds, (None,) * len(self.encoder_kinds))
 
-    def _runs(self, kinds: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
-        return pattern(kinds) if len(kinds) > self.stack_above else [((kind,), 1) for kind in kinds]
+    def _runs(self, kinds: tuple[str, ...], windows: tuple[int | None, ...]) -> list[tuple[tuple[str, ...], int]]:
+        if len(kinds) <= self.stack_above:
+            return [((kind,), 1) for kind in kinds]
+        both = lcm(self.full_every or 1, self.moe.every if self.moe else 1)
+        found = pattern(tuple(zip(kinds, windows, strict=True)), both)
+        return [(tuple(kind for kind, _ in period), repeats) for period, repeats in found]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from moe_jax.layers.context import split_attention
 from moe_jax.layers.distances import Distances
 from moe_jax.layers.norm import Norm
 from moe_jax.layers.positions import rotary
-from moe_jax.pattern import query_blocks
+from moe_jax.pattern import first_key, query_blocks
 from moe_jax.sequence import shards
 
 
@@ -39,50 +39,52 @@ class Context(NamedTuple):
     source: Source | None = None  # what an encoder read
 
 
-def weighted_values(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    scale: float | None = None,
-    distances: Distances | None = None,
-) -> jax.Array:
+class Scoring(NamedTuple):
+    """What a layer makes of the products of queries and keys."""
+
+    scale: float | None = None  # their factor, default 1 / sqrt(N)
+    window: int | None = None  # keys that a query sees at most, itself included
+    distances: Distances | None = None  # whose biases are added
+
+
+PLAIN = Scoring()
+
+
+def weighted_values(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scoring: Scoring = PLAIN) -> jax.Array:
     """softmax(scale q k^T) v with the softmax in float32.
 
     Args:
         q: [B, J, R, L, N], R query heads to each of the J key/value heads; k, v: [B, J, M, N], whose widths may differ;
-            mask: [B, L, M] bool.
-        scale: default 1 / sqrt(N).
-        distances: whose biases are added to the scores.
+            mask: [B, L, M] bool, of the window too.
     """
     scores = jnp.einsum("bjrln,bjmn->bjrlm", q, k, preferred_element_type=jnp.float32)
-    scores = scores * (fan_in(q.shape[-1]) if scale is None else scale)
-    if distances is not None:
-        scores = distances.added(scores)
+    scores = scores * (fan_in(q.shape[-1]) if scoring.scale is None else scoring.scale)
+    if scoring.distances is not None:
+        scores = scoring.distances.added(scores)
     scores = jnp.where(mask[:, None, None], scores, -1e30)  # finite: a row of padding sees nothing, and must not be NaN
     return jnp.einsum("bjrlm,bjmn->bjrln", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
 def causal_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-    scale: float | None = None,
-    distances: Distances | None = None,
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scoring: Scoring = PLAIN
 ) -> jax.Array:
-    """Attention of each token to the earlier ones of its segment, in query blocks that skip the future.
+    """Attention of each token to the earlier ones of its segment, in query blocks that skip the future and what lies
+    before the window of their first query.
 
     Args:
         q: [B, J, R, L, N]; k, v: [B, J, L, N], whose widths may differ; segments: [B, L] int32, 0 for padding.
-        scale, distances: as `weighted_values` takes them.
     """
     out = []
     for begin, end in query_blocks(q.shape[-2]):
-        causal = jnp.arange(begin, end)[:, None] >= jnp.arange(end)[None]
-        mask = causal[None] & (segments[:, begin:end, None] == segments[:, None, :end])  # [B, rows, end]
-        block = None if distances is None else distances.rows(begin, end)
-        out.append(weighted_values(q[..., begin:end, :], k[..., :end, :], v[..., :end, :], mask, scale, block))
+        first = first_key(begin, scoring.window)
+        behind = jnp.arange(begin, end)[:, None] - jnp.arange(first, end)[None]  # [rows, keys]
+        near = behind >= 0 if scoring.window is None else (behind >= 0) & (behind < scoring.window)
+        mask = near[None] & (segments[:, begin:end, None] == segments[:, None, first:end])  # [B, rows, keys]
+        block = scoring
+        if scoring.distances is not None:
+            block = scoring._replace(distances=scoring.distances.rows(begin, end))
+        keys, values = k[..., first:end, :], v[..., first:end, :]
+        out.append(weighted_values(q[..., begin:end, :], keys, values, mask, block))
     return out[0] if len(out) == 1 else jnp.concatenate(out, axis=-2)
 
 
@@ -92,18 +94,16 @@ def whole_attention(
     v: jax.Array,
     segments: jax.Array,
     seen: jax.Array,
-    scale: float | None = None,
-    distances: Distances | None = None,
+    scoring: Scoring = PLAIN,
 ) -> jax.Array:
     """Attention of each token [B, L] to all of its segment among [B, M], before it and after; 0 where there is none.
 
     Args:
         q: [B, J, R, L, N]; k, v: [B, J, M, N]; segments: [B, L] int32 of the queries, seen: [B, M] int32 of the keys, 0
             for padding.
-        scale, distances: as `weighted_values` takes them.
     """
     mask = (segments[:, :, None] == seen[:, None]) & (seen[:, None] > 0)  # [B,L,M]
-    y = weighted_values(q, k, v, mask, scale, distances)
+    y = weighted_values(q, k, v, mask, scoring)
     return jnp.where(mask.any(-1)[:, None, None, :, None], y, jnp.zeros((), y.dtype))
 
 
@@ -112,17 +112,17 @@ def over_rows(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array,
+    scoring: Scoring,
     m: ModelConfig,
     rules: Rules | None,
-    distances: Distances | None = None,
 ) -> jax.Array:
     """`causal_attention` of whole rows, also of those that are split over the mesh, which take no distances."""
     if rules is None or shards(rules) == 1:
-        return causal_attention(q, k, v, segments, m.score_scale, distances)
-    if distances is not None:
+        return causal_attention(q, k, v, segments, scoring)
+    if scoring.distances is not None:
         raise ValueError("rules.length splits rows, whose attention adds no relative positions: build with by_rows()")
     wide = [(0, 0)] * (v.ndim - 1) + [(0, k.shape[-1] - v.shape[-1])]  # keys and values travel as one array
-    y = split_attention(q, k, jnp.pad(v, wide), segments, rules, m.attention_exchange, m.score_scale)
+    y = split_attention(q, k, jnp.pad(v, wide), segments, rules, m.attention_exchange, scoring.scale, scoring.window)
     return y[..., : v.shape[-1]]
 
 
@@ -146,10 +146,18 @@ class Attention(nnx.Module):
 
     Args:
         both_ways: tokens see the later ones of their segment too, as in an encoder.
+        window: keys that a query sees at most, itself included (Beltagy et al. 2020, section 3.1).
     """
 
-    def __init__(self, m: ModelConfig, rules: Rules | None, rngs: nnx.Rngs, both_ways: bool = False):
-        self.m, self.rules, self.both_ways = m, rules, both_ways
+    def __init__(
+        self,
+        m: ModelConfig,
+        rules: Rules | None,
+        rngs: nnx.Rngs,
+        both_ways: bool = False,
+        window: int | None = None,
+    ):
+        self.m, self.rules, self.both_ways, self.window = m, rules, both_ways, window
         D, H, J, N = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim
         self.w_query = param(rngs, (D, H, N), ("embed", "heads", "head"), fan_in(D))
         self.w_key = param(rngs, (D, J, N), ("embed", "kv_heads", "head"), fan_in(D))
@@ -171,18 +179,19 @@ class Attention(nnx.Module):
             cache: k and v [B, J, M, N]; keys and values are written from `context.cached.place` on, and the tokens
                 attend to the places that `visible` shows there.
         """
-        m, rules, segments, distances = self.m, self.rules, context.segments, context.distances
+        m, rules, segments = self.m, self.rules, context.segments
+        scoring = Scoring(m.score_scale, self.window, context.distances)
         q, (k, v) = self.queries(x), self.keys_and_values(x)
         if m.positions == "rotary":
             q, k = (rotary(a, context.positions, m.rope_theta, m.rope) for a in (q, k))
         q = groups(q, k)
         if cache is not None and context.cached is not None:
             cache = write(cache, k, v, context.cached.place)
-            y = weighted_values(q, cache.k, cache.v, context.cached.visible, m.score_scale, distances)
+            y = weighted_values(q, cache.k, cache.v, context.cached.within(self.window), scoring)
         elif self.both_ways:
-            y = whole_attention(q, k, v, segments, segments, m.score_scale, distances)
+            y = whole_attention(q, k, v, segments, segments, scoring)
         else:
-            y = over_rows(q, k, v, segments, m, rules, distances)
+            y = over_rows(q, k, v, segments, scoring, m, rules)
         return self.back(y), cache
 
     def queries(self, x: jax.Array) -> jax.Array:
@@ -229,5 +238,5 @@ class CrossAttention(Attention):
             assert cache is not None and cache.source_k is not None and cache.source_v is not None
             k, v = cache.source_k, cache.source_v
         q = groups(self.queries(x), k)
-        y = whole_attention(q, k, v, context.segments, source.segments, self.m.score_scale)
+        y = whole_attention(q, k, v, context.segments, source.segments, Scoring(self.m.score_scale))
         return self.back(y), cache

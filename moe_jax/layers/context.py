@@ -24,6 +24,7 @@ class How(NamedTuple):
 
     kind: str  # `gather` or `ring`
     scale: float  # of the scores
+    window: int | None = None  # keys that a query sees at most, itself included
 
 
 class Sums(NamedTuple):
@@ -86,9 +87,18 @@ def onward(tree: Any, axes: Axes) -> Any:
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, [(a, (a + 1) % n) for a in range(n)]), tree)
 
 
-def same(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Segments [B, c] of queries and keys -> [B, c, c], whether they are one."""
-    return a[:, :, None] == b[:, None, :]
+def seen_by(a: jax.Array, b: jax.Array, ahead: int | jax.Array, how: How) -> jax.Array:
+    """Segments [B, c] of queries and keys -> [B, c, c], whether they are one and the keys lie in the window.
+
+    Args:
+        ahead: pieces of a row that the queries are ahead of the keys.
+    """
+    same = a[:, :, None] == b[:, None, :]
+    if how.window is None:
+        return same
+    place = jnp.arange(a.shape[-1])
+    behind = ahead * a.shape[-1] + place[:, None] - place[None]  # places that a key lies behind its query
+    return same & (behind < how.window)[None]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -105,10 +115,10 @@ def attend(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, how: Ho
 def forward(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, how: How) -> tuple[jax.Array, Any]:
     """`attend`, and what its gradient needs."""
     i, n, c = jax.lax.axis_index(axes), jax.lax.axis_size(axes), q.shape[-2]
-    own = at(segments, i)
+    own, last = at(segments, i), 2 * n - 1 - i  # the number of the late piece
     causal = (jnp.arange(c)[:, None] >= jnp.arange(c)[None])[None]
-    early, late = (add(None, q[h], kv[h], same(own[h], own[h]) & causal, how) for h in (0, 1))
-    late = add(late, q[1], kv[0], same(own[1], own[0]), how)
+    early, late = (add(None, q[h], kv[h], seen_by(own[h], own[h], 0, how) & causal, how) for h in (0, 1))
+    late = add(late, q[1], kv[0], seen_by(own[1], own[0], last - i, how), how)
     everyone = jax.lax.all_gather(kv, axes) if how.kind == "gather" else None
 
     def step(carry: tuple[Sums, Any], distance: jax.Array) -> tuple[Any, None]:
@@ -118,8 +128,14 @@ def forward(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, how: H
             theirs = onward(theirs, axes)
         block = theirs if everyone is None else at(everyone, j)
         seen, half = at(segments, j), jnp.where(j < i, 0, 1)
-        sums = put(sums, 1, add(at(sums, 1), q[1], block[0], same(own[1], seen[0]), how))
-        one = add(at(sums, half), at(q, half), at(block, half), same(at(own, half), at(seen, half)), how)
+        sums = put(sums, 1, add(at(sums, 1), q[1], block[0], seen_by(own[1], seen[0], last - j, how), how))
+        one = add(
+            at(sums, half),
+            at(q, half),
+            at(block, half),
+            seen_by(at(own, half), at(seen, half), jnp.abs(i - j), how),
+            how,
+        )
         return (put(sums, half, one), theirs), None
 
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), early, late)
@@ -133,11 +149,11 @@ def backward(axes: Axes, how: How, saved: Any, g: jax.Array) -> tuple[jax.Array,
     added up at the end."""
     q, kv, segments, out, log_sum = saved
     i, n, c = jax.lax.axis_index(axes), jax.lax.axis_size(axes), q.shape[-2]
-    own = at(segments, i)
+    own, last = at(segments, i), 2 * n - 1 - i  # the number of the late piece
     causal = (jnp.arange(c)[:, None] >= jnp.arange(c)[None])[None]
     halves = Late(q, g, (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), log_sum)
-    first = [pull(at(halves, h), kv[h], same(own[h], own[h]) & causal, how) for h in (0, 1)]
-    more, to_early = pull(at(halves, 1), kv[0], same(own[1], own[0]), how)
+    first = [pull(at(halves, h), kv[h], seen_by(own[h], own[h], 0, how) & causal, how) for h in (0, 1)]
+    more, to_early = pull(at(halves, 1), kv[0], seen_by(own[1], own[0], last - i, how), how)
     dq = jnp.stack([first[0][0], first[1][0] + more])
     dkv = jnp.stack([first[0][1] + to_early, first[1][1]])
     everyone = jax.lax.all_gather(kv, axes) if how.kind == "gather" else None
@@ -149,8 +165,10 @@ def backward(axes: Axes, how: How, saved: Any, g: jax.Array) -> tuple[jax.Array,
             theirs, dkv = onward((theirs, dkv), axes)
         block = theirs if everyone is None else at(everyone, j)
         seen, half = at(segments, j), jnp.where(j < i, 0, 1)
-        to_late, to_early = pull(at(halves, 1), block[0], same(own[1], seen[0]), how)
-        to_half, to_same = pull(at(halves, half), at(block, half), same(at(own, half), at(seen, half)), how)
+        to_late, to_early = pull(at(halves, 1), block[0], seen_by(own[1], seen[0], last - j, how), how)
+        to_half, to_same = pull(
+            at(halves, half), at(block, half), seen_by(at(own, half), at(seen, half), jnp.abs(i - j), how), how
+        )
         dq = dq.at[1].add(to_late).at[half].add(to_half)
         gained = jnp.zeros_like(to_same, shape=kv.shape).at[0].add(to_early).at[half].add(to_same)
         dkv = dkv + gained if everyone is None else dkv.at[j].add(gained)
@@ -177,6 +195,7 @@ def split_attention(
     rules: Rules,
     kind: str,
     scale: float | None = None,
+    window: int | None = None,
 ) -> jax.Array:
     """Attention of each token to the earlier ones of its segment, rows split over `rules.length` and `balanced`.
 
@@ -186,9 +205,9 @@ def split_attention(
     Args:
         q: [B, J, R, L, N]; k, v: [B, J, L, N]; segments: [B, L] int32, 0 for padding.
         kind: `gather` or `ring`.
-        scale: of the scores; default 1 / sqrt(N).
+        scale: of the scores; default 1 / sqrt(N). window: keys that a query sees at most, itself included.
     """
-    how = How(kind, fan_in(q.shape[-1]) if scale is None else scale)
+    how = How(kind, fan_in(q.shape[-1]) if scale is None else scale, window)
     mesh, heads = current_mesh(), rules.act_heads
     axes = tuple(a for a in rules.length if mesh.shape[a] > 1)
     shared = k.shape[1] % prod(mesh.shape[a] for a in heads) > 0

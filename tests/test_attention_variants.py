@@ -1,0 +1,235 @@
+"""Attention as published models vary it, against NumPy in float64, on meshes, and decoded a token at a time."""
+
+import functools
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_encoder import layers, rms, softmax
+from test_layers import f64, filled
+from test_rope import rates
+
+from moe_jax import config
+from moe_jax import mesh as meshes
+from moe_jax.axes import Rules
+from moe_jax.config import ConfigError, MeshConfig, ModelConfig, MoEConfig, from_dict
+from moe_jax.layers.attention import Scoring, causal_attention
+from moe_jax.layers.context import split_attention
+from moe_jax.model import Transformer
+from moe_jax.plan.work import Step
+from moe_jax.sequence import balanced, restored
+
+L = 70  # two blocks of queries
+SMALL = ModelConfig(vocab=13, layers=4, d_model=16, d_ff=24, heads=4, kv_heads=2, head_dim=6, max_length=80)
+VARIANTS = {
+    "sliding": {"window": 5},
+    "alternate": {"window": 5, "full_every": 2},
+}
+
+
+def transformer(m, rules=None):
+    return filled(lambda: Transformer(m, rules=rules, rngs=nnx.Rngs(params=0)))
+
+
+def turn(x, positions, m):
+    """x [heads, L, N] with the pairs of its first numbers turned."""
+    if m.rope is None:
+        width, factor, rate = x.shape[-1], 1.0, m.rope_theta ** (-2 * np.arange(x.shape[-1] // 2) / x.shape[-1])
+    else:
+        width, factor = round(x.shape[-1] * m.rope.fraction), m.rope.turned
+        rate = np.array(rates(m.rope, width, m.rope_theta))
+    half = width // 2
+    z = (x[..., :half] + 1j * x[..., half:width]) * factor * np.exp(1j * positions[:, None] * rate)
+    return np.concatenate([z.real, z.imag, x[..., width:]], -1)
+
+
+def attended(p, x, positions, segments, m, window):
+    """One row [L, D], query by query: softmax over what its head sees, and over the sink."""
+    q, k, v = (
+        np.einsum("ld,dhn->hln", x, f64(p[f"w_{n}"])) + (f64(p[f"b_{n}"])[:, None] if f"b_{n}" in p else 0.0)
+        for n in ("query", "key", "value")
+    )
+    q, k = (turn(normed(a, p.get(f"{n}_norm"), m), positions, m) for n, a in (("query", q), ("key", k)))
+    scale = getattr(m, "attention_scale", None) or 1 / math.sqrt(q.shape[-1])
+    out = np.zeros_like(q)
+    for h in range(len(q)):
+        for i in range(len(x)):
+            seen = [j for j in range(i + 1) if segments[j] == segments[i] and (window is None or i - j < window)]
+            s = k[h * len(k) // len(q)][seen] @ q[h, i] * scale
+            s = np.append(s, f64(p["sinks"])[h]) if "sinks" in p else s
+            out[h, i] = softmax(s)[: len(seen)] @ v[h * len(k) // len(q)][seen]
+    return np.einsum("hln,hnd->ld", out, f64(p["w_out"])) + (f64(p["b_out"]) if "b_out" in p else 0.0)
+
+
+def normed(x, norm, m):
+    """x [heads, L, N] over each head, or over all of a token's."""
+    if norm is None:
+        return x
+    if m.qk_norm != "all":
+        return rms(x, norm["scale"])
+    flat = rms(x.transpose(1, 0, 2).reshape(x.shape[1], -1), norm["scale"])
+    return flat.reshape(x.shape[1], x.shape[0], -1).transpose(1, 0, 2)
+
+
+def by_hand(model, tokens, positions, segments):
+    """Logits of one row of a dense decoder; each layer by its number sees its window or all."""
+    m, p = model.m, nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    x = f64(p["embedding"]["table"])[tokens]
+    for i, b in enumerate(layers(p["stacks"])):
+        window = None if m.full_every and i % m.full_every == m.full_every - 1 else m.window
+        x = x + attended(b["attention"], rms(x, b["attention_norm"]["scale"]), positions, segments, m, window)
+        h, ffn = rms(x, b["ffn_norm"]["scale"]), {k: f64(v) for k, v in b["ffn"].items()}
+        gate, up = (h @ ffn[f"w_{n}"] + ffn.get(f"b_{n}", 0.0) for n in ("gate", "up"))
+        x = x + gate / (1 + np.exp(-gate)) * up @ ffn["w_down"] + ffn.get("b_down", 0.0)
+    return rms(x, p["final_norm"]["scale"]) @ f64(p["embedding"]["table"]).T
+
+
+@functools.cache
+def rows():
+    """Tokens, segments and positions: a packed row with padding at its end, and one document."""
+    tokens = np.random.default_rng(3).integers(0, 13, (2, L)).astype(np.int32)
+    segments = np.stack([np.repeat([1, 2, 0], [23, 40, 7]), np.ones(L, int)]).astype(np.int32)
+    positions = np.stack([np.concatenate([np.arange(n) for n in (23, 40, 7)]), np.arange(L)]).astype(np.int32)
+    return tokens, segments, positions
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_model_equals_numpy(name):
+    """Logits of packed rows, longer than a block of queries."""
+    model = transformer(replace(SMALL, **VARIANTS[name]))
+    tokens, segments, positions = rows()
+    got = jax.jit(lambda t, s, p: model(t, segments=s, positions=p).logits)(tokens, segments, positions)
+    assert np.isfinite(got).all()
+    for row in range(2):
+        real = segments[row] > 0
+        want = by_hand(model, tokens[row], positions[row], segments[row])
+        np.testing.assert_allclose(np.asarray(got[row])[real], want[real], atol=3e-5 * np.abs(want).max())
+
+
+# Windows
+
+
+@pytest.mark.parametrize(
+    "kinds, want",
+    [
+        ({"window": 4}, [(1, 8)]),
+        ({"window": 4, "full_every": 2}, [(2, 4)]),
+        ({"window": 4, "full_every": 8}, [(1, 7), (1, 1)]),
+        ({"window": 4, "full_every": 4}, [(4, 2)]),
+        ({"window": 4, "full_every": 2, "moe": MoEConfig(every=4)}, [(4, 2)]),
+        ({"window": 4, "full_every": 2, "moe": MoEConfig(first_dense=1)}, [(1, 1), (2, 3), (1, 1)]),
+        ({"window": 4, "full_every": 4, "stack_above": 8}, [(1, 1)] * 8),
+    ],
+)
+def test_layers_that_see_differently_are_layers_of_a_period(kinds, want):
+    """So that a loop runs over periods, in each of which every layer has one window."""
+    m = ModelConfig(layers=8, **kinds)
+    assert [(len(period), repeats) for period, repeats in m.runs] == want
+    n = m.full_every or 9
+    assert m.windows == tuple(None if i % n == n - 1 else 4 for i in range(8))
+    spread = [w for windows, (_, repeats) in zip(m.run_windows, m.runs, strict=True) for w in windows * repeats]
+    assert tuple(spread) == m.windows
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 65, 1000])
+def test_keys_before_the_window_are_not_multiplied(window):
+    """The result of the full square with a mask, from blocks that hold no key which none of their queries sees."""
+    n = 150
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 2, n, 4)).astype(np.float32)
+    segments = np.repeat([[1, 2]], [100, 50], axis=1).astype(np.int32)
+    program = jax.jit(
+        lambda *a: causal_attention(a[0][:, :, None], *a[1:], jnp.asarray(segments), Scoring(0.7, window))
+    )
+    got = np.asarray(program(q, k, v))[:, :, 0]
+    behind = np.arange(n)[:, None] - np.arange(n)
+    mask = (behind >= 0) & (behind < window) & (segments[0][:, None] == segments[0])
+    s = np.where(mask, 0.7 * np.einsum("bhln,bhmn->bhlm", *(x.astype(np.float64) for x in (q, k))), -np.inf)
+    np.testing.assert_allclose(got, softmax(s) @ v, atol=1e-5)
+    shapes = [
+        x.aval.shape for e in jax.make_jaxpr(program)(q, k, v).jaxpr.eqns[0].params["jaxpr"].eqns for x in e.outvars
+    ]
+    widest = max(shape[-1] for shape in shapes if len(shape) == 5 and shape[-2] == 64)
+    assert widest == min(128, 63 + window)
+
+
+def test_a_windows_work_is_counted():
+    """GPT-OSS: half of the layers see 128 tokens of 4096: their area is a band."""
+    m = {"model.layers": 4, "model.window": 128, "model.full_every": 2, "model.max_length": 4096}
+    keys = [*(f"{k}={v}" for k, v in m.items()), "data.length=4096", "train.sample=unset", "mesh.data=1"]
+    whole, part = (
+        Step(config.load("tiny_dense", k), "tpu")
+        for k in ([*keys, "model.window=unset", "model.full_every=unset"], keys)
+    )
+    H, N = part.cfg.model.heads, part.cfg.model.resolved_head_dim
+    band = 128 - 128 * 128 / (2 * 4096)  # keys of a query on average
+    assert whole.flops.infer - part.flops.infer == 2 * 4 * H * N * (2048 - band)
+    assert whole.flops.decode - part.flops.decode == 2 * 4 * H * N * (4096 - 128)
+    assert part.executed()["scores"] == (whole.executed()["scores"] + part.seeing(128).executed()["scores"]) / 2
+    assert [(s.cfg.model.window, kind, n) for s, kind, n in part.alike] == [(128, "dense", 2), (None, "dense", 2)]
+
+
+REFUSED = [
+    ({"full_every": 2}, "full_every", "without a window"),
+    ({"window": 8, "full_every": 1}, "full_every", "is 1: every layer sees all"),
+    ({"window": 8, "latent": {}}, "latent", "such attention has no window (model.window=8)"),
+    ({"window": 8, "encoder": {}}, "encoder", "such attention has no window"),
+    ({"window": 8, "positions": "relative"}, "positions", "is 'relative', and such attention has no window"),
+]
+
+
+@pytest.mark.parametrize("keys, key, words", REFUSED, ids=lambda v: v if isinstance(v, str) else "")
+def test_refused(keys, key, words):
+    with pytest.raises(ConfigError) as e:
+        from_dict({"model": keys})
+    assert f"model.{key}" in [p.key for p in e.value.problems] and words in str(e.value)
+
+
+# Rows split over shards
+
+
+@functools.cache
+def reference(window):
+    """softmax(0.4 q k^T) v with the whole mask, in float64, and its gradients."""
+    q, k, v, g, segments = split_numbers()
+    behind = np.arange(24)[:, None] - np.arange(24)
+    mask = (behind >= 0) & (behind < window) & (segments[:, :, None] == segments[:, None])
+
+    def loss(q, k, v):
+        s = jnp.where(mask[:, None, None], 0.4 * jnp.einsum("bjrln,bjmn->bjrlm", q, k), -jnp.inf)
+        out = jnp.einsum("bjrlm,bjmn->bjrln", jax.nn.softmax(s), v)
+        return (out * g).sum(), out
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        wide = [np.asarray(x, np.float64) for x in (q, k, v)]
+        (_, out), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*wide)
+        return [np.asarray(x) for x in (out, *grads)]
+
+
+@functools.cache
+def split_numbers():
+    rng = np.random.default_rng(0)
+    sizes = (2, 2, 3, 24, 4), (2, 2, 24, 4), (2, 2, 24, 4), (2, 2, 3, 24, 4)
+    segments = np.stack([np.repeat([1, 2, 0], [7, 11, 6]), np.ones(24, int)]).astype(np.int32)
+    return *(rng.normal(size=s).astype(np.float32) for s in sizes), segments
+
+
+@pytest.mark.parametrize("kind", ["gather", "ring"])
+@pytest.mark.parametrize("window", [3, 10])
+def test_split_rows_see_their_window(kind, window):
+    """Across the pieces of a row, which lie on four shards, and its gradients."""
+    q, k, v, g, segments = split_numbers()
+    mesh = meshes.build_mesh(MeshConfig(context=4, tensor=2))
+
+    def loss(q, k, v):
+        q, k, v = balanced(q, 4, 3), balanced(k, 4, 2), balanced(v, 4, 2)
+        out = restored(split_attention(q, k, v, balanced(segments, 4), Rules(), kind, 0.4, window), 4, 3)
+        return (out * g).sum(), out
+
+    with jax.set_mesh(mesh):
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    for got, want in zip((out, *grads), reference(window), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
