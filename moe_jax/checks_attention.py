@@ -115,3 +115,7 @@ def check_attention(m: ModelConfig, no: Refuse) -> None:
     if m.rope is not None and m.positions == "rotary":
         _check_rope(m, m.rope, no)
     _check_window(m, no)
+    if m.sinks:
+        for name in ("latent", "encoder"):
+            if getattr(m, name) is not None:
+                no(name, "is set, and such attention has no sinks (model.sinks=true)", "take one of them out")

@@ -243,6 +243,7 @@ class ModelConfig:
     full_every: Count | None = key(
         None, "with a window: every n-th layer (the n-th, 2n-th, ...) sees all (GPT-OSS: 2); unset: no layer does"
     )
+    sinks: bool = key(False, "a learned logit of each head joins its softmax and has no value (GPT-OSS)")
     positions: Literal["learned", "sinusoidal", "rotary", "relative"] = key(
         "rotary", "positional encoding; relative: T5's biases of the scores by distance, for encoder and decoder"
     )

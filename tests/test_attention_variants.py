@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from test_encoder import layers, rms, softmax
 from test_layers import f64, filled
-from test_rope import rates
+from test_rope import proved_by_transformers, rates
 
 from moe_jax import config
 from moe_jax import mesh as meshes
@@ -28,6 +28,8 @@ SMALL = ModelConfig(vocab=13, layers=4, d_model=16, d_ff=24, heads=4, kv_heads=2
 VARIANTS = {
     "sliding": {"window": 5},
     "alternate": {"window": 5, "full_every": 2},
+    "sinks": {"sinks": True, "kv_heads": 4},
+    "sinks and a window": {"sinks": True, "window": 1, "full_every": 2, "stack_above": 4},
 }
 
 
@@ -172,7 +174,49 @@ def test_a_windows_work_is_counted():
     assert [(s.cfg.model.window, kind, n) for s, kind, n in part.alike] == [(128, "dense", 2), (None, "dense", 2)]
 
 
+# Sinks
+
+
+def test_gradients_beside_sinks():
+    """Of the softmax with one column more, also where a window leaves a query itself alone, and rows are packed."""
+    q, k, v, g, sinks, segments = split_numbers()
+
+    def loss(q, k, v, sinks):
+        out = causal_attention(q, k, v, jnp.asarray(segments), Scoring(0.4, 10, None, sinks.reshape(-1)))
+        return (out * g).sum(), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
+    for got, want in zip((out, *grads), reference(10, True), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_large_sink_silences_a_head():
+    """And the largest score of float32 does not overflow beside a small one."""
+    q, k, v, _, _, segments = split_numbers()
+    for sink, scale in ((80.0, 1.0), (-80.0, 1.0), (0.0, 1e4)):
+        y = causal_attention(q, k, v, jnp.asarray(segments), Scoring(scale, None, None, jnp.full(6, sink)))
+        assert np.isfinite(y).all() and (np.abs(y).max() < 1e-20) == (sink > 0)
+
+
+@proved_by_transformers
+def test_sinks_are_those_of_transformers():
+    import torch
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    q, k, v, _, sinks, _ = split_numbers()
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.sinks = 3, torch.tensor(sinks.reshape(-1))
+    behind = np.arange(24)[:, None] - np.arange(24)
+    mask = torch.tensor(np.where((behind >= 0) & (behind < 9), 0.0, -1e30)[None, None], dtype=torch.float32)
+    flat = (torch.tensor(x) for x in (q.reshape(2, 6, 24, 4), k, v))
+    want, _ = eager_attention_forward(module, *flat, mask, 0.4)  # [B,L,H,N]
+    got = causal_attention(q, k, v, jnp.ones((2, 24), jnp.int32), Scoring(0.4, 9, None, jnp.asarray(sinks.reshape(-1))))
+    np.testing.assert_allclose(got.reshape(2, 6, 24, 4).transpose(0, 2, 1, 3), want.numpy(), atol=1e-5)
+
+
 REFUSED = [
+    ({"sinks": True, "latent": {}}, "latent", "such attention has no sinks"),
+    ({"sinks": True, "encoder": {}}, "encoder", "such attention has no sinks"),
     ({"full_every": 2}, "full_every", "without a window"),
     ({"window": 8, "full_every": 1}, "full_every", "is 1: every layer sees all"),
     ({"window": 8, "latent": {}}, "latent", "such attention has no window (model.window=8)"),
@@ -192,44 +236,57 @@ def test_refused(keys, key, words):
 
 
 @functools.cache
-def reference(window):
+def reference(window, with_sinks):
     """softmax(0.4 q k^T) v with the whole mask, in float64, and its gradients."""
-    q, k, v, g, segments = split_numbers()
+    q, k, v, g, sinks, segments = split_numbers()
+    sinks = sinks if with_sinks else np.full_like(sinks, -np.inf)
     behind = np.arange(24)[:, None] - np.arange(24)
     mask = (behind >= 0) & (behind < window) & (segments[:, :, None] == segments[:, None])
 
-    def loss(q, k, v):
+    def loss(q, k, v, sinks):
         s = jnp.where(mask[:, None, None], 0.4 * jnp.einsum("bjrln,bjmn->bjrlm", q, k), -jnp.inf)
-        out = jnp.einsum("bjrlm,bjmn->bjrln", jax.nn.softmax(s), v)
+        one = jnp.broadcast_to(sinks[None, ..., None, None], (*s.shape[:-1], 1))
+        shares = jax.nn.softmax(jnp.concatenate([s, one], -1))[..., :-1]
+        out = jnp.einsum("bjrlm,bjmn->bjrln", shares, v)
         return (out * g).sum(), out
 
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        wide = [np.asarray(x, np.float64) for x in (q, k, v)]
-        (_, out), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*wide)
+        wide = [np.asarray(x, np.float64) for x in (q, k, v, sinks)]
+        (_, out), grads = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(*wide)
         return [np.asarray(x) for x in (out, *grads)]
 
 
 @functools.cache
 def split_numbers():
     rng = np.random.default_rng(0)
-    sizes = (2, 2, 3, 24, 4), (2, 2, 24, 4), (2, 2, 24, 4), (2, 2, 3, 24, 4)
+    sizes = (2, 2, 3, 24, 4), (2, 2, 24, 4), (2, 2, 24, 4), (2, 2, 3, 24, 4), (2, 3)
     segments = np.stack([np.repeat([1, 2, 0], [7, 11, 6]), np.ones(24, int)]).astype(np.int32)
     return *(rng.normal(size=s).astype(np.float32) for s in sizes), segments
 
 
-@pytest.mark.parametrize("kind", ["gather", "ring"])
-@pytest.mark.parametrize("window", [3, 10])
-def test_split_rows_see_their_window(kind, window):
-    """Across the pieces of a row, which lie on four shards, and its gradients."""
-    q, k, v, g, segments = split_numbers()
-    mesh = meshes.build_mesh(MeshConfig(context=4, tensor=2))
+@pytest.mark.parametrize(
+    "kind, window, with_sinks, sizes",
+    [
+        ("gather", 3, False, {"context": 4, "tensor": 2}),
+        ("ring", 10, True, {"context": 4, "tensor": 2}),
+        ("gather", 24, True, {"context": 2, "data": 2}),
+        ("ring", 3, True, {"context": 2, "tensor": 3}),  # keys and values too few for the shards of the queries
+    ],
+)
+def test_split_rows_see_their_window_and_sinks(kind, window, with_sinks, sizes):
+    """Across the pieces of a row, which lie on several shards, and the gradients."""
+    q, k, v, g, sinks, segments = split_numbers()
+    n, size = sizes["context"], math.prod(sizes.values())
+    mesh, rules = meshes.build_mesh(MeshConfig(**sizes), jax.devices()[:size]), Rules(kv_heads=())
+    places = 4 if with_sinks else 3
 
-    def loss(q, k, v):
-        q, k, v = balanced(q, 4, 3), balanced(k, 4, 2), balanced(v, 4, 2)
-        out = restored(split_attention(q, k, v, balanced(segments, 4), Rules(), kind, 0.4, window), 4, 3)
+    def loss(q, k, v, *sinks):
+        q, k, v = balanced(q, n, 3), balanced(k, n, 2), balanced(v, n, 2)
+        out = restored(split_attention(q, k, v, balanced(segments, n), rules, kind, 0.4, window, *sinks), n, 3)
         return (out * g).sum(), out
 
     with jax.set_mesh(mesh):
-        (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-    for got, want in zip((out, *grads), reference(window), strict=True):
+        run = jax.jit(jax.value_and_grad(loss, tuple(range(places)), has_aux=True))
+        (_, out), grads = run(*(q, k, v, sinks)[:places])
+    for got, want in zip((out, *grads), reference(window, with_sinks), strict=False):
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())

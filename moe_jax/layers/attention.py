@@ -45,6 +45,7 @@ class Scoring(NamedTuple):
     scale: float | None = None  # their factor, default 1 / sqrt(N)
     window: int | None = None  # keys that a query sees at most, itself included
     distances: Distances | None = None  # whose biases are added
+    sinks: jax.Array | None = None  # [H], a logit of each head that joins its softmax and has no value
 
 
 PLAIN = Scoring()
@@ -62,7 +63,17 @@ def weighted_values(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, s
     if scoring.distances is not None:
         scores = scoring.distances.added(scores)
     scores = jnp.where(mask[:, None, None], scores, -1e30)  # finite: a row of padding sees nothing, and must not be NaN
-    return jnp.einsum("bjrlm,bjmn->bjrln", jax.nn.softmax(scores).astype(v.dtype), v)
+    shares = jax.nn.softmax(scores) if scoring.sinks is None else beside_sinks(scores, scoring.sinks)
+    return jnp.einsum("bjrlm,bjmn->bjrln", shares.astype(v.dtype), v)
+
+
+def beside_sinks(scores: jax.Array, sinks: jax.Array) -> jax.Array:
+    """Softmax of scores [B, J, R, L, M] and one more of each of the H = J*R heads, without that one's share (GPT-OSS;
+    Xiao et al. 2023, Attention Sinks, section 3.3): a head may attend to nothing."""
+    sinks = sinks.reshape(1, *scores.shape[1:3], 1, 1)
+    peak = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sinks))
+    p = jnp.exp(scores - peak)
+    return p / (p.sum(-1, keepdims=True) + jnp.exp(sinks - peak))
 
 
 def causal_attention(
@@ -122,7 +133,9 @@ def over_rows(
     if scoring.distances is not None:
         raise ValueError("rules.length splits rows, whose attention adds no relative positions: build with by_rows()")
     wide = [(0, 0)] * (v.ndim - 1) + [(0, k.shape[-1] - v.shape[-1])]  # keys and values travel as one array
-    y = split_attention(q, k, jnp.pad(v, wide), segments, rules, m.attention_exchange, scoring.scale, scoring.window)
+    sinks = None if scoring.sinks is None else scoring.sinks.reshape(q.shape[1:3])
+    how = m.attention_exchange, scoring.scale, scoring.window, sinks
+    y = split_attention(q, k, jnp.pad(v, wide), segments, rules, *how)
     return y[..., : v.shape[-1]]
 
 
@@ -167,6 +180,7 @@ class Attention(nnx.Module):
         self.b_key = constant(0.0, (J, N), ("kv_heads", "bias")) if m.biases else None
         self.b_value = constant(0.0, (J, N), ("kv_heads", "bias")) if m.biases else None
         self.b_out = constant(0.0, (D,), ("bias",)) if m.biases else None
+        self.sinks = constant(0.0, (H,), ("heads",)) if m.sinks else None
         self.query_norm = Norm("rms", N, m.norm_eps) if m.qk_norm else None
         self.key_norm = Norm("rms", N, m.norm_eps) if m.qk_norm else None
 
@@ -180,7 +194,8 @@ class Attention(nnx.Module):
                 attend to the places that `visible` shows there.
         """
         m, rules, segments = self.m, self.rules, context.segments
-        scoring = Scoring(m.score_scale, self.window, context.distances)
+        sinks = None if self.sinks is None else self.sinks[...]
+        scoring = Scoring(m.score_scale, self.window, context.distances, sinks)
         q, (k, v) = self.queries(x), self.keys_and_values(x)
         if m.positions == "rotary":
             q, k = (rotary(a, context.positions, m.rope_theta, m.rope) for a in (q, k))

@@ -41,6 +41,15 @@ def scores(q: jax.Array, k: jax.Array, mask: jax.Array, scale: float) -> jax.Arr
     return jnp.where(mask[:, None, None], s, -1e30)
 
 
+def sink(sinks: jax.Array | None, q: jax.Array) -> Sums | None:
+    """Where the softmax of q [B, J, R, c, N] begins: at nothing, or at the sinks [J, R], whose values are 0."""
+    if sinks is None:
+        return None
+    out = jnp.zeros_like(q, jnp.float32)
+    peak = out[..., 0] + sinks[None, ..., None].astype(jnp.float32)
+    return Sums(out, jnp.ones_like(peak), peak)
+
+
 def add(sums: Sums | None, q: jax.Array, kv: jax.Array, mask: jax.Array, how: How) -> Sums:
     """The sums with one more block of keys and values kv [2, B, J, c, N]; the first one must show each row a key."""
     s = scores(q, kv[0], mask, how.scale)
@@ -101,23 +110,28 @@ def seen_by(a: jax.Array, b: jax.Array, ahead: int | jax.Array, how: How) -> jax
     return same & (behind < how.window)[None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def attend(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, how: How) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def attend(
+    q: jax.Array, kv: jax.Array, sinks: jax.Array | None, segments: jax.Array, axes: Axes, how: How
+) -> jax.Array:
     """Attention of one shard's two halves, inside `shard_map`.
 
     Args:
-        q: [2, B, J, R, c, N]; kv: [2, 2, B, J, c, N], halves, then keys and values; segments: [n, 2, B, c] of all.
+        q: [2, B, J, R, c, N]; kv: [2, 2, B, J, c, N], halves, then keys and values; sinks: [J, R];
+            segments: [n, 2, B, c] of all.
         axes: the mesh axes of the length.
     """
-    return forward(q, kv, segments, axes, how)[0]
+    return forward(q, kv, sinks, segments, axes, how)[0]
 
 
-def forward(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, how: How) -> tuple[jax.Array, Any]:
+def forward(
+    q: jax.Array, kv: jax.Array, sinks: jax.Array | None, segments: jax.Array, axes: Axes, how: How
+) -> tuple[jax.Array, Any]:
     """`attend`, and what its gradient needs."""
     i, n, c = jax.lax.axis_index(axes), jax.lax.axis_size(axes), q.shape[-2]
     own, last = at(segments, i), 2 * n - 1 - i  # the number of the late piece
     causal = (jnp.arange(c)[:, None] >= jnp.arange(c)[None])[None]
-    early, late = (add(None, q[h], kv[h], seen_by(own[h], own[h], 0, how) & causal, how) for h in (0, 1))
+    early, late = (add(sink(sinks, q[h]), q[h], kv[h], seen_by(own[h], own[h], 0, how) & causal, how) for h in (0, 1))
     late = add(late, q[1], kv[0], seen_by(own[1], own[0], last - i, how), how)
     everyone = jax.lax.all_gather(kv, axes) if how.kind == "gather" else None
 
@@ -141,13 +155,13 @@ def forward(q: jax.Array, kv: jax.Array, segments: jax.Array, axes: Axes, how: H
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), early, late)
     (sums, _), _ = jax.lax.scan(step, (both, kv if everyone is None else None), jnp.arange(1, n))
     out = (sums.out / sums.total[..., None]).astype(q.dtype)
-    return out, (q, kv, segments, out, sums.peak + jnp.log(sums.total))
+    return out, (q, kv, sinks, segments, out, sums.peak + jnp.log(sums.total))
 
 
-def backward(axes: Axes, how: How, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    """Gradients at q and kv, by the same walk. What a block gives to another shard's keys travels on with them, or is
-    added up at the end."""
-    q, kv, segments, out, log_sum = saved
+def backward(axes: Axes, how: How, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, Any, None]:
+    """Gradients at q, kv and sinks, by the same walk. What a block gives to another shard's keys travels on with them,
+    or is added up at the end."""
+    q, kv, sinks, segments, out, log_sum = saved
     i, n, c = jax.lax.axis_index(axes), jax.lax.axis_size(axes), q.shape[-2]
     own, last = at(segments, i), 2 * n - 1 - i  # the number of the late piece
     causal = (jnp.arange(c)[:, None] >= jnp.arange(c)[None])[None]
@@ -181,7 +195,11 @@ def backward(axes: Axes, how: How, saved: Any, g: jax.Array) -> tuple[jax.Array,
         start = put(jnp.zeros_like(dkv, shape=everyone.shape), i, dkv)
         (dq, _, dkv), _ = jax.lax.scan(step, (dq, None, start), jnp.arange(1, n))
         dkv = jax.lax.psum_scatter(dkv, axes)
-    return dq.astype(q.dtype), dkv.astype(kv.dtype), None
+    to_sinks = None
+    if sinks is not None:  # a key of value 0: its probability times what the others' mean product exceeds 0 by
+        share = jnp.exp(sinks[None, None, ..., None] - log_sum)  # [2,B,J,R,c]
+        to_sinks = -(share * halves.delta).sum((0, 1, 4)).astype(sinks.dtype)
+    return dq.astype(q.dtype), dkv.astype(kv.dtype), to_sinks, None
 
 
 attend.defvjp(forward, backward)
@@ -196,6 +214,7 @@ def split_attention(
     kind: str,
     scale: float | None = None,
     window: int | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of each token to the earlier ones of its segment, rows split over `rules.length` and `balanced`.
 
@@ -206,6 +225,7 @@ def split_attention(
         q: [B, J, R, L, N]; k, v: [B, J, L, N]; segments: [B, L] int32, 0 for padding.
         kind: `gather` or `ring`.
         scale: of the scores; default 1 / sqrt(N). window: keys that a query sees at most, itself included.
+        sinks: [J, R], logits that join each head's softmax and have no value.
     """
     how = How(kind, fan_in(q.shape[-1]) if scale is None else scale, window)
     mesh, heads = current_mesh(), rules.act_heads
@@ -215,16 +235,21 @@ def split_attention(
     def halves(x: jax.Array) -> jax.Array:
         return jnp.stack(jnp.split(x, 2, axis=-2))  # [..., 2c, N] -> [2, ..., c, N]
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, *sinks: jax.Array) -> jax.Array:
         B, c = q.shape[0], q.shape[-2] // 2
         pieces = segments.reshape(B, -1, 2, c).transpose(1, 2, 0, 3)  # [n,2,B,c]
         kv = jnp.stack([halves(k), halves(v)], 1)
         kv = jax.lax.pcast(kv, heads, to="varying") if shared else kv
-        out = attend(halves(q), kv, pieces, axes, how)
+        # What all shards share varies over them from here on, and so its gradient is added up over them.
+        own = [jax.lax.pcast(s, rules.tokens, to="varying") for s in sinks]
+        out = attend(halves(q), kv, own[0] if own else None, pieces, axes, how)
         return jnp.concatenate([out[0], out[1]], axis=-2)
 
     groups, within = ((), heads) if shared else (heads, ())
     queries = spec((rules.batch, groups, within, rules.length, ()))
     keys = spec((rules.batch, groups, rules.length, ()))
-    specs = (queries, keys, keys, spec((rules.batch, ())))
-    return by_hand(local, in_specs=specs, out_specs=queries)(q, k, v, segments)
+    specs = [queries, keys, keys, spec((rules.batch, ()))]
+    given = [q, k, v, segments]
+    if sinks is not None:
+        specs, given = [*specs, spec((groups, within))], [*given, sinks]
+    return by_hand(local, in_specs=tuple(specs), out_specs=queries)(*given)

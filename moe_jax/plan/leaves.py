@@ -21,6 +21,7 @@ COMPONENTS = {  # component -> what it is called in tables
     "cross_attn": "attention to the encoder",
     "cross_attn_bias": "biases of that",
     "rel_bias": "relative positions",
+    "sinks": "attention's sinks",
     "qk_norm": "norms of queries and keys",
     "mla_norm": "norms of latents",
     "dense_ffn": "dense feed-forward",
@@ -32,7 +33,7 @@ COMPONENTS = {  # component -> what it is called in tables
     "router": "routers",
     "norms": "norms",
 }
-ADDED = ("norms", "qk_norm", "mla_norm", "rel_bias")
+ADDED = ("norms", "sinks", "qk_norm", "mla_norm", "rel_bias")
 ADDED += ("attn_bias", "cross_attn_bias", "dense_ffn_bias", "expert_bias", "shared_expert_bias")
 """Components that multiply no matrix."""
 LOOKED_UP = ("embed", "encoder_embed", "pos")  # of which a token reads rows
@@ -141,6 +142,8 @@ def attention(m: ModelConfig, name: str = "attention", component: str = "attn") 
     yield f"{name}.w_out", (H, N, D), ("heads", "head", "embed"), component
     if m.biases:
         yield f"{name}.b_out", (D,), ("bias",), f"{component}_bias"
+    if m.sinks:
+        yield f"{name}.sinks", (H,), ("heads",), "sinks"
     for part in ("query", "key") if m.qk_norm else ():
         yield f"{name}.{part}_norm.scale", (N,), ("norm",), "qk_norm"
 
