@@ -32,8 +32,9 @@ def _check_latent(m: ModelConfig, no: Refuse) -> None:
     if m.encoder is not None:
         no("encoder", "is set, and latent attention has none to read", "take one of them out")
     for name in ("qk_norm", "biases"):
-        if getattr(m, name):
-            no(name, "is true, and latent attention has norms of its own and no biases", f"set model.{name}=false")
+        if value := getattr(m, name):
+            shown = "true" if value is True else repr(value)
+            no(name, f"is {shown}, and latent attention has norms of its own and no biases", f"set model.{name}=false")
 
 
 ROPE_KEYS = {  # what each kind reads, and has to be given

@@ -25,6 +25,7 @@ Rate = Annotated[float, Limit(ge=0, lt=1)]
 Fractional = Annotated[float, Limit(gt=0, lt=1)]
 Share = Annotated[float, Limit(gt=0, le=1)]
 
+BIASED_PARTS = {False: (), "qkv": ("qkv",), "attention": ("qkv", "out"), True: ("qkv", "out", "ffn")}  # model.biases
 BUCKETS = 32  # of distances, each with a bias for every head: model.positions=relative
 
 
@@ -238,7 +239,11 @@ class ModelConfig:
         "unset: a decoder alone",
     )
     qk_norm: bool = key(False, "an RMSNorm over the head width of each query and key (Qwen3)")
-    biases: bool = key(False, "biases in attention, feed-forward layers and experts; never in routers and the head")
+    biases: bool | Literal["attention", "qkv"] = key(
+        False,
+        "biases in attention, feed-forward layers and experts; never in routers and the head; attention: in its four "
+        "products alone; qkv: of queries, keys and values alone (Qwen2)",
+    )
     window: Count | None = key(None, "tokens that a query sees, itself included; unset: all of its sequence so far")
     full_every: Count | None = key(
         None, "with a window: every n-th layer (the n-th, 2n-th, ...) sees all (GPT-OSS: 2); unset: no layer does"
@@ -273,6 +278,12 @@ class ModelConfig:
         "token travels to an expert again (keys and values of split rows do)",
     )
     moe: MoEConfig | None = key(None, "the mixture of experts; unset: a dense model")
+
+    def biased(self, part: Literal["qkv", "out", "ffn"]) -> bool:
+        """Whether there are biases of queries, keys and values, of what attention makes, or in layers and experts."""
+        return (
+            part in {False: (), "qkv": ("qkv",), "attention": ("qkv", "out"), True: ("qkv", "out", "ffn")}[self.biases]
+        )
 
     @property
     def resolved_head_dim(self) -> int:

@@ -20,6 +20,7 @@ from moe_jax.config import ConfigError, MeshConfig, ModelConfig, MoEConfig, from
 from moe_jax.layers.attention import Scoring, causal_attention
 from moe_jax.layers.context import split_attention
 from moe_jax.model import Transformer
+from moe_jax.plan.leaves import leaves
 from moe_jax.plan.work import Step
 from moe_jax.sequence import balanced, restored
 
@@ -29,6 +30,8 @@ VARIANTS = {
     "sliding": {"window": 5},
     "alternate": {"window": 5, "full_every": 2},
     "sinks": {"sinks": True, "kv_heads": 4},
+    "biases of queries, keys and values": {"biases": "qkv"},
+    "biases of attention": {"biases": "attention", "window": 5},
     "sinks and a window": {"sinks": True, "window": 1, "full_every": 2, "stack_above": 4},
 }
 
@@ -110,6 +113,18 @@ def test_the_model_equals_numpy(name):
         real = segments[row] > 0
         want = by_hand(model, tokens[row], positions[row], segments[row])
         np.testing.assert_allclose(np.asarray(got[row])[real], want[real], atol=3e-5 * np.abs(want).max())
+
+
+# Biases
+
+
+@pytest.mark.parametrize("biases, of", [(False, 0), ("qkv", 3), ("attention", 4), (True, 7)])
+def test_which_biases_there_are(biases, of):
+    """Files that say true or false read as before; a leaf of each kind in one layer."""
+    made = from_dict({"model": {"biases": biases, "layers": 1}}).model
+    assert made.biases is biases or made.biases == biases
+    assert sum(x.name.partition(".b_")[1] == ".b_" for x in leaves(made)) == of
+    assert config.override({}, f"model.biases={str(biases).lower()}") == {"model": {"biases": biases}}
 
 
 # Windows
@@ -215,6 +230,8 @@ def test_sinks_are_those_of_transformers():
 
 
 REFUSED = [
+    ({"biases": "qkv", "latent": {}}, "biases", "is 'qkv', and latent attention has norms of its own"),
+    ({"biases": "qvk"}, "biases", "did you mean 'qkv'? use one of attention, qkv"),
     ({"sinks": True, "latent": {}}, "latent", "such attention has no sinks"),
     ({"sinks": True, "encoder": {}}, "encoder", "such attention has no sinks"),
     ({"full_every": 2}, "full_every", "without a window"),

@@ -176,10 +176,10 @@ class Attention(nnx.Module):
         self.w_key = param(rngs, (D, J, N), ("embed", "kv_heads", "head"), fan_in(D))
         self.w_value = param(rngs, (D, J, N), ("embed", "kv_heads", "head"), fan_in(D))
         self.w_out = param(rngs, (H, N, D), ("heads", "head", "embed"), fan_in(H * N))
-        self.b_query = constant(0.0, (H, N), ("heads", "bias")) if m.biases else None
-        self.b_key = constant(0.0, (J, N), ("kv_heads", "bias")) if m.biases else None
-        self.b_value = constant(0.0, (J, N), ("kv_heads", "bias")) if m.biases else None
-        self.b_out = constant(0.0, (D,), ("bias",)) if m.biases else None
+        self.b_query = constant(0.0, (H, N), ("heads", "bias")) if m.biased("qkv") else None
+        self.b_key = constant(0.0, (J, N), ("kv_heads", "bias")) if m.biased("qkv") else None
+        self.b_value = constant(0.0, (J, N), ("kv_heads", "bias")) if m.biased("qkv") else None
+        self.b_out = constant(0.0, (D,), ("bias",)) if m.biased("out") else None
         self.sinks = constant(0.0, (H,), ("heads",)) if m.sinks else None
         self.query_norm = Norm("rms", N, m.norm_eps) if m.qk_norm else None
         self.key_norm = Norm("rms", N, m.norm_eps) if m.qk_norm else None

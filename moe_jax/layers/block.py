@@ -57,9 +57,11 @@ class Block(nnx.Module):
         self.ffn: FFN | MoELayer
         if kind == "moe":
             assert m.moe is not None
-            self.ffn = MoELayer(m.moe, m.d_model, d_ff=m.d_ff, ffn=m.ffn, biases=m.biases, rules=rules, rngs=rngs)
+            self.ffn = MoELayer(
+                m.moe, m.d_model, d_ff=m.d_ff, ffn=m.ffn, biases=m.biased("ffn"), rules=rules, rngs=rngs
+            )
         else:
-            self.ffn = FFN(m.ffn, m.d_model, m.d_ff, rules, rngs, biases=m.biases)
+            self.ffn = FFN(m.ffn, m.d_model, m.d_ff, rules, rngs, biases=m.biased("ffn"))
 
     def __call__(
         self,

@@ -98,10 +98,10 @@ def feed_forward(m: ModelConfig, hidden: int, name: str, component: str, biases:
     width = m.d_model
     for matrix in ("gate", "up") if m.ffn == "swiglu" else ("up",):
         yield f"{name}.w_{matrix}", (width, hidden), ("embed", "mlp"), component
-        if m.biases:
+        if m.biased("ffn"):
             yield f"{name}.b_{matrix}", (hidden,), ("mlp",), biases
     yield f"{name}.w_down", (hidden, width), ("mlp", "embed"), component
-    if m.biases:
+    if m.biased("ffn"):
         yield f"{name}.b_down", (width,), ("bias",), biases
 
 
@@ -118,10 +118,10 @@ def mixture(m: ModelConfig, moe: MoEConfig) -> Iterator[Part]:
             yield "ffn.noise", (D, E), ("router_embed", "router_experts"), "router"
     for matrix in ("gate", "up") if m.ffn == "swiglu" else ("up",):
         yield f"ffn.experts.w_{matrix}", (E, D, F), ("experts", "expert_embed", "expert_mlp"), "experts"
-        if m.biases:
+        if m.biased("ffn"):
             yield f"ffn.experts.b_{matrix}", (E, F), ("experts", "expert_mlp"), "expert_bias"
     yield "ffn.experts.w_down", (E, F, D), ("experts", "expert_mlp", "expert_embed"), "experts"
-    if m.biases:
+    if m.biased("ffn"):
         yield "ffn.experts.b_down", (E, D), ("experts", "bias"), "expert_bias"
     if moe.shared_experts:
         yield from feed_forward(m, moe.shared_experts * F, "ffn.shared", "shared_experts", "shared_expert_bias")
@@ -137,10 +137,10 @@ def attention(m: ModelConfig, name: str = "attention", component: str = "attn") 
     D, H, J, N = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim
     for part, heads, axis in (("query", H, "heads"), ("key", J, "kv_heads"), ("value", J, "kv_heads")):
         yield f"{name}.w_{part}", (D, heads, N), ("embed", axis, "head"), component
-        if m.biases:
+        if m.biased("qkv"):
             yield f"{name}.b_{part}", (heads, N), (axis, "bias"), f"{component}_bias"
     yield f"{name}.w_out", (H, N, D), ("heads", "head", "embed"), component
-    if m.biases:
+    if m.biased("out"):
         yield f"{name}.b_out", (D,), ("bias",), f"{component}_bias"
     if m.sinks:
         yield f"{name}.sinks", (H,), ("heads",), "sinks"

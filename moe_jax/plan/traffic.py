@@ -127,7 +127,7 @@ def partial_sums(step: Step) -> list[Move]:
         out.append(move(step, "sums of latents", "all-reduce", rules.act_heads, round(m.layers * step.turns), size))
     local = m.moe is not None and step.dispatch.dispatch == "ragged"  # experts are added up at the tokens
     if m.moe is not None and m.moe.shared_experts:  # forward together with such experts, but for biases in between
-        together = local and not m.biases and live(step, rules.act_mlp) == live(step, rules.expert_mlp)
+        together = local and not m.biased("ffn") and live(step, rules.act_mlp) == live(step, rules.expert_mlp)
         out.append(added("shared experts' sums", rules.act_mlp, step.moe_layers + (0 if together else last("moe"))))
     if local:
         out.append(added("expert sums", rules.expert_mlp, step.moe_layers + last("moe")))
