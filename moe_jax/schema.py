@@ -238,7 +238,9 @@ class ModelConfig:
         "an encoder of what stands before the sequence in its document, to which every layer attends too (T5, Switch); "
         "unset: a decoder alone",
     )
-    qk_norm: bool = key(False, "an RMSNorm over the head width of each query and key (Qwen3)")
+    qk_norm: bool | Literal["all"] = key(
+        False, "an RMSNorm over the head width of each query and key (Qwen3); all: over all heads of a token (OLMoE)"
+    )
     biases: bool | Literal["attention", "qkv"] = key(
         False,
         "biases in attention, feed-forward layers and experts; never in routers and the head; attention: in its four "
@@ -281,9 +283,7 @@ class ModelConfig:
 
     def biased(self, part: Literal["qkv", "out", "ffn"]) -> bool:
         """Whether there are biases of queries, keys and values, of what attention makes, or in layers and experts."""
-        return (
-            part in {False: (), "qkv": ("qkv",), "attention": ("qkv", "out"), True: ("qkv", "out", "ffn")}[self.biases]
-        )
+        return part in BIASED_PARTS[self.biases]
 
     @property
     def resolved_head_dim(self) -> int:

@@ -32,6 +32,7 @@ VARIANTS = {
     "sinks": {"sinks": True, "kv_heads": 4},
     "biases of queries, keys and values": {"biases": "qkv"},
     "biases of attention": {"biases": "attention", "window": 5},
+    "a norm over all heads": {"qk_norm": "all", "biases": "qkv"},
     "sinks and a window": {"sinks": True, "window": 1, "full_every": 2, "stack_above": 4},
 }
 
@@ -59,7 +60,7 @@ def attended(p, x, positions, segments, m, window):
         for n in ("query", "key", "value")
     )
     q, k = (turn(normed(a, p.get(f"{n}_norm"), m), positions, m) for n, a in (("query", q), ("key", k)))
-    scale = getattr(m, "attention_scale", None) or 1 / math.sqrt(q.shape[-1])
+    scale = 1 / math.sqrt(q.shape[-1])
     out = np.zeros_like(q)
     for h in range(len(q)):
         for i in range(len(x)):

@@ -181,8 +181,8 @@ class Attention(nnx.Module):
         self.b_value = constant(0.0, (J, N), ("kv_heads", "bias")) if m.biased("qkv") else None
         self.b_out = constant(0.0, (D,), ("bias",)) if m.biased("out") else None
         self.sinks = constant(0.0, (H,), ("heads",)) if m.sinks else None
-        self.query_norm = Norm("rms", N, m.norm_eps) if m.qk_norm else None
-        self.key_norm = Norm("rms", N, m.norm_eps) if m.qk_norm else None
+        widths = (H * N, J * N) if m.qk_norm == "all" else (N, N)
+        self.query_norm, self.key_norm = (Norm("rms", n, m.norm_eps) if m.qk_norm else None for n in widths)
 
     def __call__(
         self, x: jax.Array, context: Context, cache: LayerCache | None = None
@@ -212,13 +212,21 @@ class Attention(nnx.Module):
     def queries(self, x: jax.Array) -> jax.Array:
         """x [B, L, D] -> [B, H, L, N]."""
         q = to_heads(x, self.w_query[...], "act_heads", self.rules, self.b_query)
-        return q if self.query_norm is None else self.query_norm(q)
+        return q if self.query_norm is None else self.normed(self.query_norm, q)
 
     def keys_and_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, M, D] -> twice [B, J, M, N]."""
         k = to_heads(x, self.w_key[...], "kv_heads", self.rules, self.b_key)
         v = to_heads(x, self.w_value[...], "kv_heads", self.rules, self.b_value)
-        return (k if self.key_norm is None else self.key_norm(k)), v
+        return (k if self.key_norm is None else self.normed(self.key_norm, k)), v
+
+    def normed(self, norm: Norm, h: jax.Array) -> jax.Array:
+        """h [B, heads, L, N], each head of a token for itself or all together."""
+        if self.m.qk_norm != "all":
+            return norm(h)
+        B, heads, L, N = h.shape
+        flat = norm(h.transpose(0, 2, 1, 3).reshape(B, L, heads * N))  # [B,L,heads*N]
+        return flat.reshape(B, L, heads, N).transpose(0, 2, 1, 3)
 
     def back(self, y: jax.Array) -> jax.Array:
         """y [B, J, R, L, N] -> [B, L, D]."""

@@ -144,8 +144,8 @@ def attention(m: ModelConfig, name: str = "attention", component: str = "attn") 
         yield f"{name}.b_out", (D,), ("bias",), f"{component}_bias"
     if m.sinks:
         yield f"{name}.sinks", (H,), ("heads",), "sinks"
-    for part in ("query", "key") if m.qk_norm else ():
-        yield f"{name}.{part}_norm.scale", (N,), ("norm",), "qk_norm"
+    for part, heads in (("query", H), ("key", J)) if m.qk_norm else ():
+        yield f"{name}.{part}_norm.scale", (heads * N if m.qk_norm == "all" else N,), ("norm",), "qk_norm"
 
 
 def latent_attention(m: ModelConfig, latent: LatentConfig) -> Iterator[Part]:
