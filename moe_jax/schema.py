@@ -246,6 +246,9 @@ class ModelConfig:
         "biases in attention, feed-forward layers and experts; never in routers and the head; attention: in its four "
         "products alone; qkv: of queries, keys and values alone (Qwen2)",
     )
+    attention_scale: Positive | None = key(
+        None, "factor on the products of queries and keys (Granite); unset: 1 over the root of their width"
+    )
     window: Count | None = key(None, "tokens that a query sees, itself included; unset: all of its sequence so far")
     full_every: Count | None = key(
         None, "with a window: every n-th layer (the n-th, 2n-th, ...) sees all (GPT-OSS: 2); unset: no layer does"
@@ -307,7 +310,7 @@ class ModelConfig:
     def score_scale(self) -> float:
         """Factor on the products of queries and keys. Of latent keys only a part turns: YaRN's factor is on all here
         (DeepSeek-V2, section 3.1.4), and not on sine and cosine alone."""
-        scale = 1.0 / sqrt(self.key_dim)
+        scale = self.attention_scale or 1.0 / sqrt(self.key_dim)
         if self.latent is None or self.rope is None or self.rope.mscale_all_dim is None:
             return scale
         return scale * self.rope.scale(self.rope.mscale_all_dim) ** 2

@@ -13,10 +13,11 @@ from test_encoder import layers, rms, softmax
 from test_layers import f64, filled
 from test_rope import proved_by_transformers, rates
 
-from moe_jax import config
+from moe_jax import config, place
 from moe_jax import mesh as meshes
 from moe_jax.axes import Rules
-from moe_jax.config import ConfigError, MeshConfig, ModelConfig, MoEConfig, from_dict
+from moe_jax.cache import empty_layer
+from moe_jax.config import ConfigError, LatentConfig, MeshConfig, ModelConfig, MoEConfig, RopeConfig, from_dict
 from moe_jax.layers.attention import Scoring, causal_attention
 from moe_jax.layers.context import split_attention
 from moe_jax.model import Transformer
@@ -33,6 +34,8 @@ VARIANTS = {
     "biases of queries, keys and values": {"biases": "qkv"},
     "biases of attention": {"biases": "attention", "window": 5},
     "a norm over all heads": {"qk_norm": "all", "biases": "qkv"},
+    "a scale": {"attention_scale": 0.9},
+    "YaRN of a part": {"rope": RopeConfig("yarn", factor=4.0, original_length=32, fraction=1 / 3), "head_dim": 12},
     "sinks and a window": {"sinks": True, "window": 1, "full_every": 2, "stack_above": 4},
 }
 
@@ -60,7 +63,7 @@ def attended(p, x, positions, segments, m, window):
         for n in ("query", "key", "value")
     )
     q, k = (turn(normed(a, p.get(f"{n}_norm"), m), positions, m) for n, a in (("query", q), ("key", k)))
-    scale = 1 / math.sqrt(q.shape[-1])
+    scale = m.attention_scale or 1 / math.sqrt(q.shape[-1])
     out = np.zeros_like(q)
     for h in range(len(q)):
         for i in range(len(x)):
@@ -308,3 +311,103 @@ def test_split_rows_see_their_window_and_sinks(kind, window, with_sinks, sizes):
         (_, out), grads = run(*(q, k, v, sinks)[:places])
     for got, want in zip((out, *grads), reference(window, with_sinks), strict=False):
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+# Decoding, and meshes
+
+
+MOE = MoEConfig(experts=4, top_k=2, d_ff=12, first_dense=0)
+SPARSE = replace(SMALL, vocab=14, layers=2, moe=MOE)
+YARN = RopeConfig("yarn", factor=4.0, original_length=16, beta_fast=4.0, mscale=1.0, mscale_all_dim=0.7)
+FAMILIES = {  # what is decoded, and trained, on meshes: several variants in one program
+    "grouped queries": {"biases": "qkv"},
+    "all heads": {"kv_heads": None, "qk_norm": "all", "attention_scale": 0.3},
+    "windows and sinks": {"window": 3, "full_every": 2, "sinks": True, "biases": "attention", "rope": YARN},
+    "latent": {"kv_heads": None, "latent": LatentConfig(6, 8, 4), "rope": YARN},
+}
+LENGTHS, WIDTH, STEPS = np.array([5, 3, 1, 4, 5, 5, 2, 3]), 5, 6  # prompts, and tokens after them
+TOKENS = np.random.default_rng(7).integers(0, 13, (8, WIDTH + STEPS)).astype(np.int32)
+
+
+@functools.cache
+def weights(family):
+    """Numbers of a model, alike on every mesh."""
+    return nnx.split(transformer(replace(SPARSE, **FAMILIES[family])))[1]
+
+
+def on(sizes, family, call):
+    """`call` of the model with these numbers on a mesh."""
+    m = replace(SPARSE, **FAMILIES[family])
+    mesh = meshes.build_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
+    with jax.set_mesh(mesh):
+        graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(m, rules=Rules(), rngs=nnx.Rngs(params=0))))
+        state = jax.tree.map(lambda shape, x: x.astype(shape.dtype), state, weights(family))
+        model = nnx.merge(graph, state)
+        place(model, mesh, Rules())
+        graph, state = nnx.split(model)
+        return jax.tree.map(np.asarray, jax.jit(lambda state: call(graph, state))(state))
+
+
+def decoded(graph, state):
+    """Logits of all rows at once, and of a cache that is filled and then takes a token after another."""
+    model = nnx.merge(graph, state)
+    place = LENGTHS[:, None] - WIDTH + np.arange(WIDTH)  # prompts are aligned at their right ends
+    prompt = np.where(place >= 0, np.take_along_axis(TOKENS, np.maximum(place, 0), 1), 0)
+    after = np.take_along_axis(TOKENS, LENGTHS[:, None] + np.arange(STEPS), 1)
+    whole = model(jnp.asarray(TOKENS), capacity_factor=None).logits
+    cache = model.empty_cache(8, WIDTH + STEPS, jnp.asarray(LENGTHS), WIDTH)
+    first = model(jnp.asarray(prompt), segments=jnp.asarray(place >= 0).astype(jnp.int32), cache=cache)
+
+    def step(cache, token):
+        out = model(token[:, None], cache=cache)
+        return out.cache, out.logits[:, 0]
+
+    _, rest = jax.lax.scan(step, first.cache, jnp.asarray(after.T))
+    return whole, jnp.concatenate([first.logits[:, -1:], rest.transpose(1, 0, 2)], 1)
+
+
+@functools.cache
+def alone(family):
+    """Logits of the full forward pass on one device, after the prompt and after each of the next tokens."""
+    whole, got = on({"data": 1}, family, decoded)
+    return np.stack([whole[b, n - 1 : n + STEPS] for b, n in enumerate(LENGTHS)]), got
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", [{"data": 1}, {"expert": 4, "tensor": 2}], ids=str)
+def test_decoding_equals_the_full_forward_pass(sizes, family):
+    want, got = alone(family)
+    if sizes != {"data": 1}:
+        _, got = on(sizes, family, decoded)
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
+
+
+def trained(graph, state):
+    """Loss of packed rows with its gradients."""
+    tokens, segments = jnp.asarray(TOKENS), jnp.asarray(np.repeat([[1, 2]], [7, 4], axis=1).repeat(8, 0), jnp.int32)
+
+    def loss(params, other):
+        logits = nnx.merge(graph, params, other)(tokens, segments=segments, train=True).logits
+        return (jax.nn.log_softmax(logits) ** 2).mean()
+
+    params, other = nnx.split_state(state, nnx.Param, ...)
+    return jax.value_and_grad(loss)(params, other)
+
+
+@pytest.mark.parametrize("family", ["all heads", "windows and sinks"])
+def test_a_mesh_trains_as_one_device_does(family):
+    """Also a norm over heads that two devices share, and sinks that lie with their heads."""
+    want, got = (on(sizes, family, trained) for sizes in ({"data": 1}, {"fsdp": 2, "expert": 2, "tensor": 2}))
+    flat = [dict(jax.tree_util.tree_leaves_with_path(x)) for x in (want, got)]
+    assert len(flat[0]) == len(flat[1]) > 10
+    for path, x in flat[0].items():
+        assert np.abs(x).max() > 0, f"{path} has no gradient"
+        np.testing.assert_allclose(flat[1][path], x, atol=2e-5 * np.abs(x).max(), err_msg=str(path))
+
+
+def test_what_deepseek_v3_keeps_of_a_token():
+    """576 numbers a layer, 70,272 bytes of bfloat16 over its 61 layers."""
+    m = config.load("deepseek_v3").model
+    one = jax.eval_shape(lambda: empty_layer(m, 1, 1, m.layers))
+    assert sum(a.size for a in jax.tree.leaves(one)) == m.cached_width * 61 == 576 * 61
+    assert sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(one)) == 70_272
