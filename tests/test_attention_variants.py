@@ -17,13 +17,16 @@ from moe_jax import config, place
 from moe_jax import mesh as meshes
 from moe_jax.axes import Rules
 from moe_jax.cache import empty_layer
+from moe_jax.collectives import read
 from moe_jax.config import ConfigError, LatentConfig, MeshConfig, ModelConfig, MoEConfig, RopeConfig, from_dict
 from moe_jax.layers.attention import Scoring, causal_attention
 from moe_jax.layers.context import split_attention
 from moe_jax.model import Transformer
 from moe_jax.plan.leaves import leaves
+from moe_jax.plan.traffic import traffic
 from moe_jax.plan.work import Step
 from moe_jax.sequence import balanced, restored
+from moe_jax.train.state import Model
 
 L = 70  # two blocks of queries
 SMALL = ModelConfig(vocab=13, layers=4, d_model=16, d_ff=24, heads=4, kv_heads=2, head_dim=6, max_length=80)
@@ -384,7 +387,7 @@ def test_decoding_equals_the_full_forward_pass(sizes, family):
 
 def trained(graph, state):
     """Loss of packed rows with its gradients."""
-    tokens, segments = jnp.asarray(TOKENS), jnp.asarray(np.repeat([[1, 2]], [7, 4], axis=1).repeat(8, 0), jnp.int32)
+    tokens, segments = jnp.asarray(TOKENS[:, :8]), jnp.asarray([[1] * 5 + [2] * 3] * 8, jnp.int32)
 
     def loss(params, other):
         logits = nnx.merge(graph, params, other)(tokens, segments=segments, train=True).logits
@@ -394,15 +397,45 @@ def trained(graph, state):
     return jax.value_and_grad(loss)(params, other)
 
 
-@pytest.mark.parametrize("family", ["all heads", "windows and sinks"])
-def test_a_mesh_trains_as_one_device_does(family):
-    """Also a norm over heads that two devices share, and sinks that lie with their heads."""
-    want, got = (on(sizes, family, trained) for sizes in ({"data": 1}, {"fsdp": 2, "expert": 2, "tensor": 2}))
+@functools.cache
+def trained_alone(family):
+    return on({"data": 1}, family, trained)
+
+
+@pytest.mark.parametrize(
+    "family, sizes",
+    [
+        ("all heads", {"fsdp": 2, "expert": 2, "tensor": 2}),
+        ("windows and sinks", {"fsdp": 2, "expert": 2, "tensor": 2}),
+        ("windows and sinks", {"context": 2, "expert": 2, "tensor": 2}),
+    ],
+)
+def test_a_mesh_trains_as_one_device_does(family, sizes):
+    """Also a norm over heads that two devices share, and sinks that lie with their heads, and rows that are split."""
+    want, got = trained_alone(family), on(sizes, family, trained)
     flat = [dict(jax.tree_util.tree_leaves_with_path(x)) for x in (want, got)]
     assert len(flat[0]) == len(flat[1]) > 10
     for path, x in flat[0].items():
         assert np.abs(x).max() > 0, f"{path} has no gradient"
         np.testing.assert_allclose(flat[1][path], x, atol=2e-5 * np.abs(x).max(), err_msg=str(path))
+
+
+def test_what_a_norm_over_all_heads_adds_up():
+    """Over the devices that share the heads: for each token a sum of queries and one of keys, and their gradients'."""
+    base = ["mesh.data=1", "mesh.tensor=2", "model.layers=1", "train.sample=unset", "data.length=8", "data.batch=4"]
+    sent = []
+    for norm in ("false", "all"):
+        cfg = config.load("tiny_dense", [*base, f"model.qk_norm={norm}", "model.remat=none"])
+        model, mesh = Model.of(cfg), meshes.build_mesh(cfg.mesh, jax.devices()[:2])
+
+        def loss(weights, model=model):
+            return model.module(weights)(jnp.zeros((4, 8), jnp.int32), train=True).logits.sum()
+
+        with jax.set_mesh(mesh):
+            program = jax.jit(jax.grad(loss)).lower(model.weight_targets(mesh).params).compile()
+        sent.append(sum(c.bytes for c in read(program.as_text(), mesh) if c.op == "all-reduce"))
+    (planned,) = [m for m in traffic(Step(cfg, "cpu")) if m.what == "norms over all heads"]
+    assert planned.count * planned.bytes == sent[1] - sent[0] == 2 * 2 * 32 * 4
 
 
 def test_what_deepseek_v3_keeps_of_a_token():
