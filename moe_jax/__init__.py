@@ -12,6 +12,7 @@ _HOME = {
     "ModelConfig": "schema",
     "MoEConfig": "schema",
     "Refused": "schema",
+    "RopeConfig": "schema",
     "RouterConfig": "schema",
     "load": "config",
     "Rules": "axes",

@@ -41,6 +41,13 @@ class Cached(NamedTuple):
     visible: jax.Array  # [B, L, M] bool
     place: jax.Array  # [] int32, the first place written
 
+    def within(self, window: int | None) -> jax.Array:
+        """What is visible of the last `window` places, [B, L, M] bool."""
+        if window is None:
+            return self.visible
+        queries, keys = (jnp.arange(n) for n in self.visible.shape[1:])
+        return self.visible & (self.place + queries[:, None] - keys[None] < window)[None]
+
 
 def empty_layer(m: ModelConfig, batch: int, places: int, repeats: int) -> LayerCache:
     """Zeros for `repeats` layers: k and v [repeats, B, J, M, N]."""

@@ -4,11 +4,8 @@ Each check returns `Problem`s with the key, the reason and the remedy; `config` 
 `rules.validate` holds the rules and the mesh against the shapes of the parameters.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
-
 from moe_jax.axes import Rules
+from moe_jax.checks_attention import Refuse, check_attention, idle
 from moe_jax.pattern import STAGE
 from moe_jax.schema import (
     Config,
@@ -20,18 +17,6 @@ from moe_jax.schema import (
     Problem,
     RouterConfig,
 )
-
-
-def _idle(table: Any, prefix: str, names: Sequence[str], why: str, remedy: str) -> list[Problem]:
-    """Keys that have no effect beside the others of their table; a value that is not the default was meant to."""
-    given = {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if f.name in names}
-    default = {f.name: f.default for f in dataclasses.fields(table)}
-    return [
-        Problem(f"{prefix}.{name}", f"is {value}, and {why}", f"take it out, or {remedy}")
-        for name, value in given.items()
-        if value != default[name]
-    ]
-
 
 TOP_K = {"switch": 1, "gshard": 2}
 STEERING = ("balance_loss", "importance_loss", "load_loss", "device_loss", "communication_loss")  # towards equal loads
@@ -80,9 +65,6 @@ def check_moe(moe: MoEConfig, prefix: str = "model.moe", *, learns: bool = True)
     if kind == "expert_choice":
         _check_expert_choice(moe, no)
     return out
-
-
-Refuse = Callable[[str, str, str], None]
 
 
 SOFTMAX_OF_CHOSEN = ("topk_softmax", "noisy_topk")
@@ -229,22 +211,6 @@ def _check_expert_choice(moe: MoEConfig, no: Refuse) -> None:
             no(name, "has no effect: expert_choice is balanced by construction", "leave it out")
 
 
-def _check_latent(m: ModelConfig, no: Refuse) -> None:
-    """Latent attention has as many keys as queries, and positions in a part of their own."""
-    assert m.latent is not None
-    if m.kv_heads is not None:
-        no("kv_heads", f"is {m.kv_heads}, and latent attention makes keys and values for each head", "take it out")
-    if m.positions != "rotary":
-        no("positions", f"is {m.positions!r}, and model.latent.rotary turns a part of each key", "set it to rotary")
-    if m.latent.rotary % 2:
-        no("latent.rotary", f"{m.latent.rotary} is odd, and rotary positions turn pairs", "use an even width")
-    if m.encoder is not None:
-        no("encoder", "is set, and latent attention has none to read", "take one of them out")
-    for name in ("qk_norm", "biases"):
-        if getattr(m, name):
-            no(name, "is true, and latent attention has norms of its own and no biases", f"set model.{name}=false")
-
-
 def _check_encoder(cfg: Config) -> list[Problem]:
     """What an encoder, or positions by distance, cannot be combined with."""
     m, encoder, out = cfg.model, cfg.model.encoder, []
@@ -282,15 +248,14 @@ def check_model(m: ModelConfig) -> list[Problem]:
         no("heads", f"d_model {m.d_model} is not divisible by {m.heads} heads", "set model.head_dim or change heads")
     if m.heads % m.resolved_kv_heads:
         no("kv_heads", f"{m.heads} heads are not a multiple of {m.kv_heads} key/value heads", "use a divisor of heads")
-    if m.latent is not None:
-        _check_latent(m, no)
-    elif m.positions == "rotary" and m.resolved_head_dim % 2:
+    check_attention(m, no)
+    if m.latent is None and m.positions == "rotary" and m.resolved_head_dim % 2:
         no("head_dim", f"{m.resolved_head_dim} is odd, and rotary positions turn pairs", "use an even head_dim")
     if m.positions == "sinusoidal" and m.d_model % 2:
         no("d_model", f"{m.d_model} is odd, and sinusoidal positions come in pairs", "use an even d_model")
     if m.positions != "rotary":
         why = f"{m.positions} positions do not turn"
-        out += _idle(m, "model", ["rope_theta"], why, "set model.positions=rotary")
+        out += idle(m, "model", ["rope_theta", "rope"], why, "set model.positions=rotary")
     if m.moe is not None:
         out += check_moe(m.moe)
         if m.moe.router.kind == "expert_choice" and not m.moe.router.lookahead:
@@ -309,11 +274,9 @@ def _check_optimizer(o: OptimizerConfig) -> list[Problem]:
     """Settings of one optimizer or schedule beside another."""
     prefix = "train.optimizer"
     unused = {"adamw": [], "muon": ["eps"], "adafactor": ["b1", "b2", "eps"]}[o.kind]
-    out = _idle(o, prefix, unused, f"{o.kind} has no such setting", "set train.optimizer.kind=adamw")
+    out = idle(o, prefix, unused, f"{o.kind} has no such setting", "set train.optimizer.kind=adamw")
     if o.schedule != "wsd":
-        out += _idle(
-            o, prefix, ["decay"], f"the {o.schedule} schedule has no final decay", f"set {prefix}.schedule=wsd"
-        )
+        out += idle(o, prefix, ["decay"], f"the {o.schedule} schedule has no final decay", f"set {prefix}.schedule=wsd")
     return out
 
 
@@ -427,7 +390,7 @@ def _check_stages(cfg: Config) -> list[Problem]:
     """Layers, microbatches and balance against the stages of a pipeline."""
     stages, m, rounds = cfg.mesh.stage, cfg.train.microbatches, cfg.train.rounds
     if stages == 1:
-        return _idle(cfg.train, "train", ["rounds"], "mesh.stage=1 is no pipeline", "set mesh.stage above 1")
+        return idle(cfg.train, "train", ["rounds"], "mesh.stage=1 is no pipeline", "set mesh.stage above 1")
     out = []
     runs = cfg.model.runs
     repeats = runs[0][1] if len(runs) == 1 else 0

@@ -29,6 +29,7 @@ from moe_jax.schema import (
     OptimizerConfig,
     Problem,
     Refused,
+    RopeConfig,
     RouterConfig,
     TrainConfig,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "OptimizerConfig",
     "Problem",
     "Refused",
+    "RopeConfig",
     "RouterConfig",
     "TrainConfig",
     "check_exchange",
@@ -122,6 +124,9 @@ WANTED = {  # what a value is not, where pydantic's own words are those of a par
 }
 
 
+BRANCHES = ("bool", "constrained-int")
+
+
 def _quoted(path: str, given: Any) -> str:
     """How to write a number or a truth value that is meant as text: unquoted, TOML reads 2024 as a number."""
     if not isinstance(given, (int, float)) or len(str(given)) >= 80:
@@ -132,6 +137,8 @@ def _quoted(path: str, given: Any) -> str:
 def _problem(error: Any) -> Problem:
     """One pydantic error in our words."""
     loc = [str(part) for part in error["loc"]]
+    if loc and (loc[-1] in BRANCHES or loc[-1].startswith("literal[")):  # which of several types was tried
+        loc = loc[:-1]
     path, kind, given = ".".join(loc) or "config", error["type"], error.get("input")
     shown = repr(given) if len(repr(given)) < 80 else repr(given)[:77] + "..."
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):

@@ -45,13 +45,18 @@ class Output(NamedTuple):
 
 Run = tuple[tuple[str, ...], int]
 """Kinds of the layers of a period, and its repeats."""
+Windows = Sequence[int | None]
+"""How many tokens each of them sees; None for all."""
 
 
 class Period(nnx.Module):
     """The layers of one period of a stack."""
 
-    def __init__(self, m: ModelConfig, kinds: tuple[str, ...], rules: Rules | None, rngs: nnx.Rngs, **place: bool):
-        self.blocks = nnx.List([Block(m, kind, rules, rngs, **place) for kind in kinds])
+    def __init__(
+        self, m: ModelConfig, kinds: Sequence[str], windows: Windows, rules: Rules | None, rngs: nnx.Rngs, **place: bool
+    ):
+        layers = zip(kinds, windows, strict=True)
+        self.blocks = nnx.List([Block(m, kind, rules, rngs, window=window, **place) for kind, window in layers])
 
     def __call__(self, x, context: Context, keys: Keys, caches: tuple, train: bool, options: Sequence[dict]):
         """`options` of each MoE layer -> x, what each MoE layer returns beside it, caches of all layers."""
@@ -64,13 +69,13 @@ class Period(nnx.Module):
         return x, (tuple(routed), tuple(out))
 
 
-def stacked(m: ModelConfig, run: Run, rules: Rules | None, rngs: nnx.Rngs, **place: bool) -> Period:
+def stacked(m: ModelConfig, run: Run, windows: Windows, rules: Rules | None, rngs: nnx.Rngs, **place: bool) -> Period:
     """The periods of a run with their parameters stacked along a leading `layers` axis; `place` as of `Block`."""
     kinds, repeats = run
 
     @nnx.vmap(in_axes=0, out_axes=0)
     def create(key):
-        return Period(m, kinds, rules, nnx.Rngs(params=key), **place)
+        return Period(m, kinds, windows, rules, nnx.Rngs(params=key), **place)
 
     period = create(jax.random.split(rngs.params(), repeats))
     for _, variable in nnx.to_flat_state(nnx.state(period, (nnx.Param, SelectionBias))):
@@ -117,7 +122,9 @@ class Encoder(nnx.Module):
         assert m.encoder is not None
         self.runs, V = tuple(m.encoder_runs), m.encoder.vocab
         self.table = None if V is None else param(rngs, (V, m.d_model), ("vocab", "embed"), fan_in(m.d_model))
-        self.stacks = nnx.List([stacked(m, run, rules, rngs, both_ways=True) for run in self.runs])
+        self.stacks = nnx.List(
+            [stacked(m, run, (None,) * len(run[0]), rules, rngs, both_ways=True) for run in self.runs]
+        )
         self.final_norm = Norm(m.norm, m.d_model, m.norm_eps) if m.final_norm else None
         self.relative = distance_biases(m, rngs)
 
@@ -143,7 +150,10 @@ class Transformer(nnx.Module):
         self.m, self.rules = m, rules
         self.runs = tuple(m.runs)
         self.embedding = Embedding(m, rules, rngs)
-        self.stacks = nnx.List([stacked(m, run, rules, rngs, reads=m.encoder is not None) for run in self.runs])
+        runs = zip(self.runs, m.run_windows, strict=True)
+        self.stacks = nnx.List(
+            [stacked(m, run, windows, rules, rngs, reads=m.encoder is not None) for run, windows in runs]
+        )
         self.final_norm = Norm(m.norm, m.d_model, m.norm_eps) if m.final_norm else None
         self.relative = distance_biases(m, rngs)
         self.encoder = None if m.encoder is None else Encoder(m, rules, rngs)

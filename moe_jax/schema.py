@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
+from itertools import accumulate
+from math import lcm, log, prod, sqrt
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict
@@ -22,9 +23,17 @@ Positive = Annotated[float, Limit(gt=0)]
 NonNegative = Annotated[float, Limit(ge=0)]
 Rate = Annotated[float, Limit(ge=0, lt=1)]
 Fractional = Annotated[float, Limit(gt=0, lt=1)]
+Share = Annotated[float, Limit(gt=0, le=1)]
 
 GATED = ("swiglu", "geglu", "clamped_swiglu")  # feed-forward networks of three matrices, the first of them a gate's
+BIASED_PARTS = {False: (), "qkv": ("qkv",), "attention": ("qkv", "out"), True: ("qkv", "out", "ffn")}  # model.biases
 BUCKETS = 32  # of distances, each with a bias for every head: model.positions=relative
+
+
+def turning(width: int, fraction: float) -> int:
+    """How many of a head's numbers turn with the position; 0 where the fraction makes no whole pairs of them."""
+    turned = round(width * fraction)
+    return 0 if turned % 2 or abs(turned - width * fraction) > 1e-6 else turned
 
 
 def key(default: Any, doc: str) -> Any:
@@ -171,6 +180,43 @@ class LatentConfig:
 
 
 @dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions of other rates, or of a part of each head. Pairs are (i, i + N/2); a model that turns (2i, 2i+1)
+    is the same with the columns of its queries and keys in another order."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["plain", "linear", "yarn"] = key(
+        "plain", "rates theta^(-2i/N), all divided by the factor, or slow pairs divided and fast ones kept (YaRN)"
+    )
+    factor: Positive | None = key(None, "linear, yarn: how much longer rows may be than those of the first training")
+    original_length: Count | None = key(None, "yarn: tokens of the rows of the first training")
+    beta_fast: Positive = key(32.0, "yarn: pairs that turn more often in original_length keep their rate")
+    beta_slow: Positive = key(1.0, "yarn: pairs that turn less often get theirs divided by the factor")
+    mscale: Positive | None = key(None, "yarn: with mscale_all_dim; sine and cosine times the ratio of both scales")
+    mscale_all_dim: Positive | None = key(
+        None, "yarn: see mscale; in latent attention the scores are multiplied by the square of this scale (DeepSeek)"
+    )
+    attention_factor: Positive | None = key(
+        None, "yarn: factor on sine and cosine; unset: 0.1 ln(factor) + 1, or by mscale"
+    )
+    truncate: bool = key(True, "yarn: the bounds between fast and slow pairs are whole numbers (GPT-OSS: false)")
+    fraction: Share = key(1.0, "the first so many of a head's width turn, the others have no position")
+
+    def scale(self, weight: float = 1.0) -> float:
+        """0.1 m ln s + 1, the root of the factor on scores (Peng et al. 2023, YaRN, section 3.4), of weight m."""
+        return 1.0 if self.factor is None or self.factor <= 1.0 else 0.1 * weight * log(self.factor) + 1.0
+
+    @property
+    def turned(self) -> float:
+        """Factor on sine and cosine."""
+        if self.kind != "yarn" or self.attention_factor is not None:
+            return self.attention_factor or 1.0
+        if self.mscale is None or self.mscale_all_dim is None:
+            return self.scale()
+        return self.scale(self.mscale) / self.scale(self.mscale_all_dim)
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
     """The encoder that a decoder reads (Vaswani et al. 2017, section 3.1): layers like its own that see both ways."""
 
@@ -200,12 +246,27 @@ class ModelConfig:
         "an encoder of what stands before the sequence in its document, to which every layer attends too (T5, Switch); "
         "unset: a decoder alone",
     )
-    qk_norm: bool = key(False, "an RMSNorm over the head width of each query and key (Qwen3)")
-    biases: bool = key(False, "biases in attention, feed-forward layers and experts; never in routers and the head")
+    qk_norm: bool | Literal["all"] = key(
+        False, "an RMSNorm over the head width of each query and key (Qwen3); all: over all heads of a token (OLMoE)"
+    )
+    biases: bool | Literal["attention", "qkv"] = key(
+        False,
+        "biases in attention, feed-forward layers and experts; never in routers and the head; attention: in its four "
+        "products alone; qkv: of queries, keys and values alone (Qwen2)",
+    )
+    attention_scale: Positive | None = key(
+        None, "factor on the products of queries and keys (Granite); unset: 1 over the root of their width"
+    )
+    window: Count | None = key(None, "tokens that a query sees, itself included; unset: all of its sequence so far")
+    full_every: Count | None = key(
+        None, "with a window: every n-th layer (the n-th, 2n-th, ...) sees all (GPT-OSS: 2); unset: no layer does"
+    )
+    sinks: bool = key(False, "a learned logit of each head joins its softmax and has no value (GPT-OSS)")
     positions: Literal["learned", "sinusoidal", "rotary", "relative"] = key(
         "rotary", "positional encoding; relative: T5's biases of the scores by distance, for encoder and decoder"
     )
     rope_theta: Positive = key(10000.0, "base of the rotary frequencies")
+    rope: RopeConfig | None = key(None, "rotary positions of another kind, or of a part of each head; unset: plain")
     max_length: Count = key(2048, "longest sequence the model accepts")
     norm: Literal["layer", "rms"] = key("rms", "LayerNorm or RMSNorm")
     norm_order: Literal["pre", "post"] = key("pre", "x + f(norm(x)) or norm(x + f(x))")
@@ -241,6 +302,10 @@ class ModelConfig:
     )
     moe: MoEConfig | None = key(None, "the mixture of experts; unset: a dense model")
 
+    def biased(self, part: Literal["qkv", "out", "ffn"]) -> bool:
+        """Whether there are biases of queries, keys and values, of what attention makes, or in layers and experts."""
+        return part in BIASED_PARTS[self.biases]
+
     @property
     def resolved_head_dim(self) -> int:
         return self.head_dim or self.d_model // self.heads
@@ -258,6 +323,15 @@ class ModelConfig:
     def value_dim(self) -> int:
         """Head width of values."""
         return (self.latent.value if self.latent else None) or self.resolved_head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on the products of queries and keys. Of latent keys only a part turns: YaRN's factor is on all here
+        (DeepSeek-V2, section 3.1.4), and not on sine and cosine alone."""
+        scale = self.attention_scale or 1.0 / sqrt(self.key_dim)
+        if self.latent is None or self.rope is None or self.rope.mscale_all_dim is None:
+            return scale
+        return scale * self.rope.scale(self.rope.mscale_all_dim) ** 2
 
     @property
     def cached_width(self) -> int:
@@ -285,15 +359,31 @@ class ModelConfig:
     @property
     def runs(self) -> list[tuple[tuple[str, ...], int]]:
         """Kinds of the layers of a period, and its repeats: the parameters of a run's repeats are stacked."""
-        return self._runs(self.layer_kinds)
+        return self._runs(self.layer_kinds, self.windows)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many tokens each layer sees; None for all."""
+        n = self.full_every
+        return tuple(None if n and (i + 1) % n == 0 else self.window for i in range(self.layers))
+
+    @property
+    def run_windows(self) -> list[tuple[int | None, ...]]:
+        """The same for the layers of the period of each run."""
+        begins = accumulate((len(kinds) * repeats for kinds, repeats in self.runs), initial=0)
+        return [self.windows[i : i + len(kinds)] for i, (kinds, _) in zip(begins, self.runs, strict=False)]
 
     @property
     def encoder_runs(self) -> list[tuple[tuple[str, ...], int]]:
         """The same of the encoder."""
-        return self._runs(self.encoder_kinds)
+        return self._runs(self.encoder_kinds, (None,) * len(self.encoder_kinds))
 
-    def _runs(self, kinds: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
-        return pattern(kinds) if len(kinds) > self.stack_above else [((kind,), 1) for kind in kinds]
+    def _runs(self, kinds: tuple[str, ...], windows: tuple[int | None, ...]) -> list[tuple[tuple[str, ...], int]]:
+        if len(kinds) <= self.stack_above:
+            return [((kind,), 1) for kind in kinds]
+        both = lcm(self.full_every or 1, self.moe.every if self.moe else 1)
+        found = pattern(tuple(zip(kinds, windows, strict=True)), both)
+        return [(tuple(kind for kind, _ in period), repeats) for period, repeats in found]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from moe_jax.config import (
     MeshConfig,
     ModelConfig,
     MoEConfig,
+    RopeConfig,
     RouterConfig,
     from_dict,
     load,
@@ -356,7 +357,8 @@ def test_the_reference_is_complete_and_true():
     assert len(keys) == len(set(keys)) > 80
     assert {"train.steps", "mesh.expert", "model.moe.router.kind", "rules.expert_mlp"} <= set(keys)
     whole = Config(
-        model=ModelConfig(moe=MoEConfig(), latent=LatentConfig(), encoder=EncoderConfig()), claims=ClaimConfig()
+        model=ModelConfig(moe=MoEConfig(), latent=LatentConfig(), encoder=EncoderConfig(), rope=RopeConfig()),
+        claims=ClaimConfig(),
     )
     for name, kind, default, meaning in rows:
         node = whole

@@ -45,6 +45,10 @@ SETTINGS = [
     ["tiny_t5", "model.encoder.layers=3", "model.encoder.vocab=7", "model.biases=true", "model.qk_norm=true"],
     ["tiny_t5", "model.moe.router.kind=softmax_topk", "model.stack_above=12"],
     ["tiny_dense", "model.positions=relative", "model.norm=layer"],
+    ["tiny_dense", "model.biases=qkv"],
+    ["tiny_dense", "model.qk_norm=all", "model.kv_heads=3"],
+    ["tiny_gshard", "model.biases=attention", "model.moe.shared_experts=1"],
+    ["tiny_dense", "model.sinks=true", "model.window=4", "model.full_every=2"],
     ["tiny_dense", "model.kv_heads=unset", "model.latent.query=6", "model.latent.value=10", "model.positions=rotary"],
 ]
 

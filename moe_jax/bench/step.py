@@ -12,7 +12,7 @@ from moe_jax import mesh as meshes
 from moe_jax.bench.timing import by_turns, cpu_ratio, machine, ratio
 from moe_jax.capacity import capacity
 from moe_jax.config import Config, ModelConfig, Problem, Refused
-from moe_jax.pattern import query_blocks
+from moe_jax.pattern import seen_blocks
 from moe_jax.rules import sharding
 from moe_jax.train.state import Model
 from moe_jax.train.step import lower_train_step
@@ -38,12 +38,20 @@ def ffn_products(rows: int, batch: int, D: int, F: int, kind: str) -> list[Produ
 
 
 def layer_products(
-    m: ModelConfig, kind: str, B: int, L: int, *, both_ways: bool = False, inputs: int = 0
+    m: ModelConfig,
+    kind: str,
+    B: int,
+    L: int,
+    *,
+    window: int | None = None,
+    both_ways: bool = False,
+    inputs: int = 0,
 ) -> list[Product]:
     """The products of one layer, without those that move tokens to experts and back.
 
     Args:
-        both_ways: of an encoder. inputs: tokens M that an encoder read, to which a decoder's layer attends too.
+        window: tokens that a query sees; unset: all so far. both_ways: of an encoder.
+        inputs: tokens M that an encoder read, to which a decoder's layer attends too.
     """
     D, H, J, N, V, T = m.d_model, m.heads, m.resolved_kv_heads, m.key_dim, m.value_dim, B * L
     if m.latent is None:
@@ -57,8 +65,8 @@ def layer_products(
             Product(1, T, C, H * V),
         ]
     out.append(Product(1, T, H * V, D))
-    for begin, end in [(0, L)] if both_ways else query_blocks(L):  # all queries, or the causal blocks of them
-        out += [Product(B * H, end - begin, N, end), Product(B * H, end - begin, end, V)]
+    for queries, keys in [(L, L)] if both_ways else seen_blocks(L, window):  # all, or causal blocks of them
+        out += [Product(B * H, queries, N, keys), Product(B * H, queries, keys, V)]
     if inputs:
         out += [Product(1, T, D, H * N), *[Product(1, B * inputs, D, J * N)] * 2, Product(1, T, H * V, D)]
         out += [Product(B * H, L, N, inputs), Product(B * H, L, inputs, V)]
@@ -79,7 +87,8 @@ def step_products(cfg: Config) -> list[list[Product]]:
     """Products of every layer, then of the head."""
     m, B, L, M = cfg.model, cfg.data.batch, cfg.data.length, cfg.inputs
     encoder = [layer_products(m, kind, B, M, both_ways=True) for kind in m.encoder_kinds]
-    layers = [layer_products(m, kind, B, L, inputs=M) for kind in m.layer_kinds]
+    both = zip(m.layer_kinds, m.windows, strict=True)
+    layers = [layer_products(m, kind, B, L, window=window, inputs=M) for kind, window in both]
     return [*encoder, *layers, [Product(1, B * L, m.d_model, m.vocab)]]
 
 

@@ -15,7 +15,7 @@ from moe_jax.layers.context import split_attention
 from moe_jax.layers.distances import Distances
 from moe_jax.layers.norm import Norm
 from moe_jax.layers.positions import rotary
-from moe_jax.pattern import query_blocks
+from moe_jax.pattern import first_key, query_blocks
 from moe_jax.sequence import shards
 
 
@@ -39,60 +39,82 @@ class Context(NamedTuple):
     source: Source | None = None  # what an encoder read
 
 
-def weighted_values(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    width: int | None = None,
-    distances: Distances | None = None,
-) -> jax.Array:
-    """softmax(q k^T / sqrt(N)) v with the softmax in float32.
+class Scoring(NamedTuple):
+    """What a layer makes of the products of queries and keys."""
+
+    scale: float | None = None  # their factor, default 1 / sqrt(N)
+    window: int | None = None  # keys that a query sees at most, itself included
+    distances: Distances | None = None  # whose biases are added
+    sinks: jax.Array | None = None  # [H], a logit of each head that joins its softmax and has no value
+
+
+PLAIN = Scoring()
+
+
+def weighted_values(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scoring: Scoring = PLAIN) -> jax.Array:
+    """softmax(scale q k^T) v with the softmax in float32.
 
     Args:
         q: [B, J, R, L, N], R query heads to each of the J key/value heads; k, v: [B, J, M, N], whose widths may differ;
-            mask: [B, L, M] bool.
-        width: in place of N under the root.
-        distances: whose biases are added to the scores.
+            mask: [B, L, M] bool, of the window too.
     """
     scores = jnp.einsum("bjrln,bjmn->bjrlm", q, k, preferred_element_type=jnp.float32)
-    scores = scores * fan_in(q.shape[-1] if width is None else width)
-    if distances is not None:
-        scores = distances.added(scores)
+    scores = scores * (fan_in(q.shape[-1]) if scoring.scale is None else scoring.scale)
+    if scoring.distances is not None:
+        scores = scoring.distances.added(scores)
     scores = jnp.where(mask[:, None, None], scores, -1e30)  # finite: a row of padding sees nothing, and must not be NaN
-    return jnp.einsum("bjrlm,bjmn->bjrln", jax.nn.softmax(scores).astype(v.dtype), v)
+    shares = jax.nn.softmax(scores) if scoring.sinks is None else beside_sinks(scores, scoring.sinks)
+    return jnp.einsum("bjrlm,bjmn->bjrln", shares.astype(v.dtype), v)
+
+
+def beside_sinks(scores: jax.Array, sinks: jax.Array) -> jax.Array:
+    """Softmax of scores [B, J, R, L, M] and one more of each of the H = J*R heads, without that one's share (GPT-OSS;
+    Xiao et al. 2023, Attention Sinks, section 3.3): a head may attend to nothing."""
+    sinks = sinks.reshape(1, *scores.shape[1:3], 1, 1)
+    peak = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), sinks))
+    p = jnp.exp(scores - peak)
+    return p / (p.sum(-1, keepdims=True) + jnp.exp(sinks - peak))
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, distances: Distances | None = None
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scoring: Scoring = PLAIN
 ) -> jax.Array:
-    """Attention of each token to the earlier ones of its segment, in query blocks that skip the future.
+    """Attention of each token to the earlier ones of its segment, in query blocks that skip the future and what lies
+    before the window of their first query.
 
     Args:
         q: [B, J, R, L, N]; k, v: [B, J, L, N], whose widths may differ; segments: [B, L] int32, 0 for padding.
-        distances: whose biases are added to the scores.
     """
     out = []
     for begin, end in query_blocks(q.shape[-2]):
-        causal = jnp.arange(begin, end)[:, None] >= jnp.arange(end)[None]
-        mask = causal[None] & (segments[:, begin:end, None] == segments[:, None, :end])  # [B, rows, end]
-        block = None if distances is None else distances.rows(begin, end)
-        out.append(weighted_values(q[..., begin:end, :], k[..., :end, :], v[..., :end, :], mask, distances=block))
+        first = first_key(begin, scoring.window)
+        behind = jnp.arange(begin, end)[:, None] - jnp.arange(first, end)[None]  # [rows, keys]
+        near = behind >= 0 if scoring.window is None else (behind >= 0) & (behind < scoring.window)
+        mask = near[None] & (segments[:, begin:end, None] == segments[:, None, first:end])  # [B, rows, keys]
+        block = scoring
+        if scoring.distances is not None:
+            block = scoring._replace(distances=scoring.distances.rows(begin, end))
+        keys, values = k[..., first:end, :], v[..., first:end, :]
+        out.append(weighted_values(q[..., begin:end, :], keys, values, mask, block))
     return out[0] if len(out) == 1 else jnp.concatenate(out, axis=-2)
 
 
 def whole_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, seen: jax.Array, distances: Distances | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    seen: jax.Array,
+    scoring: Scoring = PLAIN,
 ) -> jax.Array:
     """Attention of each token [B, L] to all of its segment among [B, M], before it and after; 0 where there is none.
 
     Args:
         q: [B, J, R, L, N]; k, v: [B, J, M, N]; segments: [B, L] int32 of the queries, seen: [B, M] int32 of the keys, 0
             for padding.
-        distances: whose biases are added to the scores.
     """
     mask = (segments[:, :, None] == seen[:, None]) & (seen[:, None] > 0)  # [B,L,M]
-    y = weighted_values(q, k, v, mask, distances=distances)
+    y = weighted_values(q, k, v, mask, scoring)
     return jnp.where(mask.any(-1)[:, None, None, :, None], y, jnp.zeros((), y.dtype))
 
 
@@ -101,17 +123,20 @@ def over_rows(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array,
+    scoring: Scoring,
     m: ModelConfig,
     rules: Rules | None,
-    distances: Distances | None = None,
 ) -> jax.Array:
     """`causal_attention` of whole rows, also of those that are split over the mesh, which take no distances."""
     if rules is None or shards(rules) == 1:
-        return causal_attention(q, k, v, segments, distances)
-    if distances is not None:
+        return causal_attention(q, k, v, segments, scoring)
+    if scoring.distances is not None:
         raise ValueError("rules.length splits rows, whose attention adds no relative positions: build with by_rows()")
     wide = [(0, 0)] * (v.ndim - 1) + [(0, k.shape[-1] - v.shape[-1])]  # keys and values travel as one array
-    return split_attention(q, k, jnp.pad(v, wide), segments, rules, m.attention_exchange)[..., : v.shape[-1]]
+    sinks = None if scoring.sinks is None else scoring.sinks.reshape(q.shape[1:3])
+    how = m.attention_exchange, scoring.scale, scoring.window, sinks
+    y = split_attention(q, k, jnp.pad(v, wide), segments, rules, *how)
+    return y[..., : v.shape[-1]]
 
 
 def to_heads(x: jax.Array, w: jax.Array, name: str, rules: Rules | None, bias: nnx.Param | None = None) -> jax.Array:
@@ -134,21 +159,30 @@ class Attention(nnx.Module):
 
     Args:
         both_ways: tokens see the later ones of their segment too, as in an encoder.
+        window: keys that a query sees at most, itself included (Beltagy et al. 2020, section 3.1).
     """
 
-    def __init__(self, m: ModelConfig, rules: Rules | None, rngs: nnx.Rngs, both_ways: bool = False):
-        self.m, self.rules, self.both_ways = m, rules, both_ways
+    def __init__(
+        self,
+        m: ModelConfig,
+        rules: Rules | None,
+        rngs: nnx.Rngs,
+        both_ways: bool = False,
+        window: int | None = None,
+    ):
+        self.m, self.rules, self.both_ways, self.window = m, rules, both_ways, window
         D, H, J, N = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim
         self.w_query = param(rngs, (D, H, N), ("embed", "heads", "head"), fan_in(D))
         self.w_key = param(rngs, (D, J, N), ("embed", "kv_heads", "head"), fan_in(D))
         self.w_value = param(rngs, (D, J, N), ("embed", "kv_heads", "head"), fan_in(D))
         self.w_out = param(rngs, (H, N, D), ("heads", "head", "embed"), fan_in(H * N))
-        self.b_query = constant(0.0, (H, N), ("heads", "bias")) if m.biases else None
-        self.b_key = constant(0.0, (J, N), ("kv_heads", "bias")) if m.biases else None
-        self.b_value = constant(0.0, (J, N), ("kv_heads", "bias")) if m.biases else None
-        self.b_out = constant(0.0, (D,), ("bias",)) if m.biases else None
-        self.query_norm = Norm("rms", N, m.norm_eps) if m.qk_norm else None
-        self.key_norm = Norm("rms", N, m.norm_eps) if m.qk_norm else None
+        self.b_query = constant(0.0, (H, N), ("heads", "bias")) if m.biased("qkv") else None
+        self.b_key = constant(0.0, (J, N), ("kv_heads", "bias")) if m.biased("qkv") else None
+        self.b_value = constant(0.0, (J, N), ("kv_heads", "bias")) if m.biased("qkv") else None
+        self.b_out = constant(0.0, (D,), ("bias",)) if m.biased("out") else None
+        self.sinks = constant(0.0, (H,), ("heads",)) if m.sinks else None
+        widths = (H * N, J * N) if m.qk_norm == "all" else (N, N)
+        self.query_norm, self.key_norm = (Norm("rms", n, m.norm_eps) if m.qk_norm else None for n in widths)
 
     def __call__(
         self, x: jax.Array, context: Context, cache: LayerCache | None = None
@@ -159,30 +193,40 @@ class Attention(nnx.Module):
             cache: k and v [B, J, M, N]; keys and values are written from `context.cached.place` on, and the tokens
                 attend to the places that `visible` shows there.
         """
-        m, rules, segments, distances = self.m, self.rules, context.segments, context.distances
+        m, rules, segments = self.m, self.rules, context.segments
+        sinks = None if self.sinks is None else self.sinks[...]
+        scoring = Scoring(m.score_scale, self.window, context.distances, sinks)
         q, (k, v) = self.queries(x), self.keys_and_values(x)
         if m.positions == "rotary":
-            q, k = (rotary(a, context.positions, m.rope_theta) for a in (q, k))
+            q, k = (rotary(a, context.positions, m.rope_theta, m.rope) for a in (q, k))
         q = groups(q, k)
         if cache is not None and context.cached is not None:
             cache = write(cache, k, v, context.cached.place)
-            y = weighted_values(q, cache.k, cache.v, context.cached.visible, distances=distances)
+            y = weighted_values(q, cache.k, cache.v, context.cached.within(self.window), scoring)
         elif self.both_ways:
-            y = whole_attention(q, k, v, segments, segments, distances)
+            y = whole_attention(q, k, v, segments, segments, scoring)
         else:
-            y = over_rows(q, k, v, segments, m, rules, distances)
+            y = over_rows(q, k, v, segments, scoring, m, rules)
         return self.back(y), cache
 
     def queries(self, x: jax.Array) -> jax.Array:
         """x [B, L, D] -> [B, H, L, N]."""
         q = to_heads(x, self.w_query[...], "act_heads", self.rules, self.b_query)
-        return q if self.query_norm is None else self.query_norm(q)
+        return q if self.query_norm is None else self.normed(self.query_norm, q)
 
     def keys_and_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, M, D] -> twice [B, J, M, N]."""
         k = to_heads(x, self.w_key[...], "kv_heads", self.rules, self.b_key)
         v = to_heads(x, self.w_value[...], "kv_heads", self.rules, self.b_value)
-        return (k if self.key_norm is None else self.key_norm(k)), v
+        return (k if self.key_norm is None else self.normed(self.key_norm, k)), v
+
+    def normed(self, norm: Norm, h: jax.Array) -> jax.Array:
+        """h [B, heads, L, N], each head of a token for itself or all together."""
+        if self.m.qk_norm != "all":
+            return norm(h)
+        B, heads, L, N = h.shape
+        flat = norm(h.transpose(0, 2, 1, 3).reshape(B, L, heads * N))  # [B,L,heads*N]
+        return flat.reshape(B, L, heads, N).transpose(0, 2, 1, 3)
 
     def back(self, y: jax.Array) -> jax.Array:
         """y [B, J, R, L, N] -> [B, L, D]."""
@@ -216,5 +260,6 @@ class CrossAttention(Attention):
         else:
             assert cache is not None and cache.source_k is not None and cache.source_v is not None
             k, v = cache.source_k, cache.source_v
-        y = whole_attention(groups(self.queries(x), k), k, v, context.segments, source.segments)
+        q = groups(self.queries(x), k)
+        y = whole_attention(q, k, v, context.segments, source.segments, Scoring(self.m.score_scale))
         return self.back(y), cache

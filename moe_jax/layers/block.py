@@ -29,6 +29,7 @@ class Block(nnx.Module):
 
     Args:
         kind: `dense` or `moe`.
+        window: tokens that a query sees; unset: all of its sequence so far.
         both_ways: of an encoder. reads: of a decoder that has one.
     """
 
@@ -39,22 +40,28 @@ class Block(nnx.Module):
         rules: Rules | None,
         rngs: nnx.Rngs,
         *,
+        window: int | None = None,
         both_ways: bool = False,
         reads: bool = False,
     ):
         self.m, self.rules = m, rules
         self.attention_norm = Norm(m.norm, m.d_model, m.norm_eps)
         self.attention: Attention | LatentAttention
-        self.attention = Attention(m, rules, rngs, both_ways) if m.latent is None else LatentAttention(m, rules, rngs)
+        if m.latent is None:
+            self.attention = Attention(m, rules, rngs, both_ways, window)
+        else:
+            self.attention = LatentAttention(m, rules, rngs)
         self.cross_norm = Norm(m.norm, m.d_model, m.norm_eps) if reads else None
         self.cross_attention = CrossAttention(m, rules, rngs) if reads else None
         self.ffn_norm = Norm(m.norm, m.d_model, m.norm_eps)
         self.ffn: FFN | MoELayer
         if kind == "moe":
             assert m.moe is not None
-            self.ffn = MoELayer(m.moe, m.d_model, d_ff=m.d_ff, ffn=m.ffn, biases=m.biases, rules=rules, rngs=rngs)
+            self.ffn = MoELayer(
+                m.moe, m.d_model, d_ff=m.d_ff, ffn=m.ffn, biases=m.biased("ffn"), rules=rules, rngs=rngs
+            )
         else:
-            self.ffn = FFN(m.ffn, m.d_model, m.d_ff, rules, rngs, biases=m.biases)
+            self.ffn = FFN(m.ffn, m.d_model, m.d_ff, rules, rngs, biases=m.biased("ffn"))
 
     def __call__(
         self,

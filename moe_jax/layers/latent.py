@@ -7,7 +7,7 @@ from flax import nnx
 from moe_jax.axes import Rules
 from moe_jax.cache import LayerCache, write
 from moe_jax.config import ModelConfig
-from moe_jax.layers.attention import Context, from_heads, over_rows, to_heads, weighted_values
+from moe_jax.layers.attention import Context, Scoring, from_heads, over_rows, to_heads, weighted_values
 from moe_jax.layers.common import fan_in, lay, param, product
 from moe_jax.layers.norm import Norm
 from moe_jax.layers.positions import rotary
@@ -40,26 +40,26 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """x [B, L, D] -> ([B, L, D], cache), which is as `LayerCache` says."""
         m, rules, N, C = self.m, self.rules, self.m.resolved_head_dim, self.latent.key_value
-        h = x
+        scoring, h = Scoring(m.score_scale), x
         if self.w_query_down is not None and self.query_norm is not None:
             h = self.query_norm(self.narrow(x, self.w_query_down[...]))
         q = to_heads(h, self.w_query[...], "act_heads", rules)  # [B,H,L,N+P]
-        turned = rotary(q[..., N:], context.positions, m.rope_theta)  # [B,H,L,P]
+        turned = rotary(q[..., N:], context.positions, m.rope_theta, m.rope)  # [B,H,L,P]
         both = self.narrow(x, self.w_down[...])  # [B,L,C+P]
         c = self.latent_norm(both[..., :C])
-        shared = rotary(both[..., C:], context.positions, m.rope_theta)  # [B,L,P]
+        shared = rotary(both[..., C:], context.positions, m.rope_theta, m.rope)  # [B,L,P]
         if cache is not None and context.cached is not None:
             token = jnp.concatenate([c, shared], -1)[:, None]  # [B,1,L,C+P]
             cache = write(cache, token, token[..., :0], context.cached.place)
             through = jnp.einsum("bhln,chn->bhlc", q[..., :N], self.w_key[...].astype(q.dtype))
             q = jnp.concatenate([through, turned], -1)[:, None]  # [B,1,H,L,C+P]
-            y = weighted_values(q, cache.k, cache.k[..., :C], context.cached.visible, m.key_dim)[:, 0]  # [B,H,L,C]
+            y = weighted_values(q, cache.k, cache.k[..., :C], context.cached.visible, scoring)[:, 0]  # [B,H,L,C]
             y = jnp.einsum("bhlc,chv->bhlv", y, self.w_value[...].astype(y.dtype))
         else:
             k, v = (to_heads(c, w[...], "act_heads", rules) for w in (self.w_key, self.w_value))
             k = jnp.concatenate([k, jnp.broadcast_to(shared[:, None], (*k.shape[:-1], shared.shape[-1]))], -1)
             q = jnp.concatenate([q[..., :N], turned], -1)[:, :, None]  # [B,H,1,L,N+P]
-            y = over_rows(q, k, v, context.segments, m, rules)
+            y = over_rows(q, k, v, context.segments, scoring, m, rules)
         return from_heads(y, self.w_out[...], rules), cache
 
     def narrow(self, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ COMPONENTS = {  # component -> what it is called in tables
     "cross_attn": "attention to the encoder",
     "cross_attn_bias": "biases of that",
     "rel_bias": "relative positions",
+    "sinks": "attention's sinks",
     "qk_norm": "norms of queries and keys",
     "mla_norm": "norms of latents",
     "dense_ffn": "dense feed-forward",
@@ -34,7 +35,7 @@ COMPONENTS = {  # component -> what it is called in tables
     "router_bias": "routers' biases",
     "norms": "norms",
 }
-ADDED = ("norms", "qk_norm", "mla_norm", "rel_bias")
+ADDED = ("norms", "sinks", "qk_norm", "mla_norm", "rel_bias")
 ADDED += (
     "attn_bias",
     "cross_attn_bias",
@@ -107,10 +108,10 @@ def feed_forward(m: ModelConfig, hidden: int, name: str, component: str, biases:
     width = m.d_model
     for matrix in ("gate", "up") if m.ffn in GATED else ("up",):
         yield f"{name}.w_{matrix}", (width, hidden), ("embed", "mlp"), component
-        if m.biases:
+        if m.biased("ffn"):
             yield f"{name}.b_{matrix}", (hidden,), ("mlp",), biases
     yield f"{name}.w_down", (hidden, width), ("mlp", "embed"), component
-    if m.biases:
+    if m.biased("ffn"):
         yield f"{name}.b_down", (width,), ("bias",), biases
 
 
@@ -129,10 +130,10 @@ def mixture(m: ModelConfig, moe: MoEConfig) -> Iterator[Part]:
             yield "ffn.noise", (D, E), ("router_embed", "router_experts"), "router"
     for matrix in ("gate", "up") if m.ffn in GATED else ("up",):
         yield f"ffn.experts.w_{matrix}", (E, D, F), ("experts", "expert_embed", "expert_mlp"), "experts"
-        if m.biases:
+        if m.biased("ffn"):
             yield f"ffn.experts.b_{matrix}", (E, F), ("experts", "expert_mlp"), "expert_bias"
     yield "ffn.experts.w_down", (E, F, D), ("experts", "expert_mlp", "expert_embed"), "experts"
-    if m.biases:
+    if m.biased("ffn"):
         yield "ffn.experts.b_down", (E, D), ("experts", "bias"), "expert_bias"
     if moe.shared_experts:
         yield from feed_forward(m, moe.shared_width(F), "ffn.shared", "shared_experts", "shared_expert_bias")
@@ -150,13 +151,15 @@ def attention(m: ModelConfig, name: str = "attention", component: str = "attn") 
     D, H, J, N = m.d_model, m.heads, m.resolved_kv_heads, m.resolved_head_dim
     for part, heads, axis in (("query", H, "heads"), ("key", J, "kv_heads"), ("value", J, "kv_heads")):
         yield f"{name}.w_{part}", (D, heads, N), ("embed", axis, "head"), component
-        if m.biases:
+        if m.biased("qkv"):
             yield f"{name}.b_{part}", (heads, N), (axis, "bias"), f"{component}_bias"
     yield f"{name}.w_out", (H, N, D), ("heads", "head", "embed"), component
-    if m.biases:
+    if m.biased("out"):
         yield f"{name}.b_out", (D,), ("bias",), f"{component}_bias"
-    for part in ("query", "key") if m.qk_norm else ():
-        yield f"{name}.{part}_norm.scale", (N,), ("norm",), "qk_norm"
+    if m.sinks:
+        yield f"{name}.sinks", (H,), ("heads",), "sinks"
+    for part, heads in (("query", H), ("key", J)) if m.qk_norm else ():
+        yield f"{name}.{part}_norm.scale", (heads * N if m.qk_norm == "all" else N,), ("norm",), "qk_norm"
 
 
 def latent_attention(m: ModelConfig, latent: LatentConfig) -> Iterator[Part]:

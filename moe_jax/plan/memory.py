@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from moe_jax.axes import MANY, WIDTHS
 from moe_jax.cost import matrices
-from moe_jax.pattern import query_blocks
+from moe_jax.pattern import seen_blocks
 from moe_jax.plan.leaves import ADDED, Leaf, expert_width
 from moe_jax.plan.work import Step
 from moe_jax.schema import MeshConfig
@@ -77,7 +77,7 @@ def probabilities(step: Step) -> int:
     """Elements of a layer's attention probabilities."""
     heads = step.cfg.model.heads // step.over("act_heads")
     L = step.cfg.data.length
-    blocks = [(L, L)] if step.both_ways else [(end - begin, end) for begin, end in query_blocks(L)]
+    blocks = [(L, L)] if step.both_ways else seen_blocks(L, step.cfg.model.window)
     return step.rows * heads * sum(tiled(*block, step.platform) for block in blocks) // step.over("length")
 
 
@@ -156,7 +156,7 @@ def residuals(step: Step, kind: str) -> int:
     products = (w.tokens + w.latents + w.mixed) * b  # what the projections multiply
     L = step.cfg.data.length
     # Each block of queries keeps the keys and values that it sees.
-    slices = 1.0 if step.both_ways else sum(end for _, end in query_blocks(L)) / L
+    slices = 1.0 if step.both_ways else sum(keys for _, keys in seen_blocks(L, step.cfg.model.window)) / L
     attention = (w.query + round(slices * (w.key + w.value))) * b + w.scores * (wide + b)
     if step.encoder is not None:
         scores, keys = reading(step)
@@ -270,15 +270,15 @@ def newton_schulz(step: Step) -> int:
 def left(step: Step) -> Counter[str]:
     """Bytes that the forward pass of all layers leaves for the backward pass."""
     out = Counter[str]()
-    for kind, times in Counter(step.cfg.model.layer_kinds).items():
-        for name, size in saved(step, kind).items():
+    for alike, kind, times in step.alike:
+        for name, size in saved(alike, kind).items():
             out[name] += round(times * size * (step.turns if step.schedule else 1))
     return out
 
 
 def hardest(step: Step) -> int:
     """Bytes of what the backward pass of the largest layer holds beside what was saved."""
-    return max(working(step, kind) for kind in Counter(step.cfg.model.layer_kinds))
+    return max(working(alike, kind) for alike, kind, _ in step.alike)
 
 
 def memory(step: Step) -> Memory:

@@ -125,9 +125,12 @@ def partial_sums(step: Step) -> list[Move]:
     if latent is not None:
         size = step.tokens * latent.width * step.width / step.over("latent")
         out.append(move(step, "sums of latents", "all-reduce", rules.act_heads, round(m.layers * step.turns), size))
+    if m.qk_norm == "all":  # a float32 sum of squares of queries and one of keys, and those of their gradients
+        sums, size = round(own * (forward + 1) * step.turns), 2 * step.tokens * 4
+        out.append(move(step, "norms over all heads", "all-reduce", rules.act_heads, sums, size))
     local = m.moe is not None and step.dispatch.dispatch == "ragged"  # experts are added up at the tokens
     if m.moe is not None and m.moe.shared_experts:  # forward together with such experts, but for biases in between
-        together = local and not m.biases and live(step, rules.act_mlp) == live(step, rules.expert_mlp)
+        together = local and not m.biased("ffn") and live(step, rules.act_mlp) == live(step, rules.expert_mlp)
         out.append(added("shared experts' sums", rules.act_mlp, step.moe_layers + (0 if together else last("moe"))))
     if local:
         out.append(added("expert sums", rules.expert_mlp, step.moe_layers + last("moe")))

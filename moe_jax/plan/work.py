@@ -1,12 +1,13 @@
 """The work of one step: tokens, groups and slots of a device, and FLOPs."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 from moe_jax import cost
 from moe_jax.cost import matrices
-from moe_jax.pattern import Schedule, query_blocks
+from moe_jax.pattern import Schedule, seen_blocks
 from moe_jax.plan.leaves import ADDED, LOOKED_UP, Count, Leaf, count, expert_width, leaves
 from moe_jax.schema import Config
 
@@ -25,7 +26,8 @@ class Flops(NamedTuple):
 
 def flops_per_token(cfg: Config, parameters: Count) -> Flops:
     """Model FLOPs: of the matrices one token is multiplied with, and of attention (Chowdhery et al. 2022, appendix B,
-    with the causal half). Look-ups and norms multiply nothing; a tied table counts as the head.
+    with the causal half, and of a window what it holds). Look-ups and norms multiply nothing; a tied table counts as
+    the head.
 
     A token of a decoder comes with M/L of its encoder, where attention sees both ways, as from one to the other.
     """
@@ -36,8 +38,9 @@ def flops_per_token(cfg: Config, parameters: Count) -> Flops:
     weights = own + inputs * M // L
     pair = 2 * m.heads * (m.key_dim + m.value_dim)  # scores and values of a token with another, in a layer
     reading, encoder = pair * m.layers * M, pair * len(m.encoder_kinds) * M * M // L
-    square = pair * m.layers * L // 2 + reading + encoder
-    decode = own + pair * m.layers * L + reading
+    areas = sum(L * L - max(0, L - (window or L)) ** 2 for window in m.windows)  # twice those of the layers' pairs
+    square = pair * areas // (2 * L) + reading + encoder
+    decode = own + pair * sum(min(L, window or L) for window in m.windows) + reading
     return Flops(3 * (weights + square), weights + square, decode, 3 * weights, 3 * square)
 
 
@@ -58,6 +61,20 @@ class Step:
         alone = replace(m, layers=m.encoder.layers, encoder=None)
         cfg = replace(self.cfg, model=alone, data=replace(self.cfg.data, length=self.cfg.inputs))
         return Step(cfg, self.platform, both_ways=True)
+
+    @property
+    def alike(self) -> list[tuple["Step", str, int]]:
+        """Layers of a kind that see as much: a step in which all layers see that, the kind, and how many there are."""
+        m = self.cfg.model
+        found = Counter(zip(m.layer_kinds, m.windows, strict=True))
+        return [(self.seeing(window), kind, times) for (kind, window), times in found.items()]
+
+    def seeing(self, window: int | None) -> "Step":
+        """The step of a model whose layers all have this window."""
+        m = self.cfg.model
+        if m.full_every is None:
+            return self
+        return replace(self, cfg=replace(self.cfg, model=replace(m, window=window, full_every=None)))
 
     @property
     def stacks(self) -> list["Step"]:
@@ -228,8 +245,10 @@ class Step:
         once: dict[str, float] = {}  # FLOPs of a forward pass
         for c, n, axis in self.parts():
             once[c] = once.get(c, 0.0) + 2 * n * self.tokens / self.over(axis)
-        pairs = L * L if self.both_ways else sum((end - begin) * end for begin, end in query_blocks(L))
-        pairs += L * self.cfg.inputs  # of a layer, each with one before it or one that an encoder read
+        pairs = L * L  # of a layer, each with one that it sees; with windows on average
+        if not self.both_ways:
+            pairs = sum(rows * keys for w in m.windows for rows, keys in seen_blocks(L, w)) / m.layers
+        pairs += L * self.cfg.inputs
         once["scores"] = 2 * pairs / L * heads / self.over("act_heads") * m.layers * self.tokens
         if self.encoder is not None:
             once["cross_attn"] += 2 * self.read_by_all * self.encoder.tokens / self.over("act_heads")
