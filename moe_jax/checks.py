@@ -56,7 +56,7 @@ def check_moe(moe: MoEConfig, prefix: str = "model.moe", *, learns: bool = True)
         no("group_size", why, "name the dispatcher, for example dispatch=einsum, or give a number")
     if not moe.shared_experts:
         why, remedy = "there are no shared experts", f"set {prefix}.shared_experts=1"
-        out += _idle(moe, prefix, ["shared_d_ff", "shared_gate"], why, remedy)
+        out += idle(moe, prefix, ["shared_d_ff", "shared_gate"], why, remedy)
     if learns:
         _check_gradient(moe, no)
     _check_router(moe, no)
