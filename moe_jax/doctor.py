@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moe_jax.terminal import folder, result, table
 
 
@@ -87,6 +85,8 @@ def diagnose(workdir: Path) -> dict[str, Any]:
 
 def layers(w: Any, last: dict[str, Any]) -> list[dict[str, Any]]:
     """What the window says of each MoE layer; null where it routed nothing, or numbers are not finite."""
+    import numpy as np
+
     from moe_jax.health import idle
 
     out = []

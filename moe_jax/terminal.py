@@ -44,6 +44,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool =
     return [line(head), line(["-" * w for w in widths]), *map(line, rows)]
 
 
+def shown(token: str) -> str:
+    """A token in a line: what does not print as its escape, blanks as they are told apart."""
+    return "".join("␣" if c == " " else c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
+
+
 def size(n: float) -> str:
     """Bytes in a unit that keeps the number short, thousands to each, as memories and links are sold."""
     for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
