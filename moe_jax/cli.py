@@ -1,4 +1,4 @@
-"""The command line: `moe-jax train | eval | generate | upcycle | plan | inspect | bench`.
+"""The command line: `moe-jax train | eval | generate | upcycle | plan | inspect | trace | doctor | bench`.
 
 Only the standard library is imported before the arguments are read, so that `--help` answers at once.
 Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 75 a training stopped by a signal after
@@ -22,17 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.bench.options import add_benchmarks
+from moe_jax.doctor import add_doctor
 from moe_jax.plan.command import add_plan
-from moe_jax.terminal import STOPPED, result, say
+from moe_jax.terminal import STOPPED, folder, result, say
+from moe_jax.trace import add_trace
 
 STARTED = time.perf_counter()
-
-
-def folder(text: str) -> Path:
-    """A folder's name. An empty one, such as an unset variable of a shell, is not the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty: name a folder; the current one is .")
-    return Path(text)
 
 
 OVERRIDES = "sets a key, and key.path=unset takes an inherited value out; for example "
@@ -133,6 +128,12 @@ def parser() -> argparse.ArgumentParser:
     look.add_argument("--topology", metavar="T", help=help)
     look.add_argument("--forward", action="store_true", help="the forward pass alone")
     look.set_defaults(run=run_inspect)
+
+    text = "which token of a text goes to which experts in which layer, with what weight"
+    add_trace(commands.add_parser("trace", help=text, description=text))
+
+    text = "are the experts of a run healthy: what is wrong, in numbers, and what to change"
+    add_doctor(commands.add_parser("doctor", help=text, description=text))
 
     text = "speed of one layer or of a train step, as a ratio to its matrix products"
     add_benchmarks(commands.add_parser("bench", help=text, description=text))

@@ -1,9 +1,11 @@
 """What a run tells: metrics.jsonl and TensorBoard for programs, progress on standard error for people.
 
 A train record is one optimizer step: `step`, `loss` (cross entropy, nats/token), `total_loss`, `balance` (1.0 is
-perfect, mean over MoE layers), `z_loss`, `grad_norm`, `learning_rate`, `tokens` (of this step), `step_seconds`,
-`tokens_per_second`, `routed` = `kept` + `dropped` (choices), and `load`, E counts of choices before dropping for
-each MoE layer. A dense model leaves the MoE fields out or None. A record with `eval_loss` is an evaluation.
+perfect, mean over MoE layers), `z_loss`, `grad_norm`, `grad_norms` (of groups of parameters), `learning_rate`,
+`tokens` (of this step), `step_seconds`, `tokens_per_second`, `routed` = `kept` + `dropped` (choices), and for each MoE
+layer `load`, E counts of choices before dropping, `dropped_by_layer`, `router_entropy` (nats/token) and `least_prob`,
+the mean probability of the least probable expert. A dense model leaves the MoE fields out or None. A record with
+`eval_loss` is an evaluation. Beside the log, config.json holds the config of the run.
 Everything here takes plain host numbers; nothing imports JAX.
 """
 
@@ -31,9 +33,12 @@ TAGS = {
     "balance": "moe/balance",
     "z_loss": "moe/z_loss",
     "router_entropy": "moe/router_entropy",
+    "least_prob": "moe/least_prob",
+    "dropped_by_layer": "moe/dropped",
     "tokens_per_second": "speed/tokens_per_second",
     "step_seconds": "speed/step_seconds",
     "grad_norm": "optimizer/grad_norm",
+    "grad_norms": "optimizer/grad_norm",
     "learning_rate": "optimizer/learning_rate",
 }
 
@@ -117,6 +122,16 @@ def read_metrics(path: str | Path) -> tuple[list[Record], list[Record]]:
     """Train records and eval records of a metrics.jsonl, also of one that a live or killed run left torn at the end."""
     records = [record for _, record in _lines(Path(path))]
     return [r for r in records if "eval_loss" not in r], [r for r in records if "eval_loss" in r]
+
+
+CONFIG = "config.json"
+
+
+def write_config(workdir: Path, tree: Record) -> None:
+    """Beside the log what it is of, for whoever reads it without a checkpoint. Replaced as a whole."""
+    temporary = workdir / f"{CONFIG}.tmp"
+    temporary.write_text(json.dumps(tree, indent=1) + "\n", "utf-8")
+    os.replace(temporary, workdir / CONFIG)
 
 
 class MetricsLog:
@@ -214,6 +229,8 @@ class _Board:
                     scalars[f"moe/load_max_over_mean/layer_{i:02d}"] = load_max_over_mean([row])
             elif isinstance(value, list | tuple):
                 scalars |= {f"{tag}/layer_{i:02d}": v for i, v in enumerate(value)}
+            elif isinstance(value, dict):
+                scalars |= {f"{tag}/{part}": v for part, v in value.items()}
             elif name != "step":
                 scalars[tag] = value
         self._add(scalars, record["step"])

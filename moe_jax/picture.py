@@ -1,4 +1,4 @@
-"""The picture of a run: loss, expert load, balance and drops in one PNG of 1500x900 pixels."""
+"""Pictures: a run (loss, expert load, balance and drops) in a PNG of 1500x900 pixels, and where tokens went."""
 
 import os
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.metrics import Record, dropped_fraction, load_max_over_mean
+from moe_jax.terminal import shown
 
 # Okabe and Ito's palette, told apart by colour-blind readers and in grey.
 BLUE, ORANGE, GREEN, INK, GREY, FAINT = "#0072B2", "#D55E00", "#009E73", "#222222", "#6B6B6B", "#E4E4E4"
@@ -239,7 +240,101 @@ def draw_run(
             below = figure.add_gridspec(2, 1, top=0.425, bottom=0.075, hspace=0.5, **right).subplots(squeeze=False)
             _balance(below[0, 0], steps, train_records)
             _dropped(below[1, 0], steps, train_records)
-        temporary = path.with_name(path.name + ".tmp")
-        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+        return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    """The PNG, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
     os.replace(temporary, path)
     return path
+
+
+# Where tokens went
+
+ROW = 48  # tokens side by side
+
+
+def expert_colours(experts: int) -> np.ndarray:
+    """A colour for each expert, [E, 3]: the palette for as many as it has, and else hues of changing lightness."""
+    from matplotlib.colors import hsv_to_rgb, to_rgb
+
+    palette = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#6B6B6B")
+    if experts <= len(palette):
+        return np.array([to_rgb(c) for c in palette[:experts]])
+    i = np.arange(experts)
+    return hsv_to_rgb(np.stack([i * 0.618034 % 1, 0.55 + 0.35 * (i % 2), 0.95 - 0.3 * (i % 3 > 1)], 1))
+
+
+def strips(layers: Sequence[Record], experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """The choices of each token and layer, one strip each, best on top: experts and colours.
+
+    Returns:
+        expert [layers, k, T], -1 where there is none, for the most choices k that a token has; RGBA [layers, k, T, 4],
+        the paler the smaller the gate beside the token's largest, white where dropped.
+    """
+    expert = np.array([x["expert"] for x in layers]).swapaxes(1, 2)  # [layers, K, T]
+    gate = np.array([x["gate"] for x in layers], float).swapaxes(1, 2)
+    order = np.argsort(expert < 0, axis=1, kind="stable")  # those that were chosen come first
+    expert, gate = np.take_along_axis(expert, order, 1), np.take_along_axis(gate, order, 1)
+    most = max(1, int((expert >= 0).sum(1).max()))
+    expert, gate = np.maximum(expert[:, :most], -1), gate[:, :most]
+    largest = gate.max(1, keepdims=True)
+    part = np.divide(gate, largest, out=np.zeros_like(gate), where=largest > 0)
+    alpha = np.where((expert >= 0) & (gate > 0), 0.3 + 0.7 * part, 0.0)
+    return expert, np.concatenate([expert_colours(experts)[expert], alpha[..., None]], -1)
+
+
+def _routes(ax: Any, expert: np.ndarray, colours: np.ndarray, names: Sequence[str], layers: Sequence[int]) -> None:
+    """One row of tokens: a column a token, a band a layer, a strip a choice with the number of its expert."""
+    n, k, T = expert.shape
+    ax.imshow(colours.reshape(n * k, T, 4), aspect="auto", interpolation="nearest", extent=(-0.5, T - 0.5, n, 0))
+    for (layer, choice, t), e in np.ndenumerate(expert):
+        if e >= 0 and n * k <= 24:
+            *colour, alpha = colours[layer, choice, t]
+            bright = 1 - alpha * (1 - np.dot(colour, (0.3, 0.59, 0.11)))  # over white
+            ink, text = "white" if bright < 0.45 else INK, str(e) if alpha else f"({e})"
+            ax.text(t, layer + (choice + 0.5) / k, text, ha="center", va="center", fontsize=8, color=ink)
+    turned = {"rotation": 60, "ha": "left"} if max(map(len, names)) > 3 else {}
+    ax.set_xticks(np.arange(T), labels=names, fontsize=9, parse_math=False, **turned)
+    ax.set_yticks(np.arange(n) + 0.5, labels=[str(i) for i in layers], fontsize=9)
+    ax.set_xlim(-0.5, ROW - 0.5)
+    ax.hlines(np.arange(1, n), -0.5, T - 0.5, color="white", linewidth=2)
+    ax.tick_params(length=0)
+    ax.xaxis.tick_top()
+    ax.set_ylabel("MoE layer")
+    ax.spines[:].set_visible(False)
+
+
+def draw_trace(report: Record, path: str | Path, *, title: str) -> Path:
+    """Draws where tokens went into the PNG `path`: token x layer, coloured by expert, paler for less weight.
+
+    Args:
+        report: the JSON of `moe-jax trace`.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path, (expert, colours) = Path(path), strips(report["layers"], report["experts"])
+    n, k, T = expert.shape
+    parts = [slice(i, min(i + ROW, T)) for i in range(0, T, ROW)]
+    tall = len(parts) * min(0.75 + 0.2 * n * k, 8.0) + 1.2  # inches
+    numbers = [x["layer"] for x in report["layers"]]
+    how, factor = "dropless", report["capacity_factor"]
+    if factor is not None:
+        how = f"capacity factor {factor:g}: {report['dropped']} choices without a slot, in brackets"
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(INCHES[0], min(tall, 200.0)), dpi=DPI, facecolor="white")
+        FigureCanvasAgg(figure)
+        figure.text(0.024, 1 - 0.4 / tall, title, fontsize=19, fontweight="bold", va="center", parse_math=False)
+        told = f"{T} tokens, {n} MoE layers, {report['experts']} experts, {how}"
+        figure.text(0.024, 1 - 0.75 / tall, told, fontsize=12, color=GREY, va="center")
+        grid = figure.add_gridspec(
+            len(parts), 1, left=0.06, right=0.985, top=1 - 1.2 / tall, bottom=0.2 / tall, hspace=0.35
+        )
+        for ax, part in zip(grid.subplots(squeeze=False)[:, 0], parts, strict=True):
+            names = [shown(t) for t in report["tokens"][part]]
+            _routes(ax, expert[:, :, part], colours[:, :, part], names, numbers)
+        return _save(figure, path)

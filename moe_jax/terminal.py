@@ -1,4 +1,5 @@
-"""What commands tell: results on standard output, progress on standard error, and words for tables, sizes and meshes.
+"""What commands share: names of folders, results on standard output, progress on standard error, and words for tables,
+sizes and meshes.
 
 Only the standard library is imported.
 """
@@ -6,8 +7,16 @@ Only the standard library is imported.
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 STOPPED = 75  # exit code of a training that a signal stopped after saving; EX_TEMPFAIL: the same command goes on
+
+
+def folder(text: str) -> Path:
+    """A folder's name. An empty one, such as an unset variable of a shell, is not the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name a folder; the current one is .")
+    return Path(text)
 
 
 def result(args: argparse.Namespace, *lines: str) -> None:
@@ -33,6 +42,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool =
         return "  " + "  ".join(sides).rstrip()
 
     return [line(head), line(["-" * w for w in widths]), *map(line, rows)]
+
+
+def shown(token: str) -> str:
+    """A token in a line: what does not print as its escape, blanks as they are told apart."""
+    return "".join("␣" if c == " " else c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
 
 
 def size(n: float) -> str:

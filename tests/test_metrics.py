@@ -133,14 +133,27 @@ def tensorboard_scalars(folder):
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     write(tmp_path, range(1, 9), tensorboard=True)
     with MetricsLog(tmp_path, tensorboard=True, resume_step=4) as log:
-        log.train(record(5, load=[[0, 5, 5, 10], [5, 5, 5, 5]], router_entropy=[1.25, 1.5], loss=math.nan))
+        log.train(
+            record(
+                5,
+                load=[[0, 5, 5, 10], [5, 5, 5, 5]],
+                router_entropy=[1.25, 1.5],
+                grad_norms={"norm": 0.5},
+                loss=math.nan,
+            )
+        )
         log.eval({"step": 5, "eval_loss": 2.25, "eval_loss_at_capacity": 2.5})
     shown = tensorboard_scalars(tmp_path / "tensorboard")
     assert sorted(step for tag, step in shown if tag == "train/loss") == [1, 2, 3, 4, 5]
     assert math.isnan(shown["train/loss", 5])
     wanted = {"moe/dead_experts": 1, "moe/load_max_over_mean": 1.5, "moe/load_max_over_mean/layer_00": 2}
     wanted |= {"moe/load_max_over_mean/layer_01": 1, "moe/router_entropy/layer_01": 1.5, "eval/loss_at_capacity": 2.5}
-    wanted |= {"moe/dropped_fraction": 0.05, "eval/loss": 2.25, "speed/tokens_per_second": 140}
+    wanted |= {
+        "moe/dropped_fraction": 0.05,
+        "eval/loss": 2.25,
+        "speed/tokens_per_second": 140,
+        "optimizer/grad_norm/norm": 0.5,
+    }
     assert {tag: shown[tag, 5] for tag in wanted} == pytest.approx(wanted)
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from moe_jax import config
 from moe_jax import mesh as meshes
 from moe_jax.checkpoint import Checkpoints, check_workdir
 from moe_jax.config import Config, Problem, Refused
@@ -21,7 +22,7 @@ from moe_jax.data import Windows, batches, bigram_loss, load_tokenizer, opening,
 from moe_jax.generate import Generator
 from moe_jax.health import Watch
 from moe_jax.mesh import fetch
-from moe_jax.metrics import MetricsLog, Progress, load_max_over_mean, read_metrics
+from moe_jax.metrics import MetricsLog, Progress, load_max_over_mean, read_metrics, write_config
 from moe_jax.picture import draw_run
 from moe_jax.train.evaluate import Evaluator, local_rows, to_devices
 from moe_jax.train.resume import AgreedStop, Stop, changes, check_shared, checkpoint_info, claimed, locked
@@ -63,7 +64,7 @@ class Run:
         if self.main and self.resumed_at is not None and (workdir / "metrics.jsonl").exists():
             read_metrics(workdir / "metrics.jsonl")  # a damaged log is refused here, not after the data is read
         self.timing: dict[str, float] = {}
-        self.watch = Watch(cfg.model.moe)
+        self.watch = Watch(cfg.model.moe, cfg.train.optimizer.warmup)
         self.alarms: list[str] = []
 
     def __call__(self) -> dict[str, Any]:
@@ -185,6 +186,7 @@ class Run:
         """The log of process 0; others write none. From a checkpoint of step 0, an upcycled model, it begins anew."""
         if not self.main:
             return contextlib.nullcontext()
+        write_config(self.workdir, config.to_dict(self.cfg))
         return MetricsLog(self.workdir, tensorboard=self.cfg.train.tensorboard, resume_step=self.resumed_at or None)
 
     def open_stop(self) -> Stop | AgreedStop:
@@ -239,6 +241,7 @@ class Run:
         seconds, tokens = now - self.clock, host.pop("tokens")
         self.clock = now
         if "routed" in host:  # added up as Python integers: a sum over layers may pass 2^31
+            host["dropped_by_layer"] = [a - b for a, b in zip(host["routed"], host["kept"], strict=True)]
             host["routed"], host["kept"] = sum(host["routed"]), sum(host["kept"])
             host["dropped"] = host["routed"] - host["kept"]
         speed = {"tokens": tokens, "step_seconds": seconds, "tokens_per_second": tokens / seconds}

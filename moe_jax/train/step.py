@@ -17,12 +17,15 @@ from moe_jax.pattern import Schedule
 from moe_jax.pipeline import split
 from moe_jax.rules import any_axes, current_mesh, sharding
 from moe_jax.sequence import ordered, shards
+from moe_jax.train.optimizer import names_of
 from moe_jax.train.state import Model, State, Weights, nnx_keys, text_keys
 
 Batch = dict[str, jax.Array]
 """tokens, targets, segments, positions [B, L] int32 and weights [B, L] float32; for an encoder also inputs,
 input_segments and input_positions [B, M] int32."""
 INPUTS = ("inputs", "input_segments", "input_positions")
+Metrics = dict[str, Any]
+"""Arrays by name; `grad_norms` is a table of them."""
 
 
 class Sums(NamedTuple):
@@ -133,13 +136,27 @@ def report(model: Model, total: jax.Array, sums: Sums) -> dict[str, jax.Array]:
         "z_loss": balance.z_loss(stats).mean(),
         **{n: v.mean() for n, v in balance.losses(stats, moe).items() if n not in ("balance_loss", "z_loss")},
         "router_entropy": stats.entropy / balance.token_count(stats),  # [layers]
+        "least_prob": stats.prob.min(-1) / balance.token_count(stats),  # [layers], of the least probable expert
         "routed": stats.routed,  # [layers]
         "kept": stats.kept,  # [layers]
         "load": stats.load,  # [layers, E]
     }
 
 
-def make_train_step(model: Model) -> Callable[[State, Batch, jax.Array], tuple[State, dict[str, jax.Array]]]:
+GROUPS = ("experts", "shared", "router", "gate_in", "noise", "cross_attention", "attention", "ffn", "embedding")
+
+
+def grouped(params: Any) -> dict[str, list]:
+    """Parameters, or their gradients, by what they are: one of `GROUPS`, `norm` or their own name."""
+    out: dict[str, list] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = names_of(path)
+        norm = "norm" if names[-2:-1] and names[-2].endswith("norm") else names[-1]
+        out.setdefault(next((g for g in GROUPS if g in names), norm), []).append(leaf)
+    return out
+
+
+def make_train_step(model: Model) -> Callable[[State, Batch, jax.Array], tuple[State, Metrics]]:
     """One optimizer step. The key of a row is a function of (seed, step, row): nothing random is stored."""
     tx, rate = model.optimizer(), model.rate()
 
@@ -147,15 +164,19 @@ def make_train_step(model: Model) -> Callable[[State, Batch, jax.Array], tuple[S
         return jax.tree.map(lambda s: s.spec, model.shardings(current_mesh())), PartitionSpec()
 
     @any_axes(typed)
-    def train_step(state: State, batch: Batch, seed: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    def train_step(state: State, batch: Batch, seed: jax.Array) -> tuple[State, Metrics]:
         keys = jax.random.split(jax.random.fold_in(seed, state.step), batch["tokens"].shape[0])
         loss = jax.value_and_grad(total_loss, argnums=1, has_aux=True)
         (total, sums), grads = loss(model, state.params, batch, keys, state.bias)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            more = {"grad_norm": jnp.asarray(optax.tree.norm(grads)), "learning_rate": jnp.asarray(rate(state.step))}
-        metrics = report(model, total, sums)
+            more = {
+                "grad_norm": jnp.asarray(optax.tree.norm(grads)),
+                "grad_norms": {name: jnp.asarray(optax.tree.norm(part)) for name, part in grouped(grads).items()},
+                "learning_rate": jnp.asarray(rate(state.step)),
+            }
+        metrics: Metrics = report(model, total, sums)
         return State(params, moved(model, state.bias, sums.stats), opt_state, state.step + 1), metrics | more
 
     return train_step
