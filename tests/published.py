@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -76,11 +77,11 @@ def absent():
     return [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
 
 
-needs_torch = pytest.mark.skipif(
-    bool(absent()),
-    reason=f"NOT PROVED against transformers: {' and '.join(absent())} missing. Remedy: python -m pip install -e "
-    "'.[dev]' (one case of each family is compared with tests/golden/published)",
+NOT_PROVED = (
+    f"NOT PROVED against transformers: {' and '.join(absent())} missing. Remedy: python -m pip install -e '.[dev]' "
+    "(one case of each family is compared with tests/golden/published)"
 )
+needs_torch = pytest.mark.skipif(bool(absent()), reason=NOT_PROVED)
 
 
 def cases():
@@ -134,6 +135,31 @@ def answers(model):
         "loss": np.asarray(out.loss.item()),
         "norm": np.asarray(square**0.5),
     }
+
+
+def synthetic(folder, fields):
+    """A folder of numbers in [0, 2) in the names of a Mixtral; returns the bytes of all tensors and of the largest."""
+    from moe_jax.config import Config, ModelConfig, from_dict
+    from moe_jax.convert.families import FAMILIES, model_keys
+    from moe_jax.convert.names import NameMap
+    from moe_jax.convert.tensors import Writing, write
+    from moe_jax.train.state import Model
+
+    about = MIXTRAL | {"model_type": "mixtral", "rope_theta": 1e4, "num_experts_per_tok": 2} | fields
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(about))
+    m: ModelConfig = from_dict({"model": model_keys(about), "data": {"length": 8}}).model
+    names = NameMap(Model.of(Config(model=m)), FAMILIES["mixtral"].names(m))
+    wanted = [Writing(name, "BF16", shape) for name, shape in names.tensors.items()]
+    draw = np.random.default_rng(0)
+
+    def values():
+        for t in wanted:
+            bits = draw.integers(0, 2**14, t.shape, np.uint16)
+            yield bits.view(ml_dtypes.bfloat16)
+
+    write(folder / "model.safetensors", wanted, values())
+    return sum(t.bytes for t in wanted), max(t.bytes for t in wanted)
 
 
 def main():

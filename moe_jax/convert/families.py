@@ -255,7 +255,9 @@ def groups(f: Fields) -> Tree:
 
 def deepseek_fields(m: ModelConfig) -> dict[str, Any]:
     """The inverse of `deepseek_keys` and `groups`."""
-    assert m.moe is not None and m.latent is not None
+    if m.latent is None:
+        raise Refused(Problem("model.latent", "is unset", "use a model with latent attention"))
+    assert m.moe is not None
     router = m.moe.router
     return base_fields(m) | {
         "q_lora_rank": m.latent.query,
