@@ -193,6 +193,7 @@ print(memory("VmHWM") - before, report["shard_bytes"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="NOT PROVED: the peak of a process is read from Linux's /proc")
 @pytest.mark.parametrize("layers", [5, pytest.param(48, marks=pytest.mark.sweep)], ids=["0.25 GB", "2 GB"])
 def test_memory_of_an_import(layers, tmp_path):

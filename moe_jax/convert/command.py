@@ -1,14 +1,15 @@
 """`moe-jax convert`: options and flow."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from moe_jax.terminal import mesh_words, result, size
 
 
-def add_convert(convert: argparse.ArgumentParser) -> None:
-    """`convert import` and `convert export`."""
+def add_convert(convert: argparse.ArgumentParser, folder: Callable[[str], Path]) -> None:
+    """`convert import` and `convert export`; `folder` reads the name of one."""
     kinds = convert.add_subparsers(dest="direction", required=True, metavar="import|export")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
@@ -18,8 +19,8 @@ def add_convert(convert: argparse.ArgumentParser) -> None:
         return sub
 
     load = add("import", "published weights into a workdir, for `eval`, `generate` and `train` to go on with")
-    load.add_argument("source", type=named, metavar="SRC", help="a folder of config.json and safetensors")
-    load.add_argument("workdir", type=named, metavar="WORKDIR", help="a new or an empty folder")
+    load.add_argument("source", type=folder, metavar="SRC", help="a folder of config.json and safetensors")
+    load.add_argument("workdir", type=folder, metavar="WORKDIR", help="a new or an empty folder")
     help = "for example mesh.expert=4 mesh.tensor=2, data.path=FILE"
     load.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=help)
     help = "run on N fake CPU devices (default: what the mesh needs)"
@@ -27,8 +28,8 @@ def add_convert(convert: argparse.ArgumentParser) -> None:
     load.set_defaults(run=run_import)
 
     save = add("export", "the newest checkpoint of a workdir as a folder that transformers loads")
-    save.add_argument("workdir", type=named, metavar="WORKDIR", help="of an import or of a run")
-    save.add_argument("target", type=named, metavar="DST", help="a folder that is not there yet, or an empty one")
+    save.add_argument("workdir", type=folder, metavar="WORKDIR", help="of an import or of a run")
+    save.add_argument("target", type=folder, metavar="DST", help="a folder that is not there yet, or an empty one")
     help = "of the numbers (default: as imported; float32 for a model that was not)"
     save.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=help)
     help = "largest file, in GB of 10^9 bytes (default 5)"
@@ -36,13 +37,6 @@ def add_convert(convert: argparse.ArgumentParser) -> None:
     help = "model_type of a model that was not imported (default: the first one that it is)"
     save.add_argument("--family", metavar="NAME", help=help)
     save.set_defaults(run=run_export, overrides=[])
-
-
-def named(text: str) -> Path:
-    """A folder's name. An empty one, such as an unset variable of a shell, is not the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty: name a folder; the current one is .")
-    return Path(text)
 
 
 def run_import(args: argparse.Namespace) -> dict[str, Any]:
