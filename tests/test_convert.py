@@ -13,6 +13,7 @@ from published import CASES, GOLDEN, TOKENS, needs_torch
 
 from moe_jax import mesh
 from moe_jax.convert import load
+from moe_jax.convert.names import Part, Piece, Take
 from moe_jax.convert.tensors import read_header
 from moe_jax.train.step import cross_entropy
 
@@ -93,6 +94,37 @@ def test_a_device_reads_its_part_alone(monkeypatch):
     load.filled(found.source, found.names.parts["stacks.0.blocks.0.ffn.experts.w_down"], target, lambda n: None)
     assert sum(x.nbytes for x in seen) == 4 * np.prod(target.shape)  # each number once, over all devices
     assert {x.shape for x in seen} == {(6, 16)}  # half of an expert's 12 rows at a time
+
+
+FIRST, LAST, EVEN = np.arange(3), 3 + np.arange(3), 2 * np.arange(3)
+TURNS = [
+    ("v d -> v d", None, {"v": 5, "d": 4}, lambda t: t),
+    ("f d -> d f", None, {"f": 3, "d": 4}, lambda t: t.T),
+    ("(h n) d -> d h n", None, {"h": 2, "n": 3, "d": 4}, lambda t: t.reshape(2, 3, 4).transpose(2, 0, 1)),
+    ("d (h n) -> h n d", None, {"h": 2, "n": 3, "d": 4}, lambda t: t.reshape(4, 2, 3).transpose(1, 2, 0)),
+    (
+        "(h n) c -> c h n",
+        Take("n", LAST, 6),
+        {"h": 2, "n": 3, "c": 4},
+        lambda t: t.reshape(2, 6, 4)[:, 3:].T.swapaxes(1, 2),
+    ),
+    ("e d f -> e d f", Take("f", EVEN, 6), {"e": 2, "d": 4, "f": 3}, lambda t: t[..., ::2]),
+    ("e f d -> e d f", Take("f", FIRST, 6), {"e": 2, "d": 4, "f": 3}, lambda t: t[:, :3].transpose(0, 2, 1)),
+]
+
+
+@pytest.mark.parametrize(("turn", "take", "sizes", "plain"), TURNS)
+def test_turns(turn, take, sizes, plain):
+    """A tensor to a parameter, a part of it, and back, as NumPy does it: also fused and interleaved ones."""
+    piece = Piece("a tensor", Part("a.parameter", turn, take), "a.parameter", (), sizes)
+    tensor = np.random.default_rng(0).normal(size=piece.shape)
+    want = plain(tensor)
+    parts = [slice(1, n) for n in want.shape]
+    assert (piece.read(tensor, [slice(0, n) for n in want.shape]) == want).all()
+    assert (piece.read(tensor, parts) == want[tuple(parts)]).all()
+    empty = np.zeros_like(tensor)
+    piece.write(empty, want)
+    assert (plain(empty) == want).all() and np.count_nonzero(empty) == want.size
 
 
 def tensors(folder):
