@@ -11,10 +11,12 @@ import pytest
 from commands import write_text
 from published import CASES, GOLDEN, TOKENS, needs_torch
 
-from moe_jax import mesh
+from moe_jax import config, mesh
 from moe_jax.convert import load
-from moe_jax.convert.names import Part, Piece, Take
+from moe_jax.convert.families import family_of, model_keys
+from moe_jax.convert.names import NameMap, Part, Piece, Take
 from moe_jax.convert.tensors import read_header
+from moe_jax.train.state import Model
 from moe_jax.train.step import cross_entropy
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -94,6 +96,24 @@ def test_a_device_reads_its_part_alone(monkeypatch):
     load.filled(found.source, found.names.parts["stacks.0.blocks.0.ffn.experts.w_down"], target, lambda n: None)
     assert sum(x.nbytes for x in seen) == 4 * np.prod(target.shape)  # each number once, over all devices
     assert {x.shape for x in seen} == {(6, 16)}  # half of an expert's 12 rows at a time
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    ("name", "total", "active", "count"),
+    [
+        ("MixtralConfig", 46_702_792_704, 12_879_925_248, 3 + 32 * (2 + 4 + 1 + 8 * 3)),
+        ("DeepseekV3Config", 671_026_404_352, 37_552_282_624, 3 + 61 * 9 + 3 * 3 + 58 * (2 + 3 + 256 * 3)),
+    ],
+)
+def test_published_sizes(name, total, active, count):
+    """transformers' defaults are the published models: their parameters to the unit, and their tensors."""
+    import transformers
+
+    about = json.loads(getattr(transformers, name)().to_json_string(use_diff=False))
+    model = Model.of(config.from_dict({"model": model_keys(about)}))
+    assert model.count() == (total, active)
+    assert len(NameMap(model, family_of(about)[1].names(model.cfg.model)).tensors) == count
 
 
 FIRST, LAST, EVEN = np.arange(3), 3 + np.arange(3), 2 * np.arange(3)

@@ -65,14 +65,26 @@ def decoder(f: Fields) -> Tree:
         "d_model": f.count("hidden_size"),
         "d_ff": f.count("intermediate_size"),
         "heads": f.count("num_attention_heads"),
-        "positions": "rotary",
-        "rope_theta": f.theta(),
+        **positions(f),
         "max_length": f.count("max_position_embeddings"),
         "norm": "rms",
         "norm_eps": f.number("rms_norm_eps", 1e-6),
         "ffn": "swiglu",
         "tied_head": f.truth("tie_word_embeddings", False),
     }
+
+
+def positions(f: Fields) -> Tree:
+    """Plain rotary positions, in the newer form (rope_parameters) or the older (rope_theta, rope_scaling)."""
+    name, rope = f.table("rope_parameters", "rope_scaling")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        f.no(name, f"has the rotary positions {kind!r:.40}, and plain ones are converted", "use a model of those")
+    part = rope.get("partial_rotary_factor", f.config.get("partial_rotary_factor"))
+    if part not in (None, 1, 1.0):
+        f.no("partial_rotary_factor", f"is {part!r:.40}, and whole heads turn here", "use a model of those")
+    theta = f.positive("rope_theta", rope.get("rope_theta", f.config.get("rope_theta")))
+    return {"positions": "rotary", "rope_theta": theta}
 
 
 def grouped(f: Fields) -> Tree:

@@ -56,6 +56,7 @@ class Fields:
         return self.positive(name, self.config.get(name), default)
 
     def positive(self, name: str, value: Any, default: float | None = None) -> float:
+        """A value that may have come from a table."""
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             self.no(name, "is missing" if value is None else f"is {value!r:.80}", "give a number above 0")
@@ -83,18 +84,11 @@ class Fields:
             if (value := self.config.get(name)) not in NOTHING:
                 self.no(name, f"is {value!r:.80}, and {why}", "use a model without it")
 
-    def theta(self) -> float:
-        """The base of plain rotary positions, in either form."""
-        name = self.named("rope_parameters", "rope_scaling")
-        rope = self.config.get(name) or {}
-        if not isinstance(rope, dict):
-            self.no(name, f"is {rope!r:.80}", "give a table")
-            return 1.0
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            self.no(
-                name, f"has the rotary positions {kind!r:.40}, and plain ones are converted", "use a model of those"
-            )
-        if (part := rope.get("partial_rotary_factor", self.config.get("partial_rotary_factor"))) not in (None, 1, 1.0):
-            self.no("partial_rotary_factor", f"is {part!r:.40}, and whole heads turn here", "use a model of those")
-        return self.positive("rope_theta", rope.get("rope_theta", self.config.get("rope_theta")))
+    def table(self, *names: str) -> tuple[str, dict[str, Any]]:
+        """A table, empty where it is not there, and its name."""
+        name = self.named(*names)
+        value = self.config.get(name) or {}
+        if not isinstance(value, dict):
+            self.no(name, f"is {value!r:.80}", "give a table")
+            return name, {}
+        return name, value
