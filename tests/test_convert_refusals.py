@@ -204,7 +204,7 @@ def test_folders_that_hold_something(folder, tmp_path, call):
     argv = ["convert", "import", folder]
     assert call(*argv, tmp_path / "run", "data.length=8")[0] == 0
     before = listing(tmp_path)
-    check_refusal(*call(*argv, tmp_path / "full"), "convert", "letter.txt")
+    check_refusal(*call(*argv, tmp_path / "full"), "convert", "WORKDIR: ", "letter.txt")
     check_refusal(*call(*argv, tmp_path / "run"), "convert", "holds a run already")
     check_refusal(*call("convert", "export", tmp_path / "run", tmp_path / "full"), "convert", "DST", "holds something")
     check_refusal(*call("convert", "export", tmp_path / "full", tmp_path / "new"), "convert", "moe_jax.json")
@@ -237,6 +237,18 @@ def test_a_failure_half_way_leaves_nothing(there, folder, tmp_path, call, monkey
         m.setattr(save, "narrowed", fail)
         code, _, err = call("convert", "export", tmp_path / "good", out)
     assert code == 1 and set(listing(tmp_path)) == before
+
+
+def test_what_a_killed_import_left_is_no_obstacle(folder, tmp_path, call):
+    """Its folder holds no complete checkpoint: no command opens it, and the same import fills it."""
+    run = tmp_path / "run"
+    assert call("convert", "import", folder, run, "data.length=8")[0] == 0
+    whole = set(listing(run))
+    (run / "checkpoints" / "0" / "complete.json").unlink()
+    check_refusal(*call("convert", "export", run, tmp_path / "out"), "convert", "no complete checkpoint")
+    assert call("convert", "import", folder, run, "data.length=8")[0] == 0
+    assert {name for name in listing(run) if "/d/" not in name} == {name for name in whole if "/d/" not in name}
+    assert call("convert", "export", run, tmp_path / "out")[0] == 0
 
 
 def test_maps_that_leave_parameters_out(folder):

@@ -1,5 +1,6 @@
 """What follows an import: text, training, export; FP8; models that were trained here; the memory that it takes."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from moe_jax import config
 from moe_jax.checkpoint import Checkpoints, claim_workdir
 from moe_jax.config import Config
 from moe_jax.convert import load
+from moe_jax.convert.progress import Bar
 from moe_jax.train.resume import checkpoint_info
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -179,6 +181,33 @@ def test_overrides_that_make_another_model(tmp_path, call):
     assert found.cfg.model.moe.capacity_factor == 2.0
 
 
+class Screen(io.StringIO):
+    """Standard error on a terminal, or not."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+def test_progress(monkeypatch):
+    """A bar on a terminal, a line every tenth elsewhere, nothing if asked for."""
+    monkeypatch.setenv("TERM", "xterm")
+    shown = {}
+    for terminal, quiet in ((True, False), (False, False), (True, True)):
+        screen = Screen(terminal)
+        with Bar(10**9, "importing", quiet=quiet, stream=screen) as bar:
+            for _ in range(1000):
+                bar(10**6)
+        shown[terminal, quiet] = screen.getvalue()
+    assert "importing" in shown[True, False] and "1.0 GB" in shown[True, False]
+    lines = shown[False, False].splitlines()
+    assert lines[0] == "importing: 100.00 MB of 1.00 GB" and len(lines) == 10
+    assert shown[True, True] == ""
+
+
 MEASURE = """
 import sys, jax
 from pathlib import Path
@@ -188,6 +217,7 @@ def memory(field):
     return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith(field)).split()[1])
 before = memory("VmRSS")
 from moe_jax.convert import load
+from moe_jax.convert.progress import Bar
 report = load.run(Path(sys.argv[1]), Path(sys.argv[2]), ["mesh.expert=4", "mesh.tensor=2", "data.length=8"])
 print(memory("VmHWM") - before, report["shard_bytes"])
 """

@@ -5,6 +5,7 @@ training; what the file has in bfloat16, float16 or FP8 is exact in it.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import resource
@@ -21,8 +22,8 @@ import numpy as np
 
 from moe_jax import config
 from moe_jax import mesh as meshes
-from moe_jax.checkpoint import claim_workdir
-from moe_jax.config import Config, DataConfig, LatentConfig, MoEConfig
+from moe_jax.checkpoint import Checkpoints, claim_workdir
+from moe_jax.config import Config, DataConfig, LatentConfig, MoEConfig, Refused
 from moe_jax.convert.families import family_of, model_keys
 from moe_jax.convert.folder import INDEX, Folder
 from moe_jax.convert.names import NameMap, Piece, path_of
@@ -120,10 +121,18 @@ def shard_bytes(targets: Weights) -> int:
     )
 
 
+def new(workdir: Path) -> Checkpoints:
+    """The checkpoints of a folder in which there is no run. Raises `Refused`."""
+    try:
+        return check_new(workdir)
+    except Refused as e:  # which calls the folder by the option of other commands
+        raise Refused(*(dataclasses.replace(p, key="WORKDIR") for p in e.problems)) from None
+
+
 @contextlib.contextmanager
 def fresh(workdir: Path) -> Generator[None]:
     """A workdir for an import; where it fails, nothing of it stays. A killed one leaves no complete checkpoint."""
-    checkpoints = check_new(workdir)
+    checkpoints = new(workdir)
     created = [p for p in (workdir, *workdir.parents) if not p.exists()]  # innermost first
     before = set(workdir.iterdir()) if workdir.exists() else set()
     try:
@@ -222,7 +231,7 @@ def run(
         Refused: whatever cannot work, before anything is written.
     """
     started = time.perf_counter()
-    checkpoints = check_new(workdir)
+    checkpoints = new(workdir)
     source, kind, cfg, model, names, unused = opened(path, workdir, overrides)
     meshes.prepare_devices(cfg.mesh, fake_devices)
     targets = model.weight_targets(meshes.build_mesh(cfg.mesh))
