@@ -1,4 +1,4 @@
-"""The command line: `moe-jax train | eval | generate | upcycle | plan | inspect | trace | doctor | bench`.
+"""The command line: `moe-jax train | eval | generate | upcycle | convert | plan | inspect | trace | doctor | bench`.
 
 Only the standard library is imported before the arguments are read, so that `--help` answers at once.
 Exit codes: 0 done, 1 failure, 2 refused input (one message, nothing written), 75 a training stopped by a signal after
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.bench.options import add_benchmarks
+from moe_jax.convert.command import add_convert
 from moe_jax.doctor import add_doctor
 from moe_jax.plan.command import add_plan
 from moe_jax.terminal import STOPPED, folder, result, say
@@ -117,6 +118,9 @@ def parser() -> argparse.ArgumentParser:
     )
     upcycle.add_argument("--seed", type=int, metavar="N", help="of router and noise (default: train.seed)")
     upcycle.set_defaults(run=run_upcycle)
+
+    text = "published weights in and out: Hugging Face folders of config.json and safetensors"
+    add_convert(commands.add_parser("convert", help=text, description=text), folder)
 
     text = "what a config costs before it runs: parameters, FLOPs, memory, traffic, time and money"
     add_plan(commands.add_parser("plan", help=text, description=text))

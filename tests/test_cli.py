@@ -203,10 +203,10 @@ def test_a_continuation_does_not_depend_on_what_shares_the_batch(trained, call):
 # Help
 
 
-COMMANDS = [[], ["train"], ["eval"], ["generate"], ["upcycle"]]
+COMMANDS = [[], ["train"], ["eval"], ["generate"], ["upcycle"], ["convert", "import"], ["convert", "export"]]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[0] if c else "top")
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c) or "top")
 def test_help_needs_no_jax(command):
     code = (
         "import sys\nfrom moe_jax.cli import main\n"
@@ -217,9 +217,10 @@ def test_help_needs_no_jax(command):
     out = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=60)
     assert out.stderr == ""
     assert out.stdout.endswith("HEAVY []\n")
-    assert f"usage: moe-jax {''.join(command)}" in out.stdout
+    assert f"usage: moe-jax {' '.join(command)}" in out.stdout
     options = {"train": "--workdir", "eval": "--batches", "generate": "--prompt", "upcycle": "--method --noise"}
-    for word in options.get("".join(command), "").split():
+    options |= {"convert import": "SRC WORKDIR --fake-devices", "convert export": "DST --dtype --shard-gb"}
+    for word in options.get(" ".join(command), "").split():
         assert word in out.stdout
 
 

@@ -171,6 +171,9 @@ class Run:
             raise Refused(
                 Problem("data.path", "its text is not the one that the run in this workdir began with", remedy)
             )
+        if "imported" in saved:  # weights without an optimizer
+            weights = self.checkpoints.restore_weights(self.model.weight_targets(self.mesh), self.resumed_at)
+            return self.model.begin(weights, self.mesh)
         return self.checkpoints.restore(self.model.targets(self.mesh), self.resumed_at)[0]
 
     def open_screen(self) -> Progress:

@@ -156,6 +156,13 @@ class Model:
         with jax.set_mesh(mesh):
             return jax.jit(init, out_shardings=self.shardings(mesh), compiler_options=once(mesh))()
 
+    def begin(self, weights: Weights, mesh: Mesh) -> State:
+        """Weights that lie in their shards, and a fresh optimizer."""
+        where = self.shardings(mesh).opt_state
+        with jax.set_mesh(mesh):
+            init = jax.jit(self.optimizer().init, out_shardings=where, compiler_options=once(mesh))
+            return State(*weights, init(weights.params), jnp.zeros((), jnp.int32))
+
 
 def once(mesh: Mesh) -> dict[str, Any] | None:
     """Compiler options for a program that runs a single time: CPU code generation would take longer than the run."""

@@ -1,0 +1,371 @@
+"""The families: each is one row of `FAMILIES`, from a config.json to our keys and back, and a name map.
+
+The fields are those of transformers' configuration classes (version 5.23), with their defaults.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.config import ModelConfig, Problem, Refused
+from moe_jax.convert.fields import Fields
+from moe_jax.convert.names import Part, Rule, Take
+
+Tree = dict[str, Any]
+LAYER = "model.layers.{layer}."
+LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever rms_norm_eps is
+TURNS = (r".*\.rotary_emb\.inv_freq",)  # tables of older files, which follow from the base
+
+
+class Family(NamedTuple):
+    """How the weights of a family are stored."""
+
+    keys: Callable[[Fields], Tree]  # the table `model`
+    fields: Callable[[ModelConfig], dict[str, Any]]  # its inverse, without what transformers gives by itself
+    names: Callable[[ModelConfig], Sequence[Rule]]
+    ignored: Callable[[dict[str, Any]], Sequence[str]] = lambda config: TURNS  # patterns of names that nobody reads
+
+
+def family_of(config: dict[str, Any]) -> tuple[str, Family]:
+    """The row of a config.json.
+
+    Raises:
+        Refused: another model_type.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise Refused(Problem("config.json: model_type", f"is {kind!r:.80}", f"convert one of {known}"))
+    return kind, FAMILIES[kind]
+
+
+def model_keys(config: dict[str, Any]) -> Tree:
+    """The table `model` for a config.json.
+
+    Raises:
+        Refused: every field that is missing or cannot be kept.
+    """
+    fields = Fields(config)
+    tree = family_of(config)[1].keys(fields)
+    fields.done()
+    return tree
+
+
+# What the families share
+
+
+def decoder(f: Fields) -> Tree:
+    """Width, depth, norms, positions and feed-forward layers."""
+    f.only("hidden_act", ["silu"], "the experts are SwiGLU")
+    f.off(["attention_bias", "mlp_bias"], "biases are converted in no such model")
+    return {
+        "vocab": f.count("vocab_size"),
+        "layers": f.count("num_hidden_layers"),
+        "d_model": f.count("hidden_size"),
+        "d_ff": f.count("intermediate_size"),
+        "heads": f.count("num_attention_heads"),
+        **positions(f),
+        "max_length": f.count("max_position_embeddings"),
+        "norm": "rms",
+        "norm_eps": f.number("rms_norm_eps", 1e-6),
+        "ffn": "swiglu",
+        "tied_head": f.truth("tie_word_embeddings", False),
+    }
+
+
+def positions(f: Fields) -> Tree:
+    """Plain rotary positions, in the newer form (rope_parameters) or the older (rope_theta, rope_scaling)."""
+    name, rope = f.table("rope_parameters", "rope_scaling")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        f.no(name, f"has the rotary positions {kind!r:.40}, and plain ones are converted", "use a model of those")
+    part = rope.get("partial_rotary_factor", f.config.get("partial_rotary_factor"))
+    if part not in (None, 1, 1.0):
+        f.no("partial_rotary_factor", f"is {part!r:.40}, and whole heads turn here", "use a model of those")
+    theta = f.positive("rope_theta", rope.get("rope_theta", f.config.get("rope_theta")))
+    return {"positions": "rotary", "rope_theta": theta}
+
+
+def grouped(f: Fields) -> Tree:
+    """Heads of grouped-query attention, and no window."""
+    heads = f.count("num_attention_heads")
+    out = {"kv_heads": f.count("num_key_value_heads", default=heads)}
+    width = f.maybe("head_dim")
+    window = f.config.get("sliding_window")
+    used = window is not None and f.config.get("use_sliding_window", True)
+    if used and (not isinstance(window, int) or window < f.count("max_position_embeddings")):
+        f.no("sliding_window", f"is {window!r:.80}, and every token sees all before it here", "use a model without one")
+    return out if width is None else out | {"head_dim": width}
+
+
+def pattern(f: Fields, kinds: Sequence[bool]) -> Tree:
+    """`every` and `first_dense` of layers that are MoE or not; layers of another pattern are refused."""
+    n = len(kinds)
+    for every in range(1, n + 1):
+        for first in range(n):
+            if all(kind == (i >= first and (i - first + 1) % every == 0) for i, kind in enumerate(kinds)):
+                return {"every": every, "first_dense": first}
+    shown = ", ".join(str(i) for i, kind in enumerate(kinds) if not kind)
+    why = f"makes the layers {shown} of {n} dense, which is no first_dense and every"
+    f.no("mlp_only_layers", why, "use a model with dense layers first, or at equal distances")
+    return {}
+
+
+def base_fields(m: ModelConfig) -> dict[str, Any]:
+    """The inverse of `decoder` and `grouped`."""
+    return {
+        "vocab_size": m.vocab,
+        "num_hidden_layers": m.layers,
+        "hidden_size": m.d_model,
+        "intermediate_size": m.d_ff,
+        "num_attention_heads": m.heads,
+        "num_key_value_heads": m.resolved_kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": m.max_length,
+        "rms_norm_eps": m.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
+        "tie_word_embeddings": m.tied_head,
+        "num_experts_per_tok": m.moe.top_k if m.moe else 0,
+    }
+
+
+def same(source: str, target: str, axes: str) -> Rule:
+    return Rule(source, Part(target, f"{axes} -> {axes}"))
+
+
+def turned(source: str, target: str) -> Rule:
+    """A matrix [F, D], which a linear layer of torch stores, to our [D, F]."""
+    return Rule(source, Part(target, "f d -> d f"))
+
+
+OUTSIDE = (
+    same("model.embed_tokens.weight", "embedding.table", "v d"),
+    same("model.norm.weight", "final_norm.scale", "d"),
+    turned("lm_head.weight", "embedding.head"),
+    same(LAYER + "input_layernorm.weight", "attention_norm.scale", "d"),
+    same(LAYER + "post_attention_layernorm.weight", "ffn_norm.scale", "d"),
+)
+ATTENTION = LAYER + "self_attn."
+HEADS = (
+    *(
+        Rule(f"{ATTENTION}{letter}_proj.weight", Part(f"attention.w_{name}", "(h n) d -> d h n"))
+        for letter, name in (("q", "query"), ("k", "key"), ("v", "value"))
+    ),
+    Rule(ATTENTION + "o_proj.weight", Part("attention.w_out", "d (h n) -> h n d")),
+    same(ATTENTION + "q_norm.weight", "attention.query_norm.scale", "n"),
+    same(ATTENTION + "k_norm.weight", "attention.key_norm.scale", "n"),
+)
+MATRICES = (("gate_proj", "w_gate"), ("up_proj", "w_up"), ("down_proj", "w_down"))
+
+
+def swiglu(source: str, target: str, matrices: Sequence[tuple[str, str]] = MATRICES) -> tuple[Rule, ...]:
+    """The three matrices of a feed-forward layer, or of each expert."""
+    return tuple(turned(f"{source}{theirs}.weight", f"{target}{ours}") for theirs, ours in matrices)
+
+
+MLP = (
+    *swiglu(LAYER + "mlp.", "ffn."),
+    turned(LAYER + "mlp.gate.weight", "ffn.router"),
+    *swiglu(LAYER + "mlp.experts.{expert}.", "ffn.experts."),
+    *swiglu(LAYER + "mlp.shared_experts.", "ffn.shared."),
+)
+
+
+# Mixtral (Jiang et al. 2024)
+
+
+def mixtral_keys(f: Fields) -> Tree:
+    """Softmax over the chosen logits; every layer is MoE."""
+    f.off(["router_jitter_noise"], "it multiplies the experts' input too, which is not done here")
+    moe = {"experts": f.count("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
+    return decoder(f) | grouped(f) | {"moe": moe | {"router": {"kind": "topk_softmax"}}}
+
+
+def mixtral_fields(m: ModelConfig) -> dict[str, Any]:
+    """The inverse of `mixtral_keys`."""
+    assert m.moe is not None
+    more = {"architectures": ["MixtralForCausalLM"], "head_dim": m.resolved_head_dim}
+    return base_fields(m) | more | {"num_local_experts": m.moe.experts}
+
+
+def mixtral_names(m: ModelConfig) -> Sequence[Rule]:
+    """Experts are w1 (gate), w3 (up) and w2 (down)."""
+    block = LAYER + "block_sparse_moe."
+    experts = swiglu(block + "experts.{expert}.", "ffn.experts.", (("w1", "w_gate"), ("w3", "w_up"), ("w2", "w_down")))
+    return *OUTSIDE, *HEADS, turned(block + "gate.weight", "ffn.router"), *experts
+
+
+# Qwen3-MoE (Qwen Team 2025)
+
+
+def qwen3_keys(f: Fields) -> Tree:
+    """Norms on queries and keys; softmax, the best of it, divided by their sum if `norm_topk_prob`."""
+    out = decoder(f)
+    step, dense = f.count("decoder_sparse_step", default=1), f.config.get("mlp_only_layers") or []
+    kinds = [(i + 1) % step == 0 and i not in dense for i in range(out["layers"])]
+    moe = {
+        "experts": f.count("num_experts", "num_local_experts"),
+        "top_k": f.count("num_experts_per_tok"),
+        "d_ff": f.count("moe_intermediate_size"),
+        **pattern(f, kinds),
+        "router": {"kind": "softmax_topk", "normalize": "before" if f.truth("norm_topk_prob", False) else "none"},
+    }
+    return out | grouped(f) | {"qk_norm": True, "moe": moe}
+
+
+def qwen3_fields(m: ModelConfig) -> dict[str, Any]:
+    """The inverse of `qwen3_keys`."""
+    assert m.moe is not None
+    return base_fields(m) | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": m.resolved_head_dim,
+        "num_experts": m.moe.experts,
+        "moe_intermediate_size": m.moe.d_ff or m.d_ff,
+        "mlp_only_layers": [i for i, kind in enumerate(m.layer_kinds) if kind == "dense"],
+        "norm_topk_prob": m.moe.router.normalize == "before",
+    }
+
+
+def qwen3_names(m: ModelConfig) -> Sequence[Rule]:
+    return *OUTSIDE, *HEADS, *MLP
+
+
+# DeepSeek-V2 and V3 (DeepSeek-AI 2024)
+
+
+def deepseek_keys(f: Fields) -> Tree:
+    """Latent attention, dense layers first, shared experts."""
+    out = decoder(f)
+    if (eps := out["norm_eps"]) != LATENT_EPS:
+        f.no(
+            "rms_norm_eps", f"is {eps:g}, and the norms inside latent attention have {LATENT_EPS:g}", "use such models"
+        )
+    f.only("moe_layer_freq", [1], "every layer after the first dense ones is MoE")
+    latent = {
+        "key_value": f.count("kv_lora_rank"),
+        "rotary": f.count("qk_rope_head_dim"),
+        "value": f.count("v_head_dim"),
+    }
+    if (query := f.maybe("q_lora_rank")) is not None:
+        latent["query"] = query
+    moe = {
+        "experts": f.count("n_routed_experts", "num_local_experts"),
+        "top_k": f.count("num_experts_per_tok"),
+        "d_ff": f.count("moe_intermediate_size"),
+        "first_dense": f.count("first_k_dense_replace", default=0, least=0),
+        "shared_experts": f.count("n_shared_experts", default=0, least=0),
+    }
+    return out | {"head_dim": f.count("qk_nope_head_dim"), "latent": latent, "moe": moe}
+
+
+def groups(f: Fields) -> Tree:
+    """The groups of experts that a token is limited to; none where it may use them all."""
+    n, keep = f.count("n_group", default=1), f.count("topk_group", default=1)
+    return {} if n == keep else {"groups": n, "topk_groups": keep}
+
+
+def deepseek_fields(m: ModelConfig) -> dict[str, Any]:
+    """The inverse of `deepseek_keys` and `groups`."""
+    if m.latent is None:
+        raise Refused(Problem("model.latent", "is unset", "use a model with latent attention"))
+    assert m.moe is not None
+    router = m.moe.router
+    return base_fields(m) | {
+        "q_lora_rank": m.latent.query,
+        "kv_lora_rank": m.latent.key_value,
+        "qk_rope_head_dim": m.latent.rotary,
+        "qk_nope_head_dim": m.resolved_head_dim,
+        "v_head_dim": m.value_dim,
+        "n_routed_experts": m.moe.experts,
+        "n_shared_experts": m.moe.shared_experts,
+        "moe_intermediate_size": m.moe.d_ff or m.d_ff,
+        "first_k_dense_replace": m.moe.first_dense,
+        "routed_scaling_factor": router.scale,
+        "n_group": router.groups,
+        "topk_group": router.topk_groups or router.groups,
+    }
+
+
+def v3_keys(f: Fields) -> Tree:
+    """Sigmoid scores with a selection bias, which is kept as it is."""
+    f.only("scoring_func", ["sigmoid"], "V3 scores by sigmoids")
+    f.only("topk_method", ["noaux_tc"], "V3 chooses with a bias")
+    f.only("rope_interleave", [True, None], "the pairs that turn are neighbours in this family")
+    out = deepseek_keys(f)
+    scale, norm = f.number("routed_scaling_factor", 1.0), f.truth("norm_topk_prob", True)
+    router = {"kind": "deepseek_v3", "scale": scale, "normalize": "before" if norm else "none"}
+    out["moe"] |= {"bias_rate": 0.0, "router": router | groups(f)}
+    return out
+
+
+def v3_fields(m: ModelConfig) -> dict[str, Any]:
+    """The inverse of `v3_keys`."""
+    assert m.moe is not None
+    more = {"architectures": ["DeepseekV3ForCausalLM"], "norm_topk_prob": m.moe.router.normalize != "none"}
+    return deepseek_fields(m) | more | {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True}
+
+
+def v2_keys(f: Fields) -> Tree:
+    """Softmax, the best of it within groups, times a scale and not divided by their sum."""
+    f.only("scoring_func", ["softmax"], "V2 scores by a softmax")
+    f.only("norm_topk_prob", [False, None], "transformers does not divide by the sum, and the paper's code does")
+    method = f.only("topk_method", ["greedy", "group_limited_greedy"], "V2 knows these two")
+    out = deepseek_keys(f)
+    router = {"kind": "deepseek_v2", "scale": f.number("routed_scaling_factor", 1.0), "normalize": "none"}
+    out["moe"] |= {"router": router | (groups(f) if method == "group_limited_greedy" else {})}
+    return out
+
+
+def v2_fields(m: ModelConfig) -> dict[str, Any]:
+    """The inverse of `v2_keys`."""
+    assert m.moe is not None
+    method = "greedy" if m.moe.router.topk_groups is None else "group_limited_greedy"
+    return deepseek_fields(m) | {"architectures": ["DeepseekV2ForCausalLM"], "topk_method": method}
+
+
+def paired(before: int, turning: int) -> np.ndarray:
+    """Places of an axis that ends in pairs of neighbours that turn: ours are i and i + turning/2."""
+    last = before + np.arange(turning).reshape(-1, 2).T.reshape(-1)
+    return np.concatenate([np.arange(before), last])
+
+
+def deepseek_names(m: ModelConfig) -> Sequence[Rule]:
+    """Keys and values of all heads in one matrix; what turns stands in neighbouring pairs."""
+    assert m.latent is not None
+    N, V, C, P = m.resolved_head_dim, m.value_dim, m.latent.key_value, m.latent.rotary
+    query = Part("attention.w_query", "(h n) d -> d h n", Take("n", paired(N, P), N + P))
+    both = "(h n) c -> c h n"
+    return (
+        *OUTSIDE,
+        Rule(ATTENTION + ("q_proj.weight" if m.latent.query is None else "q_b_proj.weight"), query),
+        turned(ATTENTION + "q_a_proj.weight", "attention.w_query_down"),
+        same(ATTENTION + "q_a_layernorm.weight", "attention.query_norm.scale", "d"),
+        Rule(
+            ATTENTION + "kv_a_proj_with_mqa.weight",
+            Part("attention.w_down", "c d -> d c", Take("c", paired(C, P), C + P)),
+        ),
+        same(ATTENTION + "kv_a_layernorm.weight", "attention.latent_norm.scale", "c"),
+        Rule(
+            ATTENTION + "kv_b_proj.weight",
+            Part("attention.w_key", both, Take("n", np.arange(N), N + V)),
+            Part("attention.w_value", both, Take("n", N + np.arange(V), N + V)),
+        ),
+        Rule(ATTENTION + "o_proj.weight", Part("attention.w_out", "d (h n) -> h n d")),
+        *MLP,
+        same(LAYER + "mlp.gate.e_score_correction_bias", "ffn.bias", "e"),
+    )
+
+
+def v3_ignored(config: dict[str, Any]) -> Sequence[str]:
+    """Layers that predict further tokens, which follow the others and which transformers does not read either."""
+    first, more = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers", 0)
+    return *TURNS, *(rf"model\.layers\.{first + i}\..*" for i in range(more or 0))
+
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": Family(mixtral_keys, mixtral_fields, mixtral_names),
+    "qwen3_moe": Family(qwen3_keys, qwen3_fields, qwen3_names),
+    "deepseek_v2": Family(v2_keys, v2_fields, deepseek_names),
+    "deepseek_v3": Family(v3_keys, v3_fields, deepseek_names, v3_ignored),
+}

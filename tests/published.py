@@ -1,0 +1,174 @@
+"""Small random models of transformers, one a case of each family, and what they answer.
+
+`python tests/published.py` writes the first case of each family to tests/golden/published, with its answers, so that it
+is also compared where torch and transformers are not installed.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden" / "published"
+TOKENS = np.random.default_rng(5).integers(0, 40, (2, 12))
+
+BASE = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-6,
+}
+MIXTRAL = BASE | {"intermediate_size": 12, "num_key_value_heads": 2, "num_local_experts": 4}
+QWEN3 = BASE | {"intermediate_size": 24, "moe_intermediate_size": 12, "num_key_value_heads": 2, "num_experts": 8}
+DEEPSEEK = BASE | {
+    "intermediate_size": 24,
+    "moe_intermediate_size": 12,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 6,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 5,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+}
+CLASSES = {
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+}
+CASES = {
+    "mixtral": [
+        MIXTRAL | {"num_experts_per_tok": 2},
+        MIXTRAL | {"num_experts_per_tok": 3, "tie_word_embeddings": True, "head_dim": 6, "rms_norm_eps": 1e-5},
+        MIXTRAL | {"num_experts_per_tok": 4, "num_key_value_heads": 4, "num_hidden_layers": 1},
+    ],
+    "qwen3_moe": [
+        QWEN3 | {"num_experts_per_tok": 3, "norm_topk_prob": True, "head_dim": 6, "mlp_only_layers": [0]},
+        QWEN3 | {"num_experts_per_tok": 2, "norm_topk_prob": False, "head_dim": 4, "tie_word_embeddings": True},
+        QWEN3 | {"num_experts_per_tok": 1, "norm_topk_prob": False, "head_dim": 4, "decoder_sparse_step": 2},
+    ],
+    "deepseek_v2": [
+        DEEPSEEK | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
+        DEEPSEEK | {"topk_method": "greedy", "q_lora_rank": None, "n_group": None, "topk_group": None},
+        DEEPSEEK | {"topk_method": "greedy", "n_shared_experts": 2, "num_experts_per_tok": 2, "num_hidden_layers": 3},
+    ],
+    "deepseek_v3": [
+        DEEPSEEK | {"norm_topk_prob": True, "routed_scaling_factor": 2.5},
+        DEEPSEEK | {"norm_topk_prob": False, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+        DEEPSEEK | {"n_shared_experts": 2, "num_experts_per_tok": 2, "topk_group": 1, "num_hidden_layers": 3},
+    ],
+}
+
+
+def absent():
+    """What is missing for a comparison with transformers, if anything."""
+    return [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+
+
+NOT_PROVED = (
+    f"NOT PROVED against transformers: {' and '.join(absent())} missing. Remedy: python -m pip install -e '.[dev]' "
+    "(one case of each family is compared with tests/golden/published)"
+)
+needs_torch = pytest.mark.skipif(bool(absent()), reason=NOT_PROVED)
+
+
+def cases():
+    """`(family, number)` of each."""
+    return [(family, i) for family, own in CASES.items() for i in range(len(own))]
+
+
+def build(family, number, folder, dtype="float32"):
+    """A random model of transformers, in `dtype`, saved in `folder`; every layer and every norm is another one."""
+    import torch
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    config = getattr(transformers, f"{CLASSES[family]}Config")(**CASES[family][number])
+    model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config).eval()
+    draw = torch.Generator().manual_seed(number)
+    with torch.no_grad():
+        for name, p in [*model.named_parameters(), *model.named_buffers()]:
+            noise = torch.randn(p.shape, generator=draw)
+            if "correction_bias" in name:
+                p.copy_(0.2 * noise)
+            elif p.ndim == 1 and "norm" in name:
+                p.copy_(1 + 0.2 * noise)
+            elif p.ndim > 1:
+                p.copy_(noise if "embed_tokens" in name else noise / p.shape[-1] ** 0.5)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    return model
+
+
+def answers(model):
+    """Logits [B, L, V], experts in order and their gates [layers, B, L, K], loss, and norm of the gradient."""
+    import torch
+
+    seen = []
+    for module in model.modules():
+        if type(module).__name__.endswith("Router"):
+            module.register_forward_hook(lambda _, __, out: seen.append(out))
+    tokens = torch.tensor(TOKENS)
+    out = model(tokens, labels=tokens)
+    out.loss.backward()
+    square = sum(float((p.grad.double() ** 2).sum()) for p in model.parameters() if p.grad is not None)
+    experts, gates = [], []
+    for _, gate, expert in seen:
+        order = expert.argsort(-1)
+        experts.append(expert.gather(-1, order).reshape(*TOKENS.shape, -1).numpy())
+        gates.append(gate.gather(-1, order).detach().reshape(*TOKENS.shape, -1).numpy())
+    return {
+        "logits": out.logits.detach().numpy(),
+        "experts": np.stack(experts).astype(np.int32),
+        "gates": np.stack(gates),
+        "loss": np.asarray(out.loss.item()),
+        "norm": np.asarray(square**0.5),
+    }
+
+
+def synthetic(folder, fields):
+    """A folder of numbers in [0, 2) in the names of a Mixtral; returns the bytes of all tensors and of the largest."""
+    from moe_jax.config import Config, ModelConfig, from_dict
+    from moe_jax.convert.families import FAMILIES, model_keys
+    from moe_jax.convert.names import NameMap
+    from moe_jax.convert.tensors import Writing, write
+    from moe_jax.train.state import Model
+
+    about = MIXTRAL | {"model_type": "mixtral", "rope_theta": 1e4, "num_experts_per_tok": 2} | fields
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(about))
+    m: ModelConfig = from_dict({"model": model_keys(about), "data": {"length": 8}}).model
+    names = NameMap(Model.of(Config(model=m)), FAMILIES["mixtral"].names(m))
+    wanted = [Writing(name, "BF16", shape) for name, shape in names.tensors.items()]
+    draw = np.random.default_rng(0)
+
+    def values():
+        for t in wanted:
+            bits = draw.integers(0, 2**14, t.shape, np.uint16)
+            yield bits.view(ml_dtypes.bfloat16)
+
+    write(folder / "model.safetensors", wanted, values())
+    return sum(t.bytes for t in wanted), max(t.bytes for t in wanted)
+
+
+def main():
+    for family in CASES:
+        folder = GOLDEN / family
+        np.savez_compressed(folder.parent / f"{family}.npz", **answers(build(family, 0, folder)))
+        (folder / "generation_config.json").unlink()
+        print(family, json.loads((folder / "config.json").read_text())["model_type"], file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""What `moe-jax convert` refuses, each with the name of the file and the tensor, and nothing written; and failures."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from commands import check_refusal, listing
+from published import GOLDEN
+
+from moe_jax.convert import families, load, save
+from moe_jax.convert.names import NameMap, Part, Rule
+from moe_jax.schema import Refused
+
+pytestmark = pytest.mark.usefixtures("inside")
+
+GATE = "model.layers.1.block_sparse_moe.gate.weight"
+EXPERT = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the Mixtral of the reference files."""
+    shutil.copytree(GOLDEN / "mixtral", tmp_path / "source")
+    return tmp_path / "source"
+
+
+def change(file, **fields):
+    """Fields of a JSON file set; None takes one out."""
+    found = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
+
+
+def rewrite(folder, edit):
+    """The tensors of a folder written again after `edit(tensors)`, by the format's own library."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def cut_in_two(folder, edit=lambda chart: None):
+    """The tensors in two files with an index, after `edit` of its entries."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors, chart = load_file(folder / "model.safetensors"), {}
+    names = sorted(tensors)
+    for i, own in enumerate((names[::2], names[1::2])):
+        save_file({n: tensors[n] for n in own}, folder / f"part-{i}.safetensors")
+        chart |= dict.fromkeys(own, f"part-{i}.safetensors")
+    (folder / "model.safetensors").unlink()
+    edit(chart)
+    (folder / INDEX).write_text(json.dumps({"weight_map": chart}))
+
+
+def header(folder, edit):
+    """The header of the file changed, and its length with it."""
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    found = json.loads(raw[8 : 8 + n])
+    text = edit(found) or json.dumps(found)
+    file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + raw[8 + n :])
+
+
+def truncated(folder, less):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:less])
+
+
+DAMAGE = {
+    "a missing tensor": (lambda f: rewrite(f, lambda t: t.pop(GATE)), [GATE, "[4, 16]", "missing"]),
+    "an extra tensor": (
+        lambda f: rewrite(f, lambda t: t.update({"model.extra": np.ones((2, 3), np.float32)})),
+        ["model.extra", "[2, 3] F32", "not of this model"],
+    ),
+    "a wrong shape": (
+        lambda f: rewrite(f, lambda t: t.update({GATE: np.ones((4, 15), np.float32)})),
+        [GATE, "[4, 15]", "[4, 16]"],
+    ),
+    "a cut file": (lambda f: truncated(f, -100), ["model.safetensors", "bytes", "ends at byte"]),
+    "a cut header": (lambda f: truncated(f, 300), ["model.safetensors", "300 bytes"]),
+    "an empty file": (lambda f: truncated(f, 0), ["model.safetensors", "0 bytes"]),
+    "an expert that the index lacks": (
+        lambda f: cut_in_two(f, lambda chart: chart.pop(EXPERT)),
+        [EXPERT, INDEX],
+    ),
+    "an expert that no file has": (lambda f: rewrite(f, lambda t: t.pop(EXPERT)), [EXPERT, "[16, 12]"]),
+    "fewer experts in the config": (
+        lambda f: change(f / "config.json", num_local_experts=3, num_experts_per_tok=2),
+        [".experts.3.", "not of this model", "[4, 16]", "[3, 16]"],
+    ),
+    "more experts in the config": (
+        lambda f: change(f / "config.json", num_local_experts=5),
+        [".experts.4.", "missing", "[5, 16]"],
+    ),
+    "more layers in the config": (
+        lambda f: change(f / "config.json", num_hidden_layers=3),
+        ["model.layers.2.", "missing"],
+    ),
+    "another width in the config": (
+        lambda f: change(f / "config.json", intermediate_size=24),
+        ["[12, 16]", "[24, 16]"],
+    ),
+    "an index that leads out": (
+        lambda f: cut_in_two(f, lambda chart: chart.update({GATE: "../part-0.safetensors"})),
+        [GATE, "'../part-0.safetensors'"],
+    ),
+    "an index with an absolute path": (
+        lambda f: cut_in_two(f, lambda chart: chart.update({GATE: str(f / "part-0.safetensors")})),
+        [GATE, "no .safetensors file of this folder"],
+    ),
+    "an index with a tensor of no file": (
+        lambda f: cut_in_two(f, lambda chart: chart.update({"model.more": "part-1.safetensors"})),
+        ["part-1.safetensors", "model.more"],
+    ),
+    "a file that is missing": (lambda f: (cut_in_two(f), (f / "part-1.safetensors").unlink()), ["part-1.safetensors"]),
+    "two answers": (lambda f: (f / INDEX).write_text("{}"), ["both model.safetensors and"]),
+    "no weights": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ["pickle"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["config.json"]),
+    "a config that is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "list"]),
+    "a header that is no JSON": (lambda f: header(f, lambda h: "{"), ["model.safetensors", "header"]),
+    "a name twice": (lambda f: header(f, lambda h: json.dumps(h)[:-1] + ',"lm_head.weight":{}}'), ["twice"]),
+    "tensors that overlap": (
+        lambda f: header(f, lambda h: h[GATE].update(data_offsets=h[EXPERT]["data_offsets"])),
+        [GATE, "lies at bytes"],
+    ),
+    "a type of number that is not known": (lambda f: header(f, lambda h: h[GATE].update(dtype="I64")), [GATE, "I64"]),
+    "an unknown family": (
+        lambda f: change(f / "config.json", model_type="mixtrl"),
+        ["'mixtrl'", "mixtral", "qwen3_moe"],
+    ),
+    "YaRN": (
+        lambda f: change(f / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+        ["rope_parameters", "'yarn'"],
+    ),
+    "YaRN in the older form": (
+        lambda f: change(f / "config.json", rope_parameters=None, rope_scaling={"type": "yarn"}, rope_theta=1e4),
+        ["rope_scaling", "'yarn'"],
+    ),
+    "no base of the positions": (lambda f: change(f / "config.json", rope_parameters=None), ["rope_theta", "missing"]),
+    "a window": (lambda f: change(f / "config.json", sliding_window=16), ["sliding_window", "16"]),
+    "another activation": (lambda f: change(f / "config.json", hidden_act="gelu"), ["hidden_act", "'gelu'"]),
+    "two things at once": (
+        lambda f: change(f / "config.json", vocab_size=None, num_attention_heads="4"),
+        ["vocab_size: is missing", "num_attention_heads: is '4'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_refused(damage, folder, tmp_path, call):
+    """Exit code 2, what is wrong by its name, and no file made or changed."""
+    spoil, needles = DAMAGE[damage]
+    spoil(folder)
+    before = listing(tmp_path)
+    check_refusal(*call("convert", "import", folder, tmp_path / "run", "data.length=8"), "convert", *needles)
+    assert listing(tmp_path) == before
+
+
+def test_the_folder_cut_in_two_is_the_same(folder):
+    """So that the damage above is the damage."""
+    cut_in_two(folder)
+    found = load.opened(folder, folder / "run")
+    assert len(found.source.tensors) == len(found.names.tensors) and not found.unused
+
+
+DENSE = {"mlp_only_layers": [1], "num_hidden_layers": 4}
+FAMILY_DAMAGE = [
+    ("qwen3_moe", DENSE, ["mlp_only_layers", "the layers 1 of 4 dense"]),
+    ("qwen3_moe", {"attention_bias": True}, ["attention_bias"]),
+    ("deepseek_v3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps", "1e-05", "1e-06"]),
+    ("deepseek_v3", {"scoring_func": "softmax"}, ["scoring_func", "'softmax'"]),
+    ("deepseek_v3", {"moe_layer_freq": 2}, ["moe_layer_freq"]),
+    ("deepseek_v3", {"topk_group": 9}, ["topk_groups", "9 groups of 4"]),
+    ("deepseek_v3", {"num_local_experts": 9}, ["n_routed_experts=8", "num_local_experts=9"]),
+    ("deepseek_v2", {"norm_topk_prob": True}, ["norm_topk_prob"]),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, ["topk_method"]),
+]
+
+
+@pytest.mark.parametrize(("family", "fields", "needles"), FAMILY_DAMAGE)
+def test_what_a_family_cannot_keep(family, fields, needles, tmp_path):
+    shutil.copytree(GOLDEN / family, tmp_path / "source")
+    change(tmp_path / "source" / "config.json", **fields)
+    with pytest.raises(Refused) as e:
+        load.opened(tmp_path / "source", tmp_path / "run")
+    assert all(needle in str(e.value) for needle in needles), e.value
+
+
+def test_known_tensors_of_no_use_are_told(folder):
+    """Tables of rotary frequencies in older files; they are ignored by name, and no others."""
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(folder, lambda t: t.update({name: np.ones(2, np.float32)}))
+    assert load.opened(folder, folder / "run").unused == [name]
+
+
+def test_folders_that_hold_something(folder, tmp_path, call):
+    """Neither an import nor an export writes into what is there."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    argv = ["convert", "import", folder]
+    assert call(*argv, tmp_path / "run", "data.length=8")[0] == 0
+    before = listing(tmp_path)
+    check_refusal(*call(*argv, tmp_path / "full"), "convert", "WORKDIR: ", "letter.txt")
+    check_refusal(*call(*argv, tmp_path / "run"), "convert", "holds a run already")
+    check_refusal(*call("convert", "export", tmp_path / "run", tmp_path / "full"), "convert", "DST", "holds something")
+    check_refusal(*call("convert", "export", tmp_path / "full", tmp_path / "new"), "convert", "moe_jax.json")
+    check_refusal(
+        *call("convert", "export", tmp_path / "run", tmp_path / "new", "--shard-gb", 0), "convert", "--shard-gb"
+    )
+    check_refusal(*call("convert", "export", tmp_path / "run", tmp_path / "new", "a=1"), "convert", "changes no key")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failure_half_way_leaves_nothing(there, folder, tmp_path, call, monkeypatch):
+    """The disk fails while weights are read, and while they are written."""
+    run, out = tmp_path / "a" / "run", tmp_path / "b" / "out"
+    assert call("convert", "import", folder, tmp_path / "good", "data.length=8")[0] == 0
+    if there:
+        run.mkdir(parents=True)
+        out.mkdir(parents=True)
+    before = set(listing(tmp_path))
+
+    def fail(*_):
+        raise OSError(5, "Input/output error", "a file")
+
+    with monkeypatch.context() as m:
+        m.setattr(load, "widened", fail)
+        code, _, err = call("convert", "import", folder, run, "data.length=8")
+    assert code == 1 and "Input/output error" in err
+    assert set(listing(tmp_path)) == before
+    with monkeypatch.context() as m:
+        m.setattr(save, "narrowed", fail)
+        code, _, err = call("convert", "export", tmp_path / "good", out)
+    assert code == 1 and set(listing(tmp_path)) == before
+
+
+def test_what_a_killed_import_left_is_no_obstacle(folder, tmp_path, call):
+    """Its folder holds no complete checkpoint: no command opens it, and the same import fills it."""
+    run = tmp_path / "run"
+    assert call("convert", "import", folder, run, "data.length=8")[0] == 0
+    whole = set(listing(run))
+    (run / "checkpoints" / "0" / "complete.json").unlink()
+    check_refusal(*call("convert", "export", run, tmp_path / "out"), "convert", "no complete checkpoint")
+    assert call("convert", "import", folder, run, "data.length=8")[0] == 0
+    assert {name for name in listing(run) if "/d/" not in name} == {name for name in whole if "/d/" not in name}
+    assert call("convert", "export", run, tmp_path / "out")[0] == 0
+
+
+def test_maps_that_leave_parameters_out(folder):
+    """A family whose rules do not fill a model is stopped, not its parameters left at what memory held."""
+    found = load.opened(folder, folder / "run")
+    rules = families.FAMILIES["mixtral"].names(found.cfg.model)
+    with pytest.raises(Refused, match=r"1 of 13 parameters .* first stacks.0.blocks.0.ffn.router \[2, 16, 4\]"):
+        NameMap(found.model, [r for r in rules if "gate.weight" not in r.source])
+    with pytest.raises(Refused, match=r"1 of 13 .*ffn\.router"):
+        NameMap(found.model, [*rules, Rule("model.layers.{layer}.again", Part("ffn.router", "f d -> d f"))])
+
+
+def test_float16_that_would_overflow(folder, tmp_path, call):
+    rewrite(folder, lambda t: t[GATE].fill(1e5))
+    assert call("convert", "import", folder, tmp_path / "run", "data.length=8")[0] == 0
+    answer = call("convert", "export", tmp_path / "run", tmp_path / "out", "--dtype", "float16", "--quiet")
+    check_refusal(*answer, "convert", GATE, "100000")
+    assert not (tmp_path / "out").exists()
