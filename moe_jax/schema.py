@@ -381,7 +381,7 @@ class ModelConfig:
     def _runs(self, kinds: tuple[str, ...], windows: tuple[int | None, ...]) -> list[tuple[tuple[str, ...], int]]:
         if len(kinds) <= self.stack_above:
             return [((kind,), 1) for kind in kinds]
-        both = lcm(self.full_every or 1, self.moe.every if self.moe else 1)
+        both = lcm(self.full_every, self.moe.every if self.moe else 1) if self.full_every else 1
         found = pattern(tuple(zip(kinds, windows, strict=True)), both)
         return [(tuple(kind for kind, _ in period), repeats) for period, repeats in found]
 
