@@ -33,7 +33,7 @@ def _idle(table: Any, prefix: str, names: Sequence[str], why: str, remedy: str) 
     ]
 
 
-TOP_K = {"switch": 1, "gshard": 2}
+TOP_K = {"switch": 1, "gshard": 2, "sparsemixer": 2}
 STEERING = ("balance_loss", "importance_loss", "load_loss", "device_loss", "communication_loss")  # towards equal loads
 GROUPED = ("deepseek_v2", "deepseek_v3")
 BIASED = ("softmax_topk", *GROUPED)
@@ -107,7 +107,7 @@ def _check_router(moe: MoEConfig, no: Refuse) -> None:
     if kind in SOFTMAX_OF_CHOSEN and norm in ("none", "before"):
         why = "softmax over the chosen logits is normalised already"
         no("router.normalize", why, "leave it unset, or set it to after")
-    if kind in ("hash", "expert_choice") and norm is not None:
+    if kind in ("hash", "expert_choice", "sparsemixer") and norm is not None:
         why = f"the {kind} router does not normalise its gates"
         no("router.normalize", why, "leave it unset")
     if kind != "gshard" and moe.router.second != "always":
@@ -115,6 +115,9 @@ def _check_router(moe: MoEConfig, no: Refuse) -> None:
     if (kind != "gshard" or moe.router.second != "random") and moe.router.threshold != RouterConfig.threshold:
         why = f"is {moe.router.threshold:g}, and only a gshard router that keeps the second expert at random has one"
         no("router.threshold", why, "take it out, or set router.kind=gshard and router.second=random")
+    if kind != "sparsemixer" and moe.router.margin is not None:
+        why = f"is {moe.router.margin:g}, and the {kind} router has none"
+        no("router.margin", why, "take it out, or set router.kind=sparsemixer")
     if moe.router.gate_width is not None and moe.router.gate != "mlp":
         no("router.gate_width", f"is {moe.router.gate_width} with a linear gate", "set router.gate=mlp")
     if kind == "hash":

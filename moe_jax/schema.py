@@ -42,6 +42,7 @@ RouterKind = Literal[
     "noisy_topk",
     "deepseek_v2",
     "deepseek_v3",
+    "sparsemixer",
     "expert_choice",
     "hash",
 ]
@@ -55,8 +56,8 @@ class RouterConfig:
     kind: RouterKind = key(
         "softmax_topk",
         "switch: top-1; gshard: top-2; topk_softmax: Mixtral order; softmax_topk: OLMoE order; noisy_topk: learned "
-        "noise; deepseek_v2: softmax, group-limited; deepseek_v3: sigmoid, group-limited; expert_choice: experts "
-        "choose tokens; hash: by token id, learns nothing",
+        "noise; deepseek_v2: softmax, group-limited; deepseek_v3: sigmoid, group-limited; sparsemixer: two drawn one "
+        "after the other (Phi-MoE); expert_choice: experts choose tokens; hash: by token id, learns nothing",
     )
     normalize: Literal["none", "before", "after"] | None = key(
         None, "divide the K gates by their sum: before or after dropping; unset: what the router's paper does"
@@ -72,6 +73,11 @@ class RouterConfig:
         None,
         "a group's score is its best, the sum of its two best, or of its K/topk_groups best experts; unset: max for "
         "deepseek_v2, sum2 for deepseek_v3",
+    )
+    margin: Positive | None = key(
+        None,
+        "sparsemixer: experts count whose logit is this near the best one, as a share of the larger of it and their "
+        "own size; unset: 0.02 (Phi-MoE: 2 router_jitter_noise)",
     )
     gate: Literal["linear", "mlp"] = key("linear", "the router is one matrix, or two with a GELU between")
     gate_width: Count | None = key(None, "gate=mlp: its hidden width; unset: the model width")
