@@ -274,6 +274,19 @@ def _check_encoder(cfg: Config) -> list[Problem]:
     return out
 
 
+def _check_list(m: ModelConfig, moe: MoEConfig) -> list[Problem]:
+    """MoE layers by number: some, of those that there are, once each."""
+    listed, key = moe.layers or (), "model.moe.layers"
+    out = _idle(moe, "model.moe", ["every", "first_dense"], "moe.layers lists the layers", f"take {key} out")
+    if m.encoder is not None:
+        why = "numbers the layers of one stack, and an encoder is another"
+        out.append(Problem(key, why, "use model.moe.every and first_dense"))
+    if not listed or max(listed) >= m.layers or len(set(listed)) < len(listed):
+        why = f"is {list(listed)}, and the layers are numbered from 0 to {m.layers - 1}"
+        out.append(Problem(key, why, "name one of them or more, each once"))
+    return out
+
+
 def check_model(m: ModelConfig) -> list[Problem]:
     """Impossible combinations inside the model."""
     out = []
@@ -301,7 +314,9 @@ def check_model(m: ModelConfig) -> list[Problem]:
             no("moe.router.kind", why, "use another router, or permit it with model.moe.router.lookahead=true")
         elif m.moe.router.lookahead and m.moe.router.kind != "expert_choice":
             no("moe.router.lookahead", f"has no effect on the {m.moe.router.kind} router", "leave it out")
-        if "moe" not in m.layer_kinds + m.encoder_kinds:
+        if m.moe.layers is not None:
+            out += _check_list(m, m.moe)
+        elif "moe" not in m.layer_kinds + m.encoder_kinds:
             of = f"{m.layers}" + (f", and {m.encoder.layers} of the encoder" if m.encoder else "")
             why = f"first_dense={m.moe.first_dense}, every={m.moe.every} leave no MoE layer among {of}"
             no("moe.every", why, "lower model.moe.every or first_dense, or raise model.layers")

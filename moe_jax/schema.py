@@ -150,6 +150,9 @@ class MoEConfig:
     bias_update: Literal["sign", "centred"] = key("sign", "each bias moves by the rate, or by that less the mean move")
     every: Count = key(1, "every n-th layer is MoE (the n-th, 2n-th, ...), after the first dense ones")
     first_dense: Whole = key(0, "number of dense layers before the first MoE layer")
+    layers: tuple[Whole, ...] | None = key(
+        None, "the numbers of the MoE layers, the bottom one 0, where no period tells them; unset: every, first_dense"
+    )
     shared_experts: Whole = key(0, "experts that every token passes, added to the routed sum")
     shared_d_ff: Count | None = key(None, "hidden width of a shared expert; unset: as a routed one (Qwen2-MoE: 5632)")
     shared_gate: bool = key(False, "the shared experts' output is times sigmoid(x w), one number a token (Qwen2-MoE)")
@@ -285,6 +288,8 @@ class ModelConfig:
     def _kinds(self, layers: int) -> tuple[str, ...]:
         if self.moe is None:
             return ("dense",) * layers
+        if self.moe.layers is not None:
+            return tuple("moe" if i in self.moe.layers else "dense" for i in range(layers))
         first, every = self.moe.first_dense, self.moe.every
         return tuple("moe" if i >= first and (i - first + 1) % every == 0 else "dense" for i in range(layers))
 

@@ -406,6 +406,7 @@ COUNTED = [
     ["tiny_gshard", "model.moe.router.bias=true", "model.moe.router.gate=mlp"],
     ["tiny_mixtral", "model.ffn=clamped_swiglu", "model.biases=true", "model.moe.first_dense=1"],
     ["tiny_dense", "model.head_bias=true"],
+    ["tiny_mixtral", "model.layers=6", "model.moe.layers=[0,3,4]"],
     ["tiny_t5", "model.moe.shared_experts=1", "model.moe.shared_gate=true", "model.biases=true"],
 ]
 
@@ -446,6 +447,28 @@ def test_factors_of_a_model():
     plain, want = (logits(graph, w) for w in (weights, jax.tree_util.tree_map_with_path(scaled, weights)))
     agree(np.float64(logits(model(m)[0], weights)), np.float64(want), "logits")
     assert np.abs(np.asarray(want - plain)).max() > 0.1
+
+
+LISTED = {
+    "is [1, 4], and the layers are numbered from 0 to 3": ["model.moe.layers=[1,4]"],
+    "is [1, 1], and": ["model.moe.layers=[1,1]"],
+    "is [], and": ["model.moe.layers=[]"],
+    "is 2, and moe.layers lists the layers": ["model.moe.layers=[1]", "model.moe.every=2"],
+    "not a whole number": ['model.moe.layers=["1"]'],
+}
+
+
+@pytest.mark.parametrize("reason", LISTED)
+def test_lists_of_layers_are_checked(reason):
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        config.load("tiny_mixtral", ["model.layers=4", *LISTED[reason]])
+
+
+def test_layers_by_number():
+    """As Qwen's mlp_only_layers leaves them: which are MoE, in runs as any others."""
+    m = config.load("tiny_mixtral", ["model.layers=6", "model.moe.layers=[4,0,3]"]).model
+    kinds = ("moe", "dense", "dense", "moe", "moe", "dense")
+    assert m.layer_kinds == kinds and sum((period * n for period, n in m.runs), ()) == kinds
 
 
 REFUSED = {
