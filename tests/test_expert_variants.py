@@ -27,6 +27,8 @@ from moe_jax.layers.ffn import FFN
 from moe_jax.layers.moe import MoELayer
 from moe_jax.model import Transformer
 from moe_jax.plan.leaves import count, leaves
+from moe_jax.plan.memory import memory
+from moe_jax.plan.work import Step
 from moe_jax.routing import draw, recorded, route
 from moe_jax.rules import spec
 from moe_jax.train.state import Model
@@ -385,6 +387,25 @@ def test_sparsemixer_in_training():
         MoELayer(moe, D, rngs=nnx.Rngs(params=0))(jnp.ones((1, L, D)), train=True)
 
 
+def test_sparsemixer_draws_alike_on_every_mesh():
+    """Each token's noise is its own, wherever it lies."""
+    weights, x, _ = given("phimoe")
+    out = {}
+    for where in (MeshConfig(), MeshConfig(expert=2, tensor=2), MeshConfig(expert=2, context=2)):
+        with jax.set_mesh(meshes.build_mesh(where, jax.devices()[: where.size])):
+            graph, _ = split_layer("phimoe", "gather", Rules())
+            layer = nnx.merge(graph, single(weights))
+            call = jax.jit(lambda x: layer(x, train=True, key=jax.random.key(3), record=True))  # noqa: B023
+            y, _, record = call(single(x))
+            out[str(where)] = np.float64(y), np.asarray(record.expert)
+    (want, expert), *others = out.values()
+    best = np.argsort(-logits_of(x, weights).reshape(B, L, E))[..., :2]
+    assert 0.1 < (expert == best).mean() < 0.95, "the test needs draws"
+    for y, drawn in others:
+        np.testing.assert_array_equal(drawn, expert)
+        agree(y, want, "output")
+
+
 # In bfloat16, on the whole, and what is refused
 
 
@@ -418,6 +439,24 @@ def test_the_plan_counts_like_the_model(settings):
     model = Model.of(cfg)
     assert {x.name: (x.shape, x.axes) for x in leaves(cfg.model)} == {n: (s, a) for n, s, a in model.leaves()}
     assert count(cfg.model)[:2] == model.count()
+
+
+def test_the_plan_counts_work():
+    """A gate of shared experts multiplies D numbers a token and layer; biases and factors multiply nothing."""
+    extra = ["model.moe.shared_experts=1", "model.moe.shared_d_ff=30"]
+    base, gate, rest = (
+        Step(config.load("tiny_mixtral", [*extra, *own, "mesh.data=1"]), "tpu")
+        for own in (
+            [],
+            ["model.moe.shared_gate=true"],
+            ["model.moe.router.bias=true", "model.head_bias=true", "model.embed_scale=12", "model.ffn=clamped_swiglu"],
+        )
+    )
+    m = base.cfg.model
+    assert gate.flops.infer - base.flops.infer == 2 * m.d_model * m.layer_kinds.count("moe")
+    assert rest.flops == base.flops and rest.count.total == base.count.total + m.vocab + m.layers * m.moe.experts
+    assert gate.executed()["router"] > base.executed()["router"] > 0
+    assert all(memory(step).peak > memory(base).peak for step in (gate, rest))
 
 
 def test_factors_of_a_model():
