@@ -18,7 +18,7 @@ from moe_jax.schema import (
     RouterConfig,
 )
 
-TOP_K = {"switch": 1, "gshard": 2}
+TOP_K = {"switch": 1, "gshard": 2, "sparsemixer": 2}
 STEERING = ("balance_loss", "importance_loss", "load_loss", "device_loss", "communication_loss")  # towards equal loads
 GROUPED = ("deepseek_v2", "deepseek_v3")
 BIASED = ("softmax_topk", *GROUPED)
@@ -89,7 +89,7 @@ def _check_router(moe: MoEConfig, no: Refuse) -> None:
     if kind in SOFTMAX_OF_CHOSEN and norm in ("none", "before"):
         why = "softmax over the chosen logits is normalised already"
         no("router.normalize", why, "leave it unset, or set it to after")
-    if kind in ("hash", "expert_choice") and norm is not None:
+    if kind in ("hash", "expert_choice", "sparsemixer") and norm is not None:
         why = f"the {kind} router does not normalise its gates"
         no("router.normalize", why, "leave it unset")
     if kind != "gshard" and moe.router.second != "always":
@@ -97,6 +97,9 @@ def _check_router(moe: MoEConfig, no: Refuse) -> None:
     if (kind != "gshard" or moe.router.second != "random") and moe.router.threshold != RouterConfig.threshold:
         why = f"is {moe.router.threshold:g}, and only a gshard router that keeps the second expert at random has one"
         no("router.threshold", why, "take it out, or set router.kind=gshard and router.second=random")
+    if kind != "sparsemixer" and moe.router.margin is not None:
+        why = f"is {moe.router.margin:g}, and the {kind} router has none"
+        no("router.margin", why, "take it out, or set router.kind=sparsemixer")
     if moe.router.gate_width is not None and moe.router.gate != "mlp":
         no("router.gate_width", f"is {moe.router.gate_width} with a linear gate", "set router.gate=mlp")
     if kind == "hash":
@@ -237,6 +240,19 @@ def _check_encoder(cfg: Config) -> list[Problem]:
     return out
 
 
+def _check_list(m: ModelConfig, moe: MoEConfig) -> list[Problem]:
+    """MoE layers by number: some, of those that there are, once each."""
+    listed, key = moe.layers or (), "model.moe.layers"
+    out = idle(moe, "model.moe", ["every", "first_dense"], "moe.layers lists the layers", f"take {key} out")
+    if m.encoder is not None:
+        why = "numbers the layers of one stack, and an encoder is another"
+        out.append(Problem(key, why, "use model.moe.every and first_dense"))
+    if not listed or max(listed) >= m.layers or len(set(listed)) < len(listed):
+        why = f"is {list(listed)}, and the layers are numbered from 0 to {m.layers - 1}"
+        out.append(Problem(key, why, "name one of them or more, each once"))
+    return out
+
+
 def check_model(m: ModelConfig) -> list[Problem]:
     """Impossible combinations inside the model."""
     out = []
@@ -263,7 +279,9 @@ def check_model(m: ModelConfig) -> list[Problem]:
             no("moe.router.kind", why, "use another router, or permit it with model.moe.router.lookahead=true")
         elif m.moe.router.lookahead and m.moe.router.kind != "expert_choice":
             no("moe.router.lookahead", f"has no effect on the {m.moe.router.kind} router", "leave it out")
-        if "moe" not in m.layer_kinds + m.encoder_kinds:
+        if m.moe.layers is not None:
+            out += _check_list(m, m.moe)
+        elif "moe" not in m.layer_kinds + m.encoder_kinds:
             of = f"{m.layers}" + (f", and {m.encoder.layers} of the encoder" if m.encoder else "")
             why = f"first_dense={m.moe.first_dense}, every={m.moe.every} leave no MoE layer among {of}"
             no("moe.every", why, "lower model.moe.every or first_dense, or raise model.layers")

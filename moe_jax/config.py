@@ -302,7 +302,10 @@ def type_name(hint: Any) -> str:
         return " / ".join(map(str, typing.get_args(hint)))
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return ", or ".join("unset" if t is type(None) else type_name(t) for t in typing.get_args(hint))
-    return "mesh axes" if typing.get_origin(hint) is tuple else hint.__name__
+    if typing.get_origin(hint) is tuple:
+        inner, _ = typing.get_args(hint)
+        return "mesh axes" if inner is str else f"list of {type_name(inner)}"
+    return hint.__name__
 
 
 HEADING = """# Configurations

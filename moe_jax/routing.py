@@ -33,7 +33,9 @@ class Routing(NamedTuple):
 class Noise(NamedTuple):
     """Random numbers with the leading dimensions of the logits; None where nothing is drawn."""
 
-    router: jax.Array | None  # [..., S] or [..., S, E]: uniform in [0, 1) for gshard, normal for noisy_topk
+    # [..., S] or [..., S, E], uniform in [0, 1) for gshard, normal for noisy_topk; [..., S, 2, E+1], uniform, for
+    # sparsemixer
+    router: jax.Array | None
     priority: jax.Array | None  # [..., S, K], uniform in [0, 1)
 
 
@@ -75,6 +77,8 @@ def draw(key: jax.Array | None, moe: MoEConfig, shape: tuple[int, ...]) -> Noise
         router = jax.random.uniform(router_key, (S,) if moe.router.second == "random" else (S, E))
     if moe.router.kind == "noisy_topk":
         router = jax.random.normal(router_key, (S, E))
+    if moe.router.kind == "sparsemixer":
+        router = jax.random.uniform(router_key, (S, 2, E + 1))
     priority = jax.random.uniform(priority_key, (S, moe.top_k)) if moe.priority == "random" else None
     return Noise(router, priority)
 
@@ -99,6 +103,11 @@ def best(scores: jax.Array, k: int) -> jax.Array:
 def normalized(gate: jax.Array) -> jax.Array:
     """Gates [..., K] divided by their sum."""
     return gate / (gate.sum(-1, keepdims=True) + 1e-9)  # 1e-9 as in mesh-tensorflow's top-2 gating
+
+
+def gumbel(uniform: jax.Array) -> jax.Array:
+    """Gumbel noise from numbers in [0, 1): the largest of logits with it is a draw from their softmax."""
+    return -jnp.log(-jnp.log(jnp.clip(uniform, 1e-20, 1.0 - 1e-7)))
 
 
 def softmax_of(logits: jax.Array, i: Inputs) -> jax.Array:
@@ -129,7 +138,7 @@ def gshard(i: Inputs, moe: MoEConfig) -> Choice:
         experts = jax.lax.broadcasted_iota(jnp.int32, i.logits.shape, i.logits.ndim - 1)
         score = i.logits
         if moe.router.second == "sample" and i.noise is not None:
-            score = i.logits - jnp.log(-jnp.log(jnp.clip(i.noise, 1e-20, 1.0 - 1e-7)))  # logits + Gumbel noise
+            score = i.logits + gumbel(i.noise)
         second = jnp.argmax(jnp.where(experts == first, -jnp.inf, score), -1, keepdims=True)
         expert = jnp.concatenate([first, second], -1)  # [..., S, 2]
     else:
@@ -235,6 +244,36 @@ def deepseek_v3(i: Inputs, moe: MoEConfig) -> Choice:
     return Choice(expert, gate, all_of(expert), shares(score))
 
 
+def sparsemixer(i: Inputs, moe: MoEConfig) -> Choice:
+    """Two experts, each weighed by the softmax over the logits near the best one left (Liu et al. 2024, GRIN).
+
+    With noise an expert is drawn from that softmax, else it is the best. A drawn expert that is not the best counts a
+    third three times in four, with its whole gradient: Heun's third-order method. The gates do not sum to 1.
+    """
+    margin = 0.02 if moe.router.margin is None else moe.router.margin
+    experts = jax.lax.broadcasted_iota(jnp.int32, i.logits.shape, i.logits.ndim - 1)
+    left, chosen, gates = i.logits, [], []
+    for k in range(2):
+        largest, first = left.max(-1, keepdims=True), jnp.argmax(left, -1, keepdims=True)  # [..., S, 1]
+        near = largest - i.logits <= margin * jnp.maximum(jnp.abs(i.logits), largest)
+        masked = jnp.where(near, left, -jnp.inf)  # [..., S, E]
+        expert = first
+        if i.chosen is not None:
+            expert = i.chosen[..., k : k + 1]
+        elif i.noise is not None:
+            expert = jnp.argmax(masked + gumbel(i.noise[..., k, :-1]), -1, keepdims=True)
+        gate = pick(jax.nn.softmax(masked), expert)
+        if i.noise is not None:
+            whole = (expert == first) | (i.noise[..., k, -1:] > 0.75)
+            gate = gate - jax.lax.stop_gradient(jnp.where(whole, 0.0, gate * (2 / 3)))
+        taken = experts == expert
+        left = jnp.where(taken if i.asked is None else taken & i.asked[..., k : k + 1], -jnp.inf, left)
+        chosen.append(expert)
+        gates.append(gate)
+    expert = jnp.concatenate(chosen, -1)  # [..., S, 2]
+    return Choice(expert, jnp.concatenate(gates, -1), all_of(expert), jax.nn.softmax(i.logits))
+
+
 def expert_choice(i: Inputs, moe: MoEConfig) -> Choice:
     """Each expert takes its `slots` best tokens of the group by the softmax over experts (Zhou et al. 2022, eq. 1-2).
 
@@ -289,6 +328,7 @@ ROUTERS: dict[str, Callable[[Inputs, MoEConfig], Choice]] = {
     "noisy_topk": noisy_topk,
     "deepseek_v2": softmax_topk,  # V2 is that within the best groups (DeepSeek-AI 2024, V2, section 2.2.2)
     "deepseek_v3": deepseek_v3,
+    "sparsemixer": sparsemixer,
     "expert_choice": expert_choice,
     "hash": hashed,
 }

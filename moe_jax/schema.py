@@ -51,6 +51,7 @@ RouterKind = Literal[
     "noisy_topk",
     "deepseek_v2",
     "deepseek_v3",
+    "sparsemixer",
     "expert_choice",
     "hash",
 ]
@@ -64,8 +65,8 @@ class RouterConfig:
     kind: RouterKind = key(
         "softmax_topk",
         "switch: top-1; gshard: top-2; topk_softmax: Mixtral order; softmax_topk: OLMoE order; noisy_topk: learned "
-        "noise; deepseek_v2: softmax, group-limited; deepseek_v3: sigmoid, group-limited; expert_choice: experts "
-        "choose tokens; hash: by token id, learns nothing",
+        "noise; deepseek_v2: softmax, group-limited; deepseek_v3: sigmoid, group-limited; sparsemixer: two drawn one "
+        "after the other (Phi-MoE); expert_choice: experts choose tokens; hash: by token id, learns nothing",
     )
     normalize: Literal["none", "before", "after"] | None = key(
         None, "divide the K gates by their sum: before or after dropping; unset: what the router's paper does"
@@ -81,6 +82,11 @@ class RouterConfig:
         None,
         "a group's score is its best, the sum of its two best, or of its K/topk_groups best experts; unset: max for "
         "deepseek_v2, sum2 for deepseek_v3",
+    )
+    margin: Positive | None = key(
+        None,
+        "sparsemixer: experts count whose logit is this near the best one, as a share of the larger of it and their "
+        "own size; unset: 0.02 (Phi-MoE: 2 router_jitter_noise)",
     )
     gate: Literal["linear", "mlp"] = key("linear", "the router is one matrix, or two with a GELU between")
     gate_width: Count | None = key(None, "gate=mlp: its hidden width; unset: the model width")
@@ -153,6 +159,9 @@ class MoEConfig:
     bias_update: Literal["sign", "centred"] = key("sign", "each bias moves by the rate, or by that less the mean move")
     every: Count = key(1, "every n-th layer is MoE (the n-th, 2n-th, ...), after the first dense ones")
     first_dense: Whole = key(0, "number of dense layers before the first MoE layer")
+    layers: tuple[Whole, ...] | None = key(
+        None, "the numbers of the MoE layers, the bottom one 0, where no period tells them; unset: every, first_dense"
+    )
     shared_experts: Whole = key(0, "experts that every token passes, added to the routed sum")
     shared_d_ff: Count | None = key(None, "hidden width of a shared expert; unset: as a routed one (Qwen2-MoE: 5632)")
     shared_gate: bool = key(False, "the shared experts' output is times sigmoid(x w), one number a token (Qwen2-MoE)")
@@ -353,6 +362,8 @@ class ModelConfig:
     def _kinds(self, layers: int) -> tuple[str, ...]:
         if self.moe is None:
             return ("dense",) * layers
+        if self.moe.layers is not None:
+            return tuple("moe" if i in self.moe.layers else "dense" for i in range(layers))
         first, every = self.moe.first_dense, self.moe.every
         return tuple("moe" if i >= first and (i - first + 1) % every == 0 else "dense" for i in range(layers))
 

@@ -50,13 +50,14 @@ class Cut(NamedTuple):
 def gate_sum(moe: MoEConfig) -> tuple[float, bool]:
     """Sum of a token's K gates without noise and drops, and whether it is that for every token.
 
-    Where it is not, the sum under a router without preferences: K/E of a softmax, K/2 of sigmoids.
+    Where it is not, the sum under a router without preferences: K/E of a softmax, K/2 of sigmoids; of sparsemixer the
+    sum where no other logit is near the best ones.
     """
     kind, norm, scale = moe.router.kind, moe.router.normalize, moe.router.scale
     always = kind in ("topk_softmax", "noisy_topk", "hash")
     if always or norm in ("before", "after") or (norm is None and kind in ("gshard", "deepseek_v3")):
         return scale, True
-    return scale * moe.top_k * (0.5 if kind == "deepseek_v3" else 1 / moe.experts), False
+    return scale * moe.top_k * {"deepseek_v3": 0.5, "sparsemixer": 1.0}.get(kind, 1 / moe.experts), False
 
 
 def cut(m: ModelConfig, method: Method) -> Cut:
@@ -119,6 +120,9 @@ def _split_slices(m: ModelConfig, moe: MoEConfig, width: int) -> int:
     if moe.router.kind == "expert_choice":
         why = "is expert_choice, under which a token does not get a whole group of slices"
         out.append(Problem("model.moe.router.kind", why, "use a router of tokens, or --method copy"))
+    elif moe.router.kind == "sparsemixer" and slices > 1:
+        why = "is sparsemixer, whose gates differ between slices of one layer"
+        out.append(Problem("model.moe.router.kind", why, "use another router, or --method copy"))
     elif moe.top_k % slices:
         why = f"{moe.top_k} choices are no whole number of groups of {slices} slices: a token would get part of a layer"
         out.append(Problem("model.moe.top_k", why, f"use a multiple of {slices}, or another model.moe.d_ff"))

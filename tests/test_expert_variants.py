@@ -27,6 +27,9 @@ from moe_jax.layers.ffn import FFN
 from moe_jax.layers.moe import MoELayer
 from moe_jax.model import Transformer
 from moe_jax.plan.leaves import count, leaves
+from moe_jax.plan.memory import memory
+from moe_jax.plan.work import Step
+from moe_jax.routing import draw, recorded, route
 from moe_jax.rules import spec
 from moe_jax.train.state import Model
 
@@ -54,6 +57,7 @@ VARIANTS = {
     "gpt_oss": Variant(sized(2, RouterConfig("topk_softmax", bias=True)), "clamped_swiglu", biases=True),
     "granitemoe": Variant(sized(3, RouterConfig("topk_softmax"))),
     "deepseek_v2": Variant(sized(3, RouterConfig("deepseek_v2", scale=16.0), shared_experts=2)),
+    "phimoe": Variant(sized(2, RouterConfig("sparsemixer", margin=0.6))),
     "all": Variant(
         sized(2, RouterConfig("topk_softmax", bias=True), capacity_factor=1.0, **QWEN), "clamped_swiglu", biases=True
     ),
@@ -62,6 +66,8 @@ CASES = [  # variant, mesh, dispatch
     ("qwen2_moe", "one", "gather"),
     *(("gpt_oss", "one", d) for d in WAYS),
     ("granitemoe", "one", "einsum"),
+    ("phimoe", "one", "ragged"),
+    ("phimoe", "expert=2,tensor=2", "gather"),
     ("deepseek_v2", "one", "gather"),
     *(("all", "expert=2,tensor=2", d) for d in WAYS),
 ]
@@ -112,8 +118,10 @@ def run(name: str, where: str, dispatch: str) -> tuple[Any, Any, Any]:
             lambda w, a: jax.device_put(w, NamedSharding(mesh, spec(Rules().layout(*a)))), single(weights), layouts
         )
 
+        train = VARIANTS[name].moe.router.kind != "sparsemixer"  # which would draw its experts
+
         def loss(weights: Any, x: jax.Array) -> Any:
-            y, stats, record = nnx.merge(graph, weights)(x, mask=jnp.asarray(MASK), train=True, record=True)
+            y, stats, record = nnx.merge(graph, weights)(x, mask=jnp.asarray(MASK), train=train, record=True)
             return (y * single(probe)).sum(), (y, stats, record)
 
         (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(weights, single(x))
@@ -142,8 +150,23 @@ def network(x, w, ffn):
     return ACTS[ffn](gate, up) @ w["w_down"] + w.get("b_down", 0.0)
 
 
+def one_by_one(logits, expert, margin):
+    """Gates [T, 2]: of each expert by the softmax over the logits near the best that is left (GRIN, sparsemixer)."""
+    out = np.zeros(expert.shape)
+    for t, (row, pair) in enumerate(zip(logits, expert, strict=True)):
+        left = dict(enumerate(row))
+        for k, e in enumerate(pair):
+            top = max(left.values())
+            near = [s for s in left.values() if (top - s) / max(abs(s), top) <= margin]
+            out[t, k] = np.exp(left[e] - top) / np.exp(np.array(near) - top).sum() if left[e] in near else 0.0
+            del left[e]
+    return out
+
+
 def gates(logits, expert, moe):
     """Gates [T, K] of the experts that were chosen."""
+    if moe.router.kind == "sparsemixer":
+        return one_by_one(logits, expert, moe.router.margin)
     prob = np.exp(logits - logits.max(-1, keepdims=True))
     prob = prob / prob.sum(-1, keepdims=True)
     gate = np.take_along_axis(prob, expert, -1)
@@ -248,6 +271,10 @@ def deepseek_v2(w):
     return up_and_down(w["experts"]) | shared | {"gate.weight": w["router"].T}
 
 
+def phimoe(w):
+    return up_and_down(w["experts"]) | {"router.weight": w["router"].T}
+
+
 LOCAL = {"num_local_experts": E, "intermediate_size": F}
 # It does not heed norm_topk_prob.
 GREEDY = {"topk_method": "greedy", "norm_topk_prob": True, "routed_scaling_factor": 16.0}
@@ -261,6 +288,7 @@ FAMILIES = {  # variant -> config and class of its module there, its sizes, and 
     ),
     "gpt_oss": ("GptOssConfig", "GptOssMLP", LOCAL, gpt_oss),
     "granitemoe": ("GraniteMoeConfig", "GraniteMoeMoE", LOCAL | {"num_experts_per_tok": 3}, granitemoe),
+    "phimoe": ("PhimoeConfig", "PhimoeSparseMoeBlock", LOCAL | {"router_jitter_noise": 0.3}, phimoe),
     "deepseek_v2": (
         "DeepseekV2Config",
         "DeepseekV2Moe",
@@ -294,7 +322,7 @@ def theirs(name):
 
 
 @pytest.mark.filterwarnings("ignore")  # of what torch and transformers import
-@pytest.mark.parametrize("name,where,dispatch", [case for case in CASES if case[0] in FAMILIES])
+@pytest.mark.parametrize("name,where,dispatch", [c for c in CASES if c[0] in FAMILIES and c[1] == "one"])
 def test_equals_the_family(name, where, dispatch):
     """Output and every gradient of the module that transformers has, strictly every parameter of it."""
     want, want_grads, want_dx = theirs(name)
@@ -320,6 +348,64 @@ def test_dense_networks(ffn):
     agree(np.float64(y), network(x, weights, ffn), "output")
 
 
+def test_sparsemixer_in_training():
+    """Drawn by Gumbel noise; what is not the best counts a third three times in four; gradients as if it were whole."""
+    moe, rng = VARIANTS["phimoe"].moe, np.random.default_rng(0)
+    logits, c = (rng.normal(size=(2, 200, n)) for n in (E, 2))
+    noise = jax.vmap(lambda k: draw(k, moe, (200, E)))(jax.random.split(jax.random.key(0), 2))
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(logits):
+        routing = route(logits, moe, None, noise)
+        return (routing.gate * single(c)).sum(), routing
+
+    (_, routing), grad = run(single(logits))
+    expert, gate, u = (np.float64(a) for a in (routing.expert, routing.gate, noise.router))
+    whole, want, thirds = np.zeros_like(gate), np.zeros_like(logits), 0
+    for g, t in np.ndindex(2, 200):
+        left = set(range(E))
+        for k in range(2):
+            s = logits[g, t]
+            top = max(s[e] for e in left)
+            near = [e for e in left if (top - s[e]) / max(abs(s[e]), top) <= 0.6]
+            share = np.exp(s[near]) / np.exp(s[near]).sum()
+            drawn = max(near, key=lambda e: s[e] - np.log(-np.log(u[g, t, k, e])))
+            assert expert[g, t, k] == drawn
+            m = share[near.index(drawn)]
+            third = s[drawn] < top and u[g, t, k, E] <= 0.75
+            whole[g, t, k], thirds = m / 3 if third else m, thirds + third
+            want[g, t, near] -= c[g, t, k] * m * share
+            want[g, t, drawn] += c[g, t, k] * m
+            left.remove(drawn)
+    assert 50 < thirds < 350
+    np.testing.assert_allclose(gate, whole, atol=1e-6)
+    np.testing.assert_allclose(grad, want, atol=1e-5)
+    again = jax.jit(lambda x: route(x, moe, None, noise, chosen=recorded(routing)))(single(logits))
+    np.testing.assert_allclose(again.gate, routing.gate, atol=1e-7)
+    with pytest.raises(ValueError, match="draws noise in training"):
+        MoELayer(moe, D, rngs=nnx.Rngs(params=0))(jnp.ones((1, L, D)), train=True)
+
+
+def test_sparsemixer_draws_alike_on_every_mesh():
+    """Each token's noise is its own, wherever it lies."""
+    weights, x, _ = given("phimoe")
+    out = {}
+    for where in (MeshConfig(), MeshConfig(expert=2, tensor=2), MeshConfig(expert=2, context=2)):
+        with jax.set_mesh(meshes.build_mesh(where, jax.devices()[: where.size])):
+            graph, _ = split_layer("phimoe", "gather", Rules())
+            layer = nnx.merge(graph, single(weights))
+            call = jax.jit(lambda x: layer(x, train=True, key=jax.random.key(3), record=True))  # noqa: B023
+            y, _, record = call(single(x))
+            out[str(where)] = np.float64(y), np.asarray(record.expert)
+    (want, expert), *others = out.values()
+    best = np.argsort(-logits_of(x, weights).reshape(B, L, E))[..., :2]
+    assert 0.1 < (expert == best).mean() < 0.95, "the test needs draws"
+    for y, drawn in others:
+        np.testing.assert_array_equal(drawn, expert)
+        agree(y, want, "output")
+
+
 # In bfloat16, on the whole, and what is refused
 
 
@@ -341,6 +427,7 @@ COUNTED = [
     ["tiny_gshard", "model.moe.router.bias=true", "model.moe.router.gate=mlp"],
     ["tiny_mixtral", "model.ffn=clamped_swiglu", "model.biases=true", "model.moe.first_dense=1"],
     ["tiny_dense", "model.head_bias=true"],
+    ["tiny_mixtral", "model.layers=6", "model.moe.layers=[0,3,4]"],
     ["tiny_t5", "model.moe.shared_experts=1", "model.moe.shared_gate=true", "model.biases=true"],
 ]
 
@@ -352,6 +439,24 @@ def test_the_plan_counts_like_the_model(settings):
     model = Model.of(cfg)
     assert {x.name: (x.shape, x.axes) for x in leaves(cfg.model)} == {n: (s, a) for n, s, a in model.leaves()}
     assert count(cfg.model)[:2] == model.count()
+
+
+def test_the_plan_counts_work():
+    """A gate of shared experts multiplies D numbers a token and layer; biases and factors multiply nothing."""
+    extra = ["model.moe.shared_experts=1", "model.moe.shared_d_ff=30"]
+    base, gate, rest = (
+        Step(config.load("tiny_mixtral", [*extra, *own, "mesh.data=1"]), "tpu")
+        for own in (
+            [],
+            ["model.moe.shared_gate=true"],
+            ["model.moe.router.bias=true", "model.head_bias=true", "model.embed_scale=12", "model.ffn=clamped_swiglu"],
+        )
+    )
+    m = base.cfg.model
+    assert gate.flops.infer - base.flops.infer == 2 * m.d_model * m.layer_kinds.count("moe")
+    assert rest.flops == base.flops and rest.count.total == base.count.total + m.vocab + m.layers * m.moe.experts
+    assert gate.executed()["router"] > base.executed()["router"] > 0
+    assert all(memory(step).peak > memory(base).peak for step in (gate, rest))
 
 
 def test_factors_of_a_model():
@@ -383,9 +488,34 @@ def test_factors_of_a_model():
     assert np.abs(np.asarray(want - plain)).max() > 0.1
 
 
+LISTED = {
+    "is [1, 4], and the layers are numbered from 0 to 3": ["model.moe.layers=[1,4]"],
+    "is [1, 1], and": ["model.moe.layers=[1,1]"],
+    "is [], and": ["model.moe.layers=[]"],
+    "is 2, and moe.layers lists the layers": ["model.moe.layers=[1]", "model.moe.every=2"],
+    "not a whole number": ['model.moe.layers=["1"]'],
+}
+
+
+@pytest.mark.parametrize("reason", LISTED)
+def test_lists_of_layers_are_checked(reason):
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        config.load("tiny_mixtral", ["model.layers=4", *LISTED[reason]])
+
+
+def test_layers_by_number():
+    """As Qwen's mlp_only_layers leaves them: which are MoE, in runs as any others."""
+    m = config.load("tiny_mixtral", ["model.layers=6", "model.moe.layers=[4,0,3]"]).model
+    kinds = ("moe", "dense", "dense", "moe", "moe", "dense")
+    assert m.layer_kinds == kinds and sum((period * n for period, n in m.runs), ()) == kinds
+
+
 REFUSED = {
     "there are no shared experts": {"shared_d_ff": 8},
     "is True, and there are no shared experts": {"shared_gate": True},
+    "sparsemixer router picks 2": {"top_k": 3, "router": RouterConfig("sparsemixer")},
+    "the softmax_topk router has none": {"router": RouterConfig(margin=0.1)},
+    "does not normalise its gates": {"router": RouterConfig("sparsemixer", normalize="before")},
     "no effect on the hash router": {"router": RouterConfig("hash", bias=True)},
 }
 
@@ -393,4 +523,4 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_contradictions_are_refused(reason):
     with pytest.raises(ConfigError, match=re.escape(reason)):
-        MoELayer(MoEConfig(E, 2, d_ff=F, **REFUSED[reason]), D, rngs=nnx.Rngs(params=0))
+        MoELayer(MoEConfig(E, **{"top_k": 2, "d_ff": F} | REFUSED[reason]), D, rngs=nnx.Rngs(params=0))

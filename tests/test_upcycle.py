@@ -365,6 +365,9 @@ REFUSED = {
     "indivisible experts": (["model.moe.experts=5"], "model.moe.experts", "5 experts", "2 slices"),
     "indivisible choices": (["model.moe.top_k=3"], "model.moe.top_k", "3 choices", "2 slices"),
     "all shared": (["model.moe.shared_experts=2"], "model.moe.shared_experts", "2 slices"),
+    "gated slices": (["model.moe.shared_experts=1", "model.moe.shared_gate=true"], "model.moe.shared_gate", "in full"),
+    "wide slices": (["model.moe.shared_experts=1", "model.moe.shared_d_ff=20"], "model.moe.shared_d_ff", "20", "16"),
+    "unequal gates": (["model.moe.router.kind=sparsemixer"], "model.moe.router.kind", "gates differ"),
     "parted groups": (
         [
             "model.moe.d_ff=8",

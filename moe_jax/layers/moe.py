@@ -539,7 +539,11 @@ class MoELayer(nnx.Module):
 
     def check_key(self, train: bool, key: jax.Array | None) -> None:
         moe = self.moe
-        noisy = moe.router.second != "always" or moe.priority == "random" or moe.router.kind == "noisy_topk"
+        noisy = (
+            moe.router.second != "always"
+            or moe.priority == "random"
+            or moe.router.kind in ("noisy_topk", "sparsemixer")
+        )
         noisy = noisy or moe.router.jitter > 0 or moe.expert_dropout > 0
         if train and noisy and key is None:
             raise ValueError("this layer's config draws noise in training: pass key=jax.random.key(...)")
