@@ -160,7 +160,7 @@ def test_what_is_not_finite_is_told_at_once(moe, logged):
     watch = Watch(moe, window=4)
     assert [(a.kind, a.layer, a.step) for r in steps for a in watch.step(r)] == [("nonfinite", None, 2)]
     (alarm,) = watch.present
-    assert alarm.step == 2 and alarm.text == "at step 2 the gradient of experts is not finite"
+    assert alarm.step == 2 and alarm.text == "the gradient of experts is not finite"
     assert "before step 2" in alarm.remedy and ("z_loss" in alarm.remedy) == (moe is not None)
     for step in range(12, 17):  # and is over after a window of sound steps
         watch.step(record(step, SOUND))
