@@ -87,7 +87,7 @@ def nonfinite(w: Window, moe: MoEConfig | None) -> Found:
     remedy += "train.optimizer.learning_rate or a longer train.optimizer.warmup, and with train.optimizer.clip=1"
     if moe is not None and not moe.z_loss and moe.router.kind != "hash":
         remedy += "; model.moe.z_loss=0.001 keeps router logits small"
-    yield None, f"at step {step} {'; '.join(what) or ', '.join(names) + ' is not finite'}", remedy
+    yield None, "; ".join(what) or f"{', '.join(names)} is not finite", remedy
 
 
 def uniform(w: Window, moe: MoEConfig | None) -> Found:
@@ -103,7 +103,7 @@ def uniform(w: Window, moe: MoEConfig | None) -> Found:
         if spread < limit and now <= GREW * before and w.load.shape[1] > 1:
             set_ones = [f"{n} (now {v:g})" for n in ("z_loss", *STEERING) if (v := getattr(moe, n))]
             lower = f"lower {', '.join(f'model.moe.{n}' for n in set_ones)}; " if set_ones else ""
-            text = f"the probabilities of a token lie within {spread:.1%} of 1/{w.load.shape[1]}, and do not part: "
+            text = f"the probabilities of a token spread by {spread:.1%} around 1/{w.load.shape[1]}, and do not part: "
             text += "the router is uniform"
             remedy = f"{lower}raise train.optimizer.learning_rate, or lower train.optimizer.weight_decay"
             yield layer, text, remedy
