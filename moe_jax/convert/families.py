@@ -14,6 +14,7 @@ from moe_jax.convert.names import Part, Rule, Take
 
 Tree = dict[str, Any]
 LAYER = "model.layers.{layer}."
+MOST_NEXT = 8  # layers that predict further tokens; V3 has one
 LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever rms_norm_eps is
 TURNS = (r".*\.rotary_emb\.inv_freq",)  # tables of older files, which follow from the base
 
@@ -34,7 +35,7 @@ def family_of(config: dict[str, Any]) -> tuple[str, Family]:
         Refused: another model_type.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise Refused(Problem("config.json: model_type", f"is {kind!r:.80}", f"convert one of {known}"))
     return kind, FAMILIES[kind]
@@ -61,7 +62,7 @@ def decoder(f: Fields) -> Tree:
     f.off(["attention_bias", "mlp_bias"], "biases are converted in no such model")
     return {
         "vocab": f.count("vocab_size"),
-        "layers": f.count("num_hidden_layers"),
+        "layers": f.count("num_hidden_layers", most=4096),
         "d_model": f.count("hidden_size"),
         "d_ff": f.count("intermediate_size"),
         "heads": f.count("num_attention_heads"),
@@ -203,6 +204,9 @@ def qwen3_keys(f: Fields) -> Tree:
     """Norms on queries and keys; softmax, the best of it, divided by their sum if `norm_topk_prob`."""
     out = decoder(f)
     step, dense = f.count("decoder_sparse_step", default=1), f.config.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        f.no("mlp_only_layers", f"is {dense!r:.80}", "give a list of layers")
+        dense = []
     kinds = [(i + 1) % step == 0 and i not in dense for i in range(out["layers"])]
     moe = {
         "experts": f.count("num_experts", "num_local_experts"),
@@ -359,8 +363,9 @@ def deepseek_names(m: ModelConfig) -> Sequence[Rule]:
 
 def v3_ignored(config: dict[str, Any]) -> Sequence[str]:
     """Layers that predict further tokens, which follow the others and which transformers does not read either."""
-    first, more = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers", 0)
-    return *TURNS, *(rf"model\.layers\.{first + i}\..*" for i in range(more or 0))
+    first, more = config["num_hidden_layers"], config.get("num_nextn_predict_layers")
+    more = min(more, MOST_NEXT) if isinstance(more, int) else 0
+    return *TURNS, *(rf"model\.layers\.{first + i}\..*" for i in range(more))
 
 
 FAMILIES: dict[str, Family] = {

@@ -36,14 +36,14 @@ class Fields:
             self.no(there[0], f"{both} say different things", "keep one of them")
         return there[0] if there else names[0]
 
-    def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
+    def count(self, *names: str, default: int | None = None, least: int = 1, most: int = 2**40) -> int:
         """A whole number; needed where there is no default."""
         name = self.named(*names)
         value = self.config.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             why = "is missing" if value is None else f"is {value!r:.80}"
-            self.no(name, why, f"give a whole number of {least} or more")
+            self.no(name, why, f"give a whole number of {least} to {most}")
             return least
         return value
 
