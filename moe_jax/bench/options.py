@@ -11,6 +11,14 @@ from moe_jax.terminal import result, say
 
 DISPATCHERS = ("einsum", "gather", "ragged")
 DEFAULT_CONFIG = "bench_small"
+PLAIN = (
+    "biases",
+    "qk_norm",
+    "rope",
+    "window",
+    "sinks",
+    "attention_scale",
+)  # keys of attention that Mixtral leaves unset
 
 
 def add_benchmarks(bench: argparse.ArgumentParser) -> None:
@@ -171,7 +179,7 @@ def mixtral(cfg: Any) -> None:
         "model.positions": m.positions == "rotary",
         "model.norm": m.norm == "rms" and m.norm_order == "pre" and m.final_norm,
         "model.ffn": m.ffn == "swiglu",
-        "model.biases": not m.biases and not m.qk_norm,
+        **{f"model.{name}": not getattr(m, name) for name in PLAIN},
         "mesh": cfg.mesh.size == 1,
     }
     wrong = [name for name, fits in plain.items() if not fits]
