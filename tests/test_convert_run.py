@@ -58,19 +58,24 @@ def test_a_workdir_is_that_of_a_run(tmp_path, text, call):
 
 def test_the_tokenizer_comes_along(tmp_path, text, call):
     """tokenizer.json is copied, is the run's, and goes out again."""
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, processors
 
     source = tmp_path / "source"
     published.synthetic(source, {"vocab_size": 64})
     letters = "abcdefghijklmnopqrstuvwxyz \n.,"
-    Tokenizer(models.BPE({c: i for i, c in enumerate(letters)} | {"</s>": 40}, [])).save(str(source / "tokenizer.json"))
-    (source / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)} | {"</s>": 40, "<s>": 41}, []))
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 41)])
+    made.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text('{"chat_template": "x{{ messages[0].content }}y"}')
     data = [f"data.path={text}", "data.length=8", "data.heldout=0.2"]
     code, report, err = call("convert", "import", source, tmp_path / "run", *data, "--json")
     assert code == 0 and report["text"], err
     assert report["tokenizer"] == str(tmp_path / "run" / "published" / "tokenizer.json")
     code, out, err = call("generate", tmp_path / "run", "--prompt", "abc", "--tokens", 2, "--json")
     assert code == 0 and out["text"].startswith("abc"), err
+    assert config.load(str(tmp_path / "run" / "config.toml")).data.bos, "it puts <s> before a text"
+    code, out, err = call("generate", tmp_path / "run", "--chat", "--prompt", "abc", "--tokens", 2, "--json")
+    assert code == 0 and not out["text"].startswith("abc"), err
     assert call("convert", "export", tmp_path / "run", tmp_path / "out")[0] == 0
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()

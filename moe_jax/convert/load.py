@@ -36,7 +36,7 @@ from moe_jax.train.upcycling import check_new
 
 PUBLISHED = "published"  # the folder of a workdir with the small files of the source
 DTYPES = "dtypes.json"
-TOKENIZER = "tokenizer.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first one present is taken
 SMALL = 100_000_000  # bytes of a file that is kept beside the weights
 EMPTY = TokenFile(np.zeros(0, np.int32), np.zeros(0, np.int64))
 NO_TEXT = Corpus(EMPTY, EMPTY, ByteTokenizer(), 0.0, 0, 0, "")
@@ -50,8 +50,10 @@ def settings(source: Folder, workdir: Path, overrides: Sequence[str]) -> Config:
     if "moe" in keys:
         keys["moe"] = {"dispatch": "auto"} | keys["moe"]
     data: dict[str, Any] = {"length": min(DataConfig().length, keys["max_length"])}
-    if (source.path / TOKENIZER).is_file():
-        data["tokenizer"] = str(workdir.absolute() / PUBLISHED / TOKENIZER)
+    name = next((n for n in TOKENIZERS if (source.path / n).is_file()), None)
+    if name is not None and not any(text.startswith("data.tokenizer=") for text in overrides):
+        data["tokenizer"] = str(workdir.absolute() / PUBLISHED / name)
+        data["bos"] = bool(load_tokenizer(str(source.path / name)).front)  # as the model was trained
     tree: dict[str, Any] = {"name": source.path.resolve().name, "model": keys, "data": data}
     for text in overrides:
         tree = config.override(tree, text)
