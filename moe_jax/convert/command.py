@@ -51,9 +51,8 @@ def run_import(args: argparse.Namespace) -> dict[str, Any]:
     if report["ignored"]:
         lines.append(f"{len(report['ignored'])} tensors are of no use here, such as {report['ignored'][0]}")
     if report["tokenizer"] == "bytes":
-        lines.append(
-            f"{args.source} has no tokenizer.json or tokenizer.model: text is read as bytes, which such a model has not learned"
-        )
+        why = "text is read as bytes, which such a model has not learned"
+        lines.append(f"{args.source} has no tokenizer.json or tokenizer.model: {why}")
     if not report["text"]:
         why = "the tokenizer has more ids than the model"
         lines.append(f"no text was prepared, because {why}: the workdir can be exported, not trained or evaluated")
