@@ -117,6 +117,8 @@ class Run:
             goal = f"{first} of {first}" if first == train.steps else f"{first}, beyond train.steps={train.steps}"
             self.screen.note(f"nothing to do: the checkpoint is at step {goal}; raise train.steps to go on")
             return state, first
+        if self.log is not None:
+            write_config(self.workdir, config.to_dict(self.cfg))
         seed = jax.random.key(train.seed)
         pending: list[tuple[int, dict[str, jax.Array]]] = []
         with jax.set_mesh(self.mesh), contextlib.closing(self.rows(first)) as rows:
@@ -189,7 +191,6 @@ class Run:
         """The log of process 0; others write none. From a checkpoint of step 0, an upcycled model, it begins anew."""
         if not self.main:
             return contextlib.nullcontext()
-        write_config(self.workdir, config.to_dict(self.cfg))
         return MetricsLog(self.workdir, tensorboard=self.cfg.train.tensorboard, resume_step=self.resumed_at or None)
 
     def open_stop(self) -> Stop | AgreedStop:
