@@ -472,11 +472,20 @@ def checked(args: argparse.Namespace, work: Callable[[argparse.Namespace], int])
 
 
 def interrupt(number: int, frame: Any) -> None:
-    """Ctrl-C, as Python takes it. In JAX's callback of the garbage collector it would be lost: once more."""
+    """Ctrl-C, as Python takes it. In JAX's callback of the garbage collector it would be lost: once more.
+
+    In an import it ends the process here: nothing is begun yet, and libraries in C that cannot load a part of
+    themselves abort, or tell of something else.
+    """
     if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
         threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
-    else:
-        raise KeyboardInterrupt
+        return
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"moe-jax{''.join(f' {word}' for word in sys.argv[1:2])}: interrupted\n".encode())
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def entry() -> None:

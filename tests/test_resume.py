@@ -15,6 +15,7 @@ from subprocess import PIPE
 
 import jax
 import numpy as np
+import psutil
 import pytest
 from commands import (
     ENV,
@@ -288,10 +289,14 @@ def test_ctrl_c_in_a_callback_of_jax_is_not_lost():
         signal.signal(signal.SIGINT, old)
 
 
-def test_ctrl_c_before_the_run(train, tmp_path):
-    """There is nothing to save: code 130, one line and no run."""
+@pytest.mark.parametrize("later", [0.0, 0.1, 0.3, 0.6])
+def test_ctrl_c_before_the_run(later, train, tmp_path):
+    """While it loads JAX, there is nothing to save: code 130, one line and no run."""
     child = start(*train, tmp_path / "run", cwd=tmp_path)
-    time.sleep(2)
+    maps = getattr(psutil.Process(child.pid), "memory_maps", None)  # not on macOS
+    while maps is not None and not any("jaxlib" in m.path for m in maps()):
+        time.sleep(0.02)
+    time.sleep(later if maps else 1.0)
     child.send_signal(signal.SIGINT)
     code, out, err = finish(child)
     assert code == 130 and out == "" and err.count("\n") <= 1 and not NOISE.search(err), err
