@@ -132,16 +132,32 @@ DAMAGE = {
         lambda f: change(f / "config.json", model_type="mixtrl"),
         ["'mixtrl'", "mixtral", "qwen3_moe"],
     ),
-    "YaRN": (
-        lambda f: change(f / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
-        ["rope_parameters", "'yarn'"],
+    "another scaling": (
+        lambda f: change(f / "config.json", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0}),
+        ["rope_parameters", "'llama3'", "yarn"],
     ),
-    "YaRN in the older form": (
-        lambda f: change(f / "config.json", rope_parameters=None, rope_scaling={"type": "yarn"}, rope_theta=1e4),
-        ["rope_scaling", "'yarn'"],
+    "another scaling in the older form": (
+        lambda f: change(f / "config.json", rope_parameters=None, rope_scaling={"type": "dynamic"}, rope_theta=1e4),
+        ["rope_scaling", "'dynamic'"],
+    ),
+    "YaRN without its factor": (
+        lambda f: change(f / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+        ["rope_parameters.factor: is missing"],
+    ),
+    "a number of another scaling": (
+        lambda f: change(
+            f / "config.json", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "mscale": 1.0}
+        ),
+        ["rope_parameters.mscale", "linear positions have no such number"],
+    ),
+    "half of YaRN's scales": (
+        lambda f: change(
+            f / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 1.0}
+        ),
+        ["model.rope.mscale_all_dim", "is unset"],
     ),
     "no base of the positions": (lambda f: change(f / "config.json", rope_parameters=None), ["rope_theta", "missing"]),
-    "a window": (lambda f: change(f / "config.json", sliding_window=16), ["sliding_window", "16"]),
+    "no window": (lambda f: change(f / "config.json", sliding_window=0), ["sliding_window", "is 0"]),
     "another activation": (lambda f: change(f / "config.json", hidden_act="gelu"), ["hidden_act", "'gelu'"]),
     "two things at once": (
         lambda f: change(f / "config.json", vocab_size=None, num_attention_heads="4"),
@@ -170,7 +186,8 @@ def test_the_folder_cut_in_two_is_the_same(folder):
 DENSE = {"mlp_only_layers": [1], "num_hidden_layers": 4}
 FAMILY_DAMAGE = [
     ("qwen3_moe", DENSE, ["mlp_only_layers", "the layers 1 of 4 dense"]),
-    ("qwen3_moe", {"attention_bias": True}, ["attention_bias"]),
+    ("qwen3_moe", {"attention_bias": True}, ["missing", "self_attn.q_proj.bias [24]"]),
+    ("mixtral", {"attention_bias": True}, ["attention_bias"]),
     ("deepseek_v3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps", "1e-05", "1e-06"]),
     ("deepseek_v3", {"scoring_func": "softmax"}, ["scoring_func", "'softmax'"]),
     ("deepseek_v3", {"moe_layer_freq": 2}, ["moe_layer_freq"]),

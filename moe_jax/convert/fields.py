@@ -18,10 +18,17 @@ class Fields:
     def __init__(self, config: dict[str, Any]):
         self.config = config
         self.problems: list[Problem] = []
+        self.prefix = "config.json: "
 
     def no(self, name: str, reason: str, remedy: str) -> None:
         """A field that cannot be used."""
-        self.problems.append(Problem(f"config.json: {name}", reason, remedy))
+        self.problems.append(Problem(self.prefix + name, reason, remedy))
+
+    def inner(self, name: str, table: dict[str, Any]) -> "Fields":
+        """The fields of a table, whose problems are among these."""
+        out = Fields(table)
+        out.problems, out.prefix = self.problems, f"{self.prefix}{name}."
+        return out
 
     def done(self) -> None:
         """Raise what was found. Raises `Refused`."""
