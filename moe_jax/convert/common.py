@@ -25,8 +25,8 @@ class Family(NamedTuple):
     ignored: Callable[[dict[str, Any]], Sequence[str]] = lambda config: TURNS  # patterns of names that nobody reads
 
 
-def decoder(f: Fields) -> Tree:
-    """Width, depth, norms, positions and feed-forward layers."""
+def decoder(f: Fields, eps: float = 1e-6) -> Tree:
+    """Width, depth, norms, positions and feed-forward layers; `eps`: the family's default."""
     f.only("hidden_act", ["silu"], "the experts have a gate by SiLU")
     f.off(["mlp_bias"], "biases of feed-forward layers are converted in no such model")
     return {
@@ -38,7 +38,7 @@ def decoder(f: Fields) -> Tree:
         **positions(f),
         "max_length": f.count("max_position_embeddings"),
         "norm": "rms",
-        "norm_eps": f.number("rms_norm_eps", 1e-6),
+        "norm_eps": f.number("rms_norm_eps", eps),
         "ffn": "swiglu",
         "tied_head": f.truth("tie_word_embeddings", False),
     }
@@ -155,6 +155,31 @@ def pattern(f: Fields, kinds: Sequence[bool]) -> Tree:
     return {}
 
 
+def sparse(f: Fields) -> Tree:
+    """The experts of Qwen: softmax, the best of it, divided by their sum if `norm_topk_prob`; some layers dense."""
+    step, dense = f.count("decoder_sparse_step", default=1), f.config.get("mlp_only_layers") or []
+    kinds = [(i + 1) % step == 0 and i not in dense for i in range(f.count("num_hidden_layers"))]
+    moe = {
+        "experts": f.count("num_experts", "num_local_experts"),
+        "top_k": f.count("num_experts_per_tok"),
+        "d_ff": f.count("moe_intermediate_size"),
+        **pattern(f, kinds),
+        "router": {"kind": "softmax_topk", "normalize": "before" if f.truth("norm_topk_prob", False) else "none"},
+    }
+    return {"moe": moe}
+
+
+def sparse_fields(m: ModelConfig) -> dict[str, Any]:
+    """The inverse of `sparse`."""
+    assert m.moe is not None
+    return {
+        "num_experts": m.moe.experts,
+        "moe_intermediate_size": m.moe.d_ff or m.d_ff,
+        "mlp_only_layers": [i for i, kind in enumerate(m.layer_kinds) if kind == "dense"],
+        "norm_topk_prob": m.moe.router.normalize == "before",
+    }
+
+
 def base_fields(m: ModelConfig) -> dict[str, Any]:
     """The inverse of `decoder` and `grouped`."""
     return {
@@ -216,5 +241,4 @@ MLP = (
     *swiglu(LAYER + "mlp.", "ffn."),
     turned(LAYER + "mlp.gate.weight", "ffn.router"),
     *swiglu(LAYER + "mlp.experts.{expert}.", "ffn.experts."),
-    *swiglu(LAYER + "mlp.shared_experts.", "ffn.shared."),
 )

@@ -22,8 +22,9 @@ from moe_jax.convert.common import (
     base_fields,
     decoder,
     grouped,
-    pattern,
     same,
+    sparse,
+    sparse_fields,
     swiglu,
     turned,
     window_fields,
@@ -31,6 +32,22 @@ from moe_jax.convert.common import (
 )
 from moe_jax.convert.fields import Fields
 from moe_jax.convert.names import Part, Rule, Take
+from moe_jax.convert.others import (
+    gpt_oss_fields,
+    gpt_oss_keys,
+    gpt_oss_names,
+    granite_fields,
+    granite_keys,
+    granite_names,
+    granite_shared_fields,
+    granite_shared_keys,
+    olmoe_fields,
+    olmoe_keys,
+    olmoe_names,
+    qwen2_fields,
+    qwen2_keys,
+    qwen2_names,
+)
 
 LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever rms_norm_eps is
 
@@ -89,36 +106,22 @@ def mixtral_names(m: ModelConfig) -> Sequence[Rule]:
 
 
 def qwen3_keys(f: Fields) -> Tree:
-    """Norms on queries and keys; softmax, the best of it, divided by their sum if `norm_topk_prob`."""
-    out = decoder(f)
-    step, dense = f.count("decoder_sparse_step", default=1), f.config.get("mlp_only_layers") or []
-    kinds = [(i + 1) % step == 0 and i not in dense for i in range(out["layers"])]
-    moe = {
-        "experts": f.count("num_experts", "num_local_experts"),
-        "top_k": f.count("num_experts_per_tok"),
-        "d_ff": f.count("moe_intermediate_size"),
-        **pattern(f, kinds),
-        "router": {"kind": "softmax_topk", "normalize": "before" if f.truth("norm_topk_prob", False) else "none"},
-    }
-    window = windows(f, f.truth("use_sliding_window", False))
-    return out | grouped(f) | window | attention_bias(f) | {"qk_norm": True, "moe": moe}
+    """Norms on queries and keys; a window in all layers or in none."""
+    out = decoder(f) | grouped(f) | sparse(f)
+    return out | windows(f, f.truth("use_sliding_window", False)) | attention_bias(f) | {"qk_norm": True}
 
 
 def qwen3_fields(m: ModelConfig) -> dict[str, Any]:
     """The inverse of `qwen3_keys`."""
-    assert m.moe is not None
     return (
         base_fields(m)
+        | sparse_fields(m)
         | window_fields(m)
         | {
             "architectures": ["Qwen3MoeForCausalLM"],
+            "head_dim": m.resolved_head_dim,
             "use_sliding_window": m.window is not None,
             "attention_bias": m.biases == "attention",
-            "head_dim": m.resolved_head_dim,
-            "num_experts": m.moe.experts,
-            "moe_intermediate_size": m.moe.d_ff or m.d_ff,
-            "mlp_only_layers": [i for i, kind in enumerate(m.layer_kinds) if kind == "dense"],
-            "norm_topk_prob": m.moe.router.normalize == "before",
         }
     )
 
@@ -250,6 +253,7 @@ def deepseek_names(m: ModelConfig) -> Sequence[Rule]:
         ),
         Rule(ATTENTION + "o_proj.weight", Part("attention.w_out", "d (h n) -> h n d")),
         *MLP,
+        *swiglu(LAYER + "mlp.shared_experts.", "ffn.shared."),
         same(LAYER + "mlp.gate.e_score_correction_bias", "ffn.bias", "e"),
     )
 
@@ -262,7 +266,12 @@ def v3_ignored(config: dict[str, Any]) -> Sequence[str]:
 
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(mixtral_keys, mixtral_fields, mixtral_names),
+    "qwen2_moe": Family(qwen2_keys, qwen2_fields, qwen2_names),
     "qwen3_moe": Family(qwen3_keys, qwen3_fields, qwen3_names),
     "deepseek_v2": Family(v2_keys, v2_fields, deepseek_names),
     "deepseek_v3": Family(v3_keys, v3_fields, deepseek_names, v3_ignored),
+    "olmoe": Family(olmoe_keys, olmoe_fields, olmoe_names),
+    "gpt_oss": Family(gpt_oss_keys, gpt_oss_fields, gpt_oss_names),
+    "granitemoe": Family(granite_keys, granite_fields, granite_names),
+    "granitemoeshared": Family(granite_shared_keys, granite_shared_fields, granite_names),
 }
