@@ -194,6 +194,18 @@ FAMILY_DAMAGE = [
     ("deepseek_v3", {"topk_group": 9}, ["topk_groups", "9 groups of 4"]),
     ("deepseek_v3", {"num_local_experts": 9}, ["n_routed_experts=8", "num_local_experts=9"]),
     ("deepseek_v2", {"norm_topk_prob": True}, ["norm_topk_prob"]),
+    ("qwen2_moe", {"shared_expert_intermediate_size": 0}, ["shared_expert_intermediate_size", "is 0"]),
+    ("qwen2_moe", {"layer_types": ["sliding_attention"] * 2}, ["sliding_window", "layer_types"]),
+    ("qwen2_moe", {"qkv_bias": False}, ["not of this model", "self_attn.q_proj.bias [16] F32"]),
+    ("olmoe", {"clip_qkv": 8.0}, ["clip_qkv", "8.0"]),
+    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, ["config.json", "'mxfp4'", "bfloat16"]),
+    ("gpt_oss", {"attention_bias": False}, ["attention_bias"]),
+    ("gpt_oss", {"swiglu_limit": 8.0}, ["swiglu_limit", "8.0"]),
+    ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "0 of 2"]),
+    ("gpt_oss", {"layer_types": ["chunked_attention"] * 2}, ["layer_types", "'chunked_attention'"]),
+    ("gpt_oss", {"sliding_window": None}, ["sliding_window", "layer_types"]),
+    ("granitemoe", {"residual_multiplier": 0}, ["residual_multiplier", "is 0"]),
+    ("granitemoeshared", {"shared_intermediate_size": 0}, ["not of this model", "shared_mlp.input_linear"]),
     ("deepseek_v2", {"topk_method": "noaux_tc"}, ["topk_method"]),
 ]
 
