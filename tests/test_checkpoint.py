@@ -106,6 +106,16 @@ def test_round_trip_on_any_mesh(folder, source, to):
     assert all(a.sharding == t.sharding for a, t in zip(*map(jax.tree.leaves, (again, target)), strict=True))
 
 
+@pytest.mark.parametrize("kind", ["8", "2x4", "single"])
+def test_sums_on_the_host_are_those_of_the_program(kind):
+    """What an accelerator adds up, of every type, is what a CPU does: checkpoints travel between them."""
+    state = state_of(kind)
+    names = {"".join(map(str, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    want = [int(x) for x in jax.jit(lambda leaves: [checkpoint._bits(x) for x in leaves])(list(names.values()))]
+    assert [int(x) for x in checkpoint._sums(state).values()] == want
+    assert len({x.dtype for x in names.values()}) >= 5
+
+
 def test_restart_keeps_the_newest_and_saves_no_step_twice(folder):
     assert not folder.exists() and Checkpoints(folder, 3).steps() == [] and not folder.exists()
     saved(folder, 1, 2, 10, 9, keep=3)

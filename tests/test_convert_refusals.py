@@ -122,6 +122,7 @@ DAMAGE = {
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json"]),
     "a config that is a list": (lambda f: (f / "config.json").write_text("[]"), ["config.json", "list"]),
     "a header that is no JSON": (lambda f: header(f, lambda h: "{"), ["model.safetensors", "header"]),
+    "a header of no numbers": (lambda f: header(f, lambda h: h[GATE].update(shape=[1e999, 4])), ["header"]),
     "a name twice": (lambda f: header(f, lambda h: json.dumps(h)[:-1] + ',"lm_head.weight":{}}'), ["twice"]),
     "tensors that overlap": (
         lambda f: header(f, lambda h: h[GATE].update(data_offsets=h[EXPERT]["data_offsets"])),
@@ -187,6 +188,12 @@ DENSE = {"mlp_only_layers": [1], "num_hidden_layers": 4}
 FAMILY_DAMAGE = [
     ("qwen3_moe", DENSE, ["mlp_only_layers", "the layers 1 of 4 dense"]),
     ("qwen3_moe", {"attention_bias": True}, ["missing", "self_attn.q_proj.bias [24]"]),
+    ("qwen3_moe", {"num_hidden_layers": 2**70}, ["num_hidden_layers", "1 to 4096"]),
+    ("qwen3_moe", {"mlp_only_layers": 1}, ["mlp_only_layers", "list"]),
+    ("qwen3_moe", {"model_type": ["qwen3_moe"]}, ["model_type"]),
+    ("gpt_oss", {"layer_types": "full_attention"}, ["layer_types", "list"]),
+    ("gpt_oss", {"layer_types": ["full_attention"]}, ["layer_types", "1 entries for 2 layers"]),
+    ("gpt_oss", {"rope_parameters": {"rope_type": ["yarn"]}}, ["rope_parameters", "'yarn'"]),
     ("mixtral", {"attention_bias": True}, ["attention_bias"]),
     ("deepseek_v3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps", "1e-05", "1e-06"]),
     ("deepseek_v3", {"scoring_func": "softmax"}, ["scoring_func", "'softmax'"]),

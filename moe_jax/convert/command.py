@@ -64,17 +64,13 @@ def run_import(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_export(args: argparse.Namespace) -> dict[str, Any]:
     """`moe-jax convert export`."""
+    from moe_jax.config import Problem, Refused
     from moe_jax.convert.save import run
 
-    report = run(
-        args.workdir,
-        args.target,
-        dtype=args.dtype,
-        shard_gb=args.shard_gb,
-        family=args.family,
-        overrides=args.overrides,
-        quiet=args.quiet,
-    )
+    if args.overrides:
+        raise Refused(Problem(args.overrides[0], "an export changes no key", "take it out"))
+    options = {"dtype": args.dtype, "shard_gb": args.shard_gb, "family": args.family}
+    report = run(args.workdir, args.target, **options, quiet=args.quiet)
     result(
         args,
         "{tensors:,} tensors of {family} at step {step} in {files} files of {dtype}".format(**report),

@@ -31,7 +31,7 @@ def decoder(f: Fields, eps: float = 1e-6) -> Tree:
     f.off(["mlp_bias"], "biases of feed-forward layers are converted in no such model")
     return {
         "vocab": f.count("vocab_size"),
-        "layers": f.count("num_hidden_layers"),
+        "layers": f.count("num_hidden_layers", most=4096),
         "d_model": f.count("hidden_size"),
         "d_ff": f.count("intermediate_size"),
         "heads": f.count("num_attention_heads"),
@@ -67,7 +67,7 @@ def positions(f: Fields) -> Tree:
     part = rope.get("partial_rotary_factor", f.config.get("partial_rotary_factor"))
     if part not in (None, 1, 1.0):
         f.no("partial_rotary_factor", f"is {part!r:.40}, and whole heads turn here", "use a model of those")
-    for key in rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE[kind]}:
+    for key in sorted(rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE[kind]}):
         if rope[key] is not None:
             f.no(f"{name}.{key}", f"is {rope[key]!r:.80}, and {kind} positions have no such number", "take it out")
     theta = f.positive("rope_theta", rope.get("rope_theta", f.config.get("rope_theta")))
@@ -155,10 +155,10 @@ def pattern(f: Fields, kinds: Sequence[bool]) -> Tree:
     return {}
 
 
-def sparse(f: Fields) -> Tree:
+def sparse(f: Fields, layers: int) -> Tree:
     """The experts of Qwen: softmax, the best of it, divided by their sum if `norm_topk_prob`; some layers dense."""
-    step, dense = f.count("decoder_sparse_step", default=1), f.config.get("mlp_only_layers") or []
-    kinds = [(i + 1) % step == 0 and i not in dense for i in range(f.count("num_hidden_layers"))]
+    step, dense = f.count("decoder_sparse_step", default=1), f.listed("mlp_only_layers")
+    kinds = [(i + 1) % step == 0 and i not in dense for i in range(layers)]
     moe = {
         "experts": f.count("num_experts", "num_local_experts"),
         "top_k": f.count("num_experts_per_tok"),

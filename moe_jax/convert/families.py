@@ -49,6 +49,7 @@ from moe_jax.convert.others import (
     qwen2_names,
 )
 
+MOST_NEXT = 8  # layers that predict further tokens; V3 has one
 LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever rms_norm_eps is
 
 
@@ -59,7 +60,7 @@ def family_of(config: dict[str, Any]) -> tuple[str, Family]:
         Refused: another model_type.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise Refused(Problem("config.json: model_type", f"is {kind!r:.80}", f"convert one of {known}"))
     return kind, FAMILIES[kind]
@@ -107,7 +108,8 @@ def mixtral_names(m: ModelConfig) -> Sequence[Rule]:
 
 def qwen3_keys(f: Fields) -> Tree:
     """Norms on queries and keys; a window in all layers or in none."""
-    out = decoder(f) | grouped(f) | sparse(f)
+    out = decoder(f) | grouped(f)
+    out |= sparse(f, out["layers"])
     return out | windows(f, f.truth("use_sliding_window", False)) | attention_bias(f) | {"qk_norm": True}
 
 
@@ -260,8 +262,9 @@ def deepseek_names(m: ModelConfig) -> Sequence[Rule]:
 
 def v3_ignored(config: dict[str, Any]) -> Sequence[str]:
     """Layers that predict further tokens, which follow the others and which transformers does not read either."""
-    first, more = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers", 0)
-    return *TURNS, *(rf"model\.layers\.{first + i}\..*" for i in range(more or 0))
+    first, more = config["num_hidden_layers"], config.get("num_nextn_predict_layers")
+    more = min(more, MOST_NEXT) if isinstance(more, int) else 0
+    return *TURNS, *(rf"model\.layers\.{first + i}\..*" for i in range(more))
 
 
 FAMILIES: dict[str, Family] = {

@@ -43,14 +43,14 @@ class Fields:
             self.no(there[0], f"{both} say different things", "keep one of them")
         return there[0] if there else names[0]
 
-    def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
+    def count(self, *names: str, default: int | None = None, least: int = 1, most: int = 2**40) -> int:
         """A whole number; needed where there is no default."""
         name = self.named(*names)
         value = self.config.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             why = "is missing" if value is None else f"is {value!r:.80}"
-            self.no(name, why, f"give a whole number of {least} or more")
+            self.no(name, why, f"give a whole number of {least} to {most}")
             return least
         return value
 
@@ -90,6 +90,17 @@ class Fields:
         for name in names:
             if (value := self.config.get(name)) not in NOTHING:
                 self.no(name, f"is {value!r:.80}, and {why}", "use a model without it")
+
+    def listed(self, name: str, length: int | None = None) -> list[Any]:
+        """A list, of that length where one is named; empty where it is not there."""
+        value = self.config.get(name) or []
+        if not isinstance(value, list):
+            self.no(name, f"is {value!r:.80}", "give a list")
+            return []
+        if value and length not in (None, len(value)):
+            self.no(name, f"has {len(value)} entries for {length} layers", "give one for each layer")
+            return []
+        return value
 
     def table(self, *names: str) -> tuple[str, dict[str, Any]]:
         """A table, empty where it is not there, and its name."""

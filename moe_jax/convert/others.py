@@ -32,13 +32,14 @@ from moe_jax.convert.names import Part, Rule, Take
 
 def qwen2_keys(f: Fields) -> Tree:
     """Biases of queries, keys and values; one shared expert, times a sigmoid; windows in every second layer."""
-    out = decoder(f) | grouped(f) | sparse(f)
+    out = decoder(f) | grouped(f)
+    out |= sparse(f, out["layers"])
     out["moe"] |= {"shared_experts": 1, "shared_d_ff": f.count("shared_expert_intermediate_size"), "shared_gate": True}
     used, layers = f.truth("use_sliding_window", False), out["layers"]
     least = f.count("max_window_layers", default=28, least=0)
     kinds = ["sliding_attention" if used and i % 2 == 0 and i < least else "full_attention" for i in range(layers)]
     biases = {"biases": "qkv"} if f.truth("qkv_bias", True) else {}
-    return out | windows(f, used, f.config.get("layer_types") or kinds) | biases
+    return out | windows(f, used, f.listed("layer_types", layers) or kinds) | biases
 
 
 def qwen2_fields(m: ModelConfig) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def gpt_oss_keys(f: Fields) -> Tree:
     moe: Tree = {"experts": f.count("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
     moe |= {"router": {"kind": "topk_softmax", "bias": True}}
     kind = {"ffn": "clamped_swiglu", "biases": True, "sinks": True}
-    return out | kind | windows(f, kinds=f.config.get("layer_types") or turn) | {"moe": moe}
+    return out | kind | windows(f, kinds=f.listed("layer_types", out["layers"]) or turn) | {"moe": moe}
 
 
 def gpt_oss_fields(m: ModelConfig) -> dict[str, Any]:

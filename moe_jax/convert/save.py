@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from moe_jax import config
 from moe_jax.axes import Rules
-from moe_jax.checkpoint import open_workdir
+from moe_jax.checkpoint import Checkpoints, open_workdir
 from moe_jax.config import MeshConfig, ModelConfig, Problem, Refused
 from moe_jax.convert.families import FAMILIES, family_of, model_keys
 from moe_jax.convert.folder import CONFIG, INDEX, ONE, read_json
@@ -203,7 +204,6 @@ def run(
     dtype: str | None = None,
     shard_gb: float = 5.0,
     family: str | None = None,
-    overrides: Sequence[str] = (),
     quiet: bool = True,
 ) -> dict[str, Any]:
     """Write the newest checkpoint of `workdir` into the folder `target`.
@@ -215,8 +215,6 @@ def run(
     """
     if not 0 < shard_gb < math.inf:
         raise Refused(Problem("--shard-gb", f"is {shard_gb:g}", "give more than 0"))
-    if overrides:
-        raise Refused(Problem(overrides[0], "an export changes no key", "take it out"))
     checkpoints = open_workdir(workdir, "WORKDIR")
     check_target(target)
     step = checkpoints.newest()
@@ -228,13 +226,10 @@ def run(
     names = NameMap(model, row.names(cfg.model))
     bias_leaves = {path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path((model.bias_shapes,))[0]}
     types = kinds(workdir, names, bias_leaves, dtype)
-    here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    shapes = Weights(model.shapes, model.bias_shapes)
-    tree = checkpoints.restore_weights(placed(shapes, jax.tree.map(lambda _: here, shapes)), step)
-    leaves = {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    leaves = numbers(checkpoints, model, step)
     tensors = [Writing(name, types[name], shape) for name, shape in names.tensors.items()]
     parts = files(tensors, shard_gb * 1e9)
-    most = max(types.values(), key=list(types.values()).count)
+    most = Counter(types.values()).most_common(1)[0][0]
     total = sum(t.bytes for t in tensors)
     with whole(target) as draft:
         with Bar(total, "exporting", quiet=quiet) as bar:
@@ -255,6 +250,14 @@ def run(
         "dtype": TYPES[most],
         "bytes": total,
     }
+
+
+def numbers(checkpoints: Checkpoints, model: Model, step: int) -> dict[str, np.ndarray]:
+    """Parameters and selection biases by their path, on the host."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    shapes = Weights(model.shapes, model.bias_shapes)
+    tree = checkpoints.restore_weights(placed(shapes, jax.tree.map(lambda _: here, shapes)), step)
+    return {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def values(part: Sequence[Writing], names: NameMap, leaves: dict[str, np.ndarray], bar: Bar) -> Iterator[np.ndarray]:

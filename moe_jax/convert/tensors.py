@@ -57,6 +57,14 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
+def entry(given: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Type, shape, and where a tensor begins and ends, of its place in the header."""
+    dtype, shape, (begin, stop) = given["dtype"], given["shape"], given["data_offsets"]
+    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in (*shape, begin, stop)):
+        raise ValueError(f"{given!r:.100} is no place of a tensor")
+    return dtype, tuple(shape), begin, stop
+
+
 def read_header(file: Path) -> dict[str, Stored]:
     """The tensors of a file by name, after a check of its size.
 
@@ -76,7 +84,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     try:
         header = json.loads(raw, object_pairs_hook=once)
         header.pop("__metadata__", None)
-        rows = [(n, e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for n, e in header.items()]
+        rows = [(name, *entry(given)) for name, given in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise no(f"has a header that cannot be read: {e!r:.200}") from None
     out, end = {}, 0
@@ -84,7 +92,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         if dtype not in DTYPES:
             raise no(f"{name} is {dtype}, and weights are read from {', '.join(DTYPES)}", "convert it to one of them")
         stored = Stored(file, dtype, shape, 8 + length + begin)
-        if begin != end or min(shape, default=0) < 0 or stop - begin != stored.bytes:
+        if begin != end or stop - begin != stored.bytes:
             raise no(f"{name} {stored} lies at bytes {begin} to {stop}, and {end} to {end + stored.bytes} is its place")
         out[name], end = stored, stop
     if 8 + length + end != size:
