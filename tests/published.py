@@ -42,32 +42,83 @@ DEEPSEEK = BASE | {
     "n_group": 4,
     "topk_group": 2,
 }
+QWEN2 = QWEN3 | {"num_experts_per_tok": 2, "shared_expert_intermediate_size": 20}
+OLMOE = BASE | {"intermediate_size": 12, "num_key_value_heads": 2, "num_experts": 8}
+OLMOE |= {"pad_token_id": None}  # torch gives the row of that token no gradient
+GPT_OSS = MIXTRAL | {"head_dim": 8, "sliding_window": 5}
+THIRD = ["sliding_attention", "sliding_attention", "full_attention"]
+GRANITE = MIXTRAL | {
+    "num_experts_per_tok": 2,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 6.0,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+WINDOW = {"sliding_window": 5, "use_sliding_window": True}
+LATENT_YARN = YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}
+FAST = {"mscale": 1.0, "rope_theta": 10.0, "beta_fast": 2.0, "beta_slow": 0.5}
 CLASSES = {
     "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2Moe",
     "qwen3_moe": "Qwen3Moe",
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
+    "olmoe": "Olmoe",
+    "gpt_oss": "GptOss",
+    "granitemoe": "GraniteMoe",
+    "granitemoeshared": "GraniteMoeShared",
 }
 CASES = {
     "mixtral": [
         MIXTRAL | {"num_experts_per_tok": 2},
         MIXTRAL | {"num_experts_per_tok": 3, "tie_word_embeddings": True, "head_dim": 6, "rms_norm_eps": 1e-5},
         MIXTRAL | {"num_experts_per_tok": 4, "num_key_value_heads": 4, "num_hidden_layers": 1},
+        MIXTRAL | {"num_experts_per_tok": 2, "rope_parameters": YARN, "sliding_window": 5, "head_dim": 8},
+    ],
+    "qwen2_moe": [
+        QWEN2 | {"mlp_only_layers": [0]},
+        QWEN2 | {"norm_topk_prob": True, "qkv_bias": False, "tie_word_embeddings": True},
+        QWEN2 | {"num_hidden_layers": 3, **WINDOW, "max_window_layers": 3, "shared_expert_intermediate_size": 12},
     ],
     "qwen3_moe": [
         QWEN3 | {"num_experts_per_tok": 3, "norm_topk_prob": True, "head_dim": 6, "mlp_only_layers": [0]},
         QWEN3 | {"num_experts_per_tok": 2, "norm_topk_prob": False, "head_dim": 4, "tie_word_embeddings": True},
         QWEN3 | {"num_experts_per_tok": 1, "norm_topk_prob": False, "head_dim": 4, "decoder_sparse_step": 2},
+        QWEN3 | {"num_experts_per_tok": 2, "head_dim": 4, "rope_parameters": LINEAR, **WINDOW, "attention_bias": True},
     ],
     "deepseek_v2": [
         DEEPSEEK | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
         DEEPSEEK | {"topk_method": "greedy", "q_lora_rank": None, "n_group": None, "topk_group": None},
         DEEPSEEK | {"topk_method": "greedy", "n_shared_experts": 2, "num_experts_per_tok": 2, "num_hidden_layers": 3},
+        DEEPSEEK | {"topk_method": "greedy", "rope_parameters": LATENT_YARN},
     ],
     "deepseek_v3": [
         DEEPSEEK | {"norm_topk_prob": True, "routed_scaling_factor": 2.5},
         DEEPSEEK | {"norm_topk_prob": False, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
         DEEPSEEK | {"n_shared_experts": 2, "num_experts_per_tok": 2, "topk_group": 1, "num_hidden_layers": 3},
+        DEEPSEEK | {"rope_parameters": LATENT_YARN | FAST, "qk_rope_head_dim": 8},
+    ],
+    "olmoe": [
+        OLMOE | {"num_experts_per_tok": 3},
+        OLMOE | {"num_experts_per_tok": 2, "norm_topk_prob": True, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        OLMOE | {"num_experts_per_tok": 8, "num_key_value_heads": 4, "attention_bias": True, "num_hidden_layers": 1},
+    ],
+    "gpt_oss": [
+        GPT_OSS | {"num_experts_per_tok": 2, "rope_parameters": YARN | {"truncate": False}},
+        GPT_OSS | {"num_experts_per_tok": 3, "layer_types": THIRD, "num_hidden_layers": 3, "rope_parameters": YARN},
+        GPT_OSS | {"num_experts_per_tok": 4, "layer_types": ["full_attention"] * 2, "rope_parameters": LINEAR},
+    ],
+    "granitemoe": [
+        GRANITE,
+        GRANITE | {"tie_word_embeddings": True, "num_experts_per_tok": 4, "rms_norm_eps": 1e-5},
+        GRANITE | {"attention_bias": True, "num_key_value_heads": 4, "logits_scaling": 7.0, "num_hidden_layers": 1},
+    ],
+    "granitemoeshared": [
+        GRANITE | {"shared_intermediate_size": 20},
+        GRANITE | {"shared_intermediate_size": 12, "tie_word_embeddings": True},
+        GRANITE | {"shared_intermediate_size": 0, "rope_parameters": YARN},
     ],
 }
 
@@ -105,8 +156,11 @@ def build(family, number, folder, dtype="float32"):
                 p.copy_(0.2 * noise)
             elif p.ndim == 1 and "norm" in name:
                 p.copy_(1 + 0.2 * noise)
+            elif p.ndim == 1 and name.endswith(("bias", "sinks")):
+                p.copy_(noise)
             elif p.ndim > 1:
-                p.copy_(noise if "embed_tokens" in name else noise / p.shape[-1] ** 0.5)
+                wide = 5 if family == "gpt_oss" and "gate_up" in name else 1  # so that some numbers reach the bounds
+                p.copy_(noise if "embed_tokens" in name else wide * noise / p.shape[-1] ** 0.5)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return model
 

@@ -12,7 +12,7 @@ from commands import write_text
 from published import CASES, GOLDEN, TOKENS, needs_torch
 
 from moe_jax import config, mesh
-from moe_jax.convert import load
+from moe_jax.convert import load, save
 from moe_jax.convert.families import family_of, model_keys
 from moe_jax.convert.names import NameMap, Part, Piece, Take
 from moe_jax.convert.tensors import read_header
@@ -116,6 +116,23 @@ def test_published_sizes(name, total, active, count):
     assert len(NameMap(model, family_of(about)[1].names(model.cfg.model)).tensors) == count
 
 
+@needs_torch
+@pytest.mark.parametrize(("family", "number"), published.cases())
+def test_config_json_there_and_back(family, number):
+    """A config.json that is written from our keys says to transformers what the one did that they came from."""
+    import transformers
+
+    kind = getattr(transformers, f"{published.CLASSES[family]}Config")
+    old = json.loads(kind(**CASES[family][number]).to_json_string(use_diff=False))
+    m = config.from_dict({"model": model_keys(old), "data": {"length": 8}}).model
+    assert save.foreign(m, family) is None
+    new = json.loads(kind(**save.described(m, family)).to_json_string(use_diff=False))
+    assert save.unlike(m, new) == {}
+    assert old["rope_parameters"].items() <= new["rope_parameters"].items()
+    assert old.get("layer_types") == new.get("layer_types")
+    assert m.window is None or m.window == old["sliding_window"] == new["sliding_window"]
+
+
 FIRST, LAST, EVEN = np.arange(3), 3 + np.arange(3), 2 * np.arange(3)
 TURNS = [
     ("v d -> v d", None, {"v": 5, "d": 4}, lambda t: t),
@@ -172,7 +189,8 @@ def recast(folder, to, kind):
     (to / "model.safetensors.index.json").write_text(json.dumps({"weight_map": chart}))
     about = json.loads((folder / "config.json").read_text())
     rope = about.pop("rope_parameters")  # the form of older files
-    older = {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": np.dtype(kind).name}
+    theta, scaling = rope.pop("rope_theta"), None if rope["rope_type"] == "default" else rope
+    older = {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": np.dtype(kind).name}
     del about["dtype"]
     (to / "config.json").write_text(json.dumps(about | older | {"eos_token_id": [2, 7], "unknown": {"a": 1}}))
     return to

@@ -133,16 +133,32 @@ DAMAGE = {
         lambda f: change(f / "config.json", model_type="mixtrl"),
         ["'mixtrl'", "mixtral", "qwen3_moe"],
     ),
-    "YaRN": (
-        lambda f: change(f / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
-        ["rope_parameters", "'yarn'"],
+    "another scaling": (
+        lambda f: change(f / "config.json", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0}),
+        ["rope_parameters", "'llama3'", "yarn"],
     ),
-    "YaRN in the older form": (
-        lambda f: change(f / "config.json", rope_parameters=None, rope_scaling={"type": "yarn"}, rope_theta=1e4),
-        ["rope_scaling", "'yarn'"],
+    "another scaling in the older form": (
+        lambda f: change(f / "config.json", rope_parameters=None, rope_scaling={"type": "dynamic"}, rope_theta=1e4),
+        ["rope_scaling", "'dynamic'"],
+    ),
+    "YaRN without its factor": (
+        lambda f: change(f / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+        ["rope_parameters.factor: is missing"],
+    ),
+    "a number of another scaling": (
+        lambda f: change(
+            f / "config.json", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "mscale": 1.0}
+        ),
+        ["rope_parameters.mscale", "linear positions have no such number"],
+    ),
+    "half of YaRN's scales": (
+        lambda f: change(
+            f / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 1.0}
+        ),
+        ["model.rope.mscale_all_dim", "is unset"],
     ),
     "no base of the positions": (lambda f: change(f / "config.json", rope_parameters=None), ["rope_theta", "missing"]),
-    "a window": (lambda f: change(f / "config.json", sliding_window=16), ["sliding_window", "16"]),
+    "no window": (lambda f: change(f / "config.json", sliding_window=0), ["sliding_window", "is 0"]),
     "another activation": (lambda f: change(f / "config.json", hidden_act="gelu"), ["hidden_act", "'gelu'"]),
     "two things at once": (
         lambda f: change(f / "config.json", vocab_size=None, num_attention_heads="4"),
@@ -171,16 +187,32 @@ def test_the_folder_cut_in_two_is_the_same(folder):
 DENSE = {"mlp_only_layers": [1], "num_hidden_layers": 4}
 FAMILY_DAMAGE = [
     ("qwen3_moe", DENSE, ["mlp_only_layers", "the layers 1 of 4 dense"]),
-    ("qwen3_moe", {"attention_bias": True}, ["attention_bias"]),
+    ("qwen3_moe", {"attention_bias": True}, ["missing", "self_attn.q_proj.bias [24]"]),
     ("qwen3_moe", {"num_hidden_layers": 2**70}, ["num_hidden_layers", "1 to 4096"]),
     ("qwen3_moe", {"mlp_only_layers": 1}, ["mlp_only_layers", "list"]),
     ("qwen3_moe", {"model_type": ["qwen3_moe"]}, ["model_type"]),
+    ("gpt_oss", {"layer_types": "full_attention"}, ["layer_types", "list"]),
+    ("gpt_oss", {"layer_types": ["full_attention"]}, ["layer_types", "1 entries for 2 layers"]),
+    ("gpt_oss", {"rope_parameters": {"rope_type": ["yarn"]}}, ["rope_parameters", "'yarn'"]),
+    ("mixtral", {"attention_bias": True}, ["attention_bias"]),
     ("deepseek_v3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps", "1e-05", "1e-06"]),
     ("deepseek_v3", {"scoring_func": "softmax"}, ["scoring_func", "'softmax'"]),
     ("deepseek_v3", {"moe_layer_freq": 2}, ["moe_layer_freq"]),
     ("deepseek_v3", {"topk_group": 9}, ["topk_groups", "9 groups of 4"]),
     ("deepseek_v3", {"num_local_experts": 9}, ["n_routed_experts=8", "num_local_experts=9"]),
     ("deepseek_v2", {"norm_topk_prob": True}, ["norm_topk_prob"]),
+    ("qwen2_moe", {"shared_expert_intermediate_size": 0}, ["shared_expert_intermediate_size", "is 0"]),
+    ("qwen2_moe", {"layer_types": ["sliding_attention"] * 2}, ["sliding_window", "layer_types"]),
+    ("qwen2_moe", {"qkv_bias": False}, ["not of this model", "self_attn.q_proj.bias [16] F32"]),
+    ("olmoe", {"clip_qkv": 8.0}, ["clip_qkv", "8.0"]),
+    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, ["config.json", "'mxfp4'", "bfloat16"]),
+    ("gpt_oss", {"attention_bias": False}, ["attention_bias"]),
+    ("gpt_oss", {"swiglu_limit": 8.0}, ["swiglu_limit", "8.0"]),
+    ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "0 of 2"]),
+    ("gpt_oss", {"layer_types": ["chunked_attention"] * 2}, ["layer_types", "'chunked_attention'"]),
+    ("gpt_oss", {"sliding_window": None}, ["sliding_window", "layer_types"]),
+    ("granitemoe", {"residual_multiplier": 0}, ["residual_multiplier", "is 0"]),
+    ("granitemoeshared", {"shared_intermediate_size": 0}, ["not of this model", "shared_mlp.input_linear"]),
     ("deepseek_v2", {"topk_method": "noaux_tc"}, ["topk_method"]),
 ]
 

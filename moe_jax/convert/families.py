@@ -3,29 +3,54 @@
 The fields are those of transformers' configuration classes (version 5.23), with their defaults.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from moe_jax.config import ModelConfig, Problem, Refused
+from moe_jax.convert.common import (
+    ATTENTION,
+    HEADS,
+    LAYER,
+    MLP,
+    OUTSIDE,
+    TURNS,
+    Family,
+    Tree,
+    attention_bias,
+    base_fields,
+    decoder,
+    grouped,
+    same,
+    sparse,
+    sparse_fields,
+    swiglu,
+    turned,
+    window_fields,
+    windows,
+)
 from moe_jax.convert.fields import Fields
 from moe_jax.convert.names import Part, Rule, Take
+from moe_jax.convert.others import (
+    gpt_oss_fields,
+    gpt_oss_keys,
+    gpt_oss_names,
+    granite_fields,
+    granite_keys,
+    granite_names,
+    granite_shared_fields,
+    granite_shared_keys,
+    olmoe_fields,
+    olmoe_keys,
+    olmoe_names,
+    qwen2_fields,
+    qwen2_keys,
+    qwen2_names,
+)
 
-Tree = dict[str, Any]
-LAYER = "model.layers.{layer}."
 MOST_NEXT = 8  # layers that predict further tokens; V3 has one
 LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever rms_norm_eps is
-TURNS = (r".*\.rotary_emb\.inv_freq",)  # tables of older files, which follow from the base
-
-
-class Family(NamedTuple):
-    """How the weights of a family are stored."""
-
-    keys: Callable[[Fields], Tree]  # the table `model`
-    fields: Callable[[ModelConfig], dict[str, Any]]  # its inverse, without what transformers gives by itself
-    names: Callable[[ModelConfig], Sequence[Rule]]
-    ignored: Callable[[dict[str, Any]], Sequence[str]] = lambda config: TURNS  # patterns of names that nobody reads
 
 
 def family_of(config: dict[str, Any]) -> tuple[str, Family]:
@@ -53,141 +78,22 @@ def model_keys(config: dict[str, Any]) -> Tree:
     return tree
 
 
-# What the families share
-
-
-def decoder(f: Fields) -> Tree:
-    """Width, depth, norms, positions and feed-forward layers."""
-    f.only("hidden_act", ["silu"], "the experts are SwiGLU")
-    f.off(["attention_bias", "mlp_bias"], "biases are converted in no such model")
-    return {
-        "vocab": f.count("vocab_size"),
-        "layers": f.count("num_hidden_layers", most=4096),
-        "d_model": f.count("hidden_size"),
-        "d_ff": f.count("intermediate_size"),
-        "heads": f.count("num_attention_heads"),
-        **positions(f),
-        "max_length": f.count("max_position_embeddings"),
-        "norm": "rms",
-        "norm_eps": f.number("rms_norm_eps", 1e-6),
-        "ffn": "swiglu",
-        "tied_head": f.truth("tie_word_embeddings", False),
-    }
-
-
-def positions(f: Fields) -> Tree:
-    """Plain rotary positions, in the newer form (rope_parameters) or the older (rope_theta, rope_scaling)."""
-    name, rope = f.table("rope_parameters", "rope_scaling")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        f.no(name, f"has the rotary positions {kind!r:.40}, and plain ones are converted", "use a model of those")
-    part = rope.get("partial_rotary_factor", f.config.get("partial_rotary_factor"))
-    if part not in (None, 1, 1.0):
-        f.no("partial_rotary_factor", f"is {part!r:.40}, and whole heads turn here", "use a model of those")
-    theta = f.positive("rope_theta", rope.get("rope_theta", f.config.get("rope_theta")))
-    return {"positions": "rotary", "rope_theta": theta}
-
-
-def grouped(f: Fields) -> Tree:
-    """Heads of grouped-query attention, and no window."""
-    heads = f.count("num_attention_heads")
-    out = {"kv_heads": f.count("num_key_value_heads", default=heads)}
-    width = f.maybe("head_dim")
-    window = f.config.get("sliding_window")
-    used = window is not None and f.config.get("use_sliding_window", True)
-    if used and (not isinstance(window, int) or window < f.count("max_position_embeddings")):
-        f.no("sliding_window", f"is {window!r:.80}, and every token sees all before it here", "use a model without one")
-    return out if width is None else out | {"head_dim": width}
-
-
-def pattern(f: Fields, kinds: Sequence[bool]) -> Tree:
-    """`every` and `first_dense` of layers that are MoE or not; layers of another pattern are refused."""
-    n = len(kinds)
-    for every in range(1, n + 1):
-        for first in range(n):
-            if all(kind == (i >= first and (i - first + 1) % every == 0) for i, kind in enumerate(kinds)):
-                return {"every": every, "first_dense": first}
-    shown = ", ".join(str(i) for i, kind in enumerate(kinds) if not kind)
-    why = f"makes the layers {shown} of {n} dense, which is no first_dense and every"
-    f.no("mlp_only_layers", why, "use a model with dense layers first, or at equal distances")
-    return {}
-
-
-def base_fields(m: ModelConfig) -> dict[str, Any]:
-    """The inverse of `decoder` and `grouped`."""
-    return {
-        "vocab_size": m.vocab,
-        "num_hidden_layers": m.layers,
-        "hidden_size": m.d_model,
-        "intermediate_size": m.d_ff,
-        "num_attention_heads": m.heads,
-        "num_key_value_heads": m.resolved_kv_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": m.max_length,
-        "rms_norm_eps": m.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
-        "tie_word_embeddings": m.tied_head,
-        "num_experts_per_tok": m.moe.top_k if m.moe else 0,
-    }
-
-
-def same(source: str, target: str, axes: str) -> Rule:
-    return Rule(source, Part(target, f"{axes} -> {axes}"))
-
-
-def turned(source: str, target: str) -> Rule:
-    """A matrix [F, D], which a linear layer of torch stores, to our [D, F]."""
-    return Rule(source, Part(target, "f d -> d f"))
-
-
-OUTSIDE = (
-    same("model.embed_tokens.weight", "embedding.table", "v d"),
-    same("model.norm.weight", "final_norm.scale", "d"),
-    turned("lm_head.weight", "embedding.head"),
-    same(LAYER + "input_layernorm.weight", "attention_norm.scale", "d"),
-    same(LAYER + "post_attention_layernorm.weight", "ffn_norm.scale", "d"),
-)
-ATTENTION = LAYER + "self_attn."
-HEADS = (
-    *(
-        Rule(f"{ATTENTION}{letter}_proj.weight", Part(f"attention.w_{name}", "(h n) d -> d h n"))
-        for letter, name in (("q", "query"), ("k", "key"), ("v", "value"))
-    ),
-    Rule(ATTENTION + "o_proj.weight", Part("attention.w_out", "d (h n) -> h n d")),
-    same(ATTENTION + "q_norm.weight", "attention.query_norm.scale", "n"),
-    same(ATTENTION + "k_norm.weight", "attention.key_norm.scale", "n"),
-)
-MATRICES = (("gate_proj", "w_gate"), ("up_proj", "w_up"), ("down_proj", "w_down"))
-
-
-def swiglu(source: str, target: str, matrices: Sequence[tuple[str, str]] = MATRICES) -> tuple[Rule, ...]:
-    """The three matrices of a feed-forward layer, or of each expert."""
-    return tuple(turned(f"{source}{theirs}.weight", f"{target}{ours}") for theirs, ours in matrices)
-
-
-MLP = (
-    *swiglu(LAYER + "mlp.", "ffn."),
-    turned(LAYER + "mlp.gate.weight", "ffn.router"),
-    *swiglu(LAYER + "mlp.experts.{expert}.", "ffn.experts."),
-    *swiglu(LAYER + "mlp.shared_experts.", "ffn.shared."),
-)
-
-
 # Mixtral (Jiang et al. 2024)
 
 
 def mixtral_keys(f: Fields) -> Tree:
     """Softmax over the chosen logits; every layer is MoE."""
     f.off(["router_jitter_noise"], "it multiplies the experts' input too, which is not done here")
+    f.off(["attention_bias"])
     moe = {"experts": f.count("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
-    return decoder(f) | grouped(f) | {"moe": moe | {"router": {"kind": "topk_softmax"}}}
+    return decoder(f) | grouped(f) | windows(f) | {"moe": moe | {"router": {"kind": "topk_softmax"}}}
 
 
 def mixtral_fields(m: ModelConfig) -> dict[str, Any]:
     """The inverse of `mixtral_keys`."""
     assert m.moe is not None
     more = {"architectures": ["MixtralForCausalLM"], "head_dim": m.resolved_head_dim}
-    return base_fields(m) | more | {"num_local_experts": m.moe.experts}
+    return base_fields(m) | window_fields(m) | more | {"num_local_experts": m.moe.experts}
 
 
 def mixtral_names(m: ModelConfig) -> Sequence[Rule]:
@@ -201,34 +107,25 @@ def mixtral_names(m: ModelConfig) -> Sequence[Rule]:
 
 
 def qwen3_keys(f: Fields) -> Tree:
-    """Norms on queries and keys; softmax, the best of it, divided by their sum if `norm_topk_prob`."""
-    out = decoder(f)
-    step, dense = f.count("decoder_sparse_step", default=1), f.config.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
-        f.no("mlp_only_layers", f"is {dense!r:.80}", "give a list of layers")
-        dense = []
-    kinds = [(i + 1) % step == 0 and i not in dense for i in range(out["layers"])]
-    moe = {
-        "experts": f.count("num_experts", "num_local_experts"),
-        "top_k": f.count("num_experts_per_tok"),
-        "d_ff": f.count("moe_intermediate_size"),
-        **pattern(f, kinds),
-        "router": {"kind": "softmax_topk", "normalize": "before" if f.truth("norm_topk_prob", False) else "none"},
-    }
-    return out | grouped(f) | {"qk_norm": True, "moe": moe}
+    """Norms on queries and keys; a window in all layers or in none."""
+    out = decoder(f) | grouped(f)
+    out |= sparse(f, out["layers"])
+    return out | windows(f, f.truth("use_sliding_window", False)) | attention_bias(f) | {"qk_norm": True}
 
 
 def qwen3_fields(m: ModelConfig) -> dict[str, Any]:
     """The inverse of `qwen3_keys`."""
-    assert m.moe is not None
-    return base_fields(m) | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "head_dim": m.resolved_head_dim,
-        "num_experts": m.moe.experts,
-        "moe_intermediate_size": m.moe.d_ff or m.d_ff,
-        "mlp_only_layers": [i for i, kind in enumerate(m.layer_kinds) if kind == "dense"],
-        "norm_topk_prob": m.moe.router.normalize == "before",
-    }
+    return (
+        base_fields(m)
+        | sparse_fields(m)
+        | window_fields(m)
+        | {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "head_dim": m.resolved_head_dim,
+            "use_sliding_window": m.window is not None,
+            "attention_bias": m.biases == "attention",
+        }
+    )
 
 
 def qwen3_names(m: ModelConfig) -> Sequence[Rule]:
@@ -241,6 +138,7 @@ def qwen3_names(m: ModelConfig) -> Sequence[Rule]:
 def deepseek_keys(f: Fields) -> Tree:
     """Latent attention, dense layers first, shared experts."""
     out = decoder(f)
+    f.off(["attention_bias"])
     if (eps := out["norm_eps"]) != LATENT_EPS:
         f.no(
             "rms_norm_eps", f"is {eps:g}, and the norms inside latent attention have {LATENT_EPS:g}", "use such models"
@@ -357,6 +255,7 @@ def deepseek_names(m: ModelConfig) -> Sequence[Rule]:
         ),
         Rule(ATTENTION + "o_proj.weight", Part("attention.w_out", "d (h n) -> h n d")),
         *MLP,
+        *swiglu(LAYER + "mlp.shared_experts.", "ffn.shared."),
         same(LAYER + "mlp.gate.e_score_correction_bias", "ffn.bias", "e"),
     )
 
@@ -370,7 +269,12 @@ def v3_ignored(config: dict[str, Any]) -> Sequence[str]:
 
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(mixtral_keys, mixtral_fields, mixtral_names),
+    "qwen2_moe": Family(qwen2_keys, qwen2_fields, qwen2_names),
     "qwen3_moe": Family(qwen3_keys, qwen3_fields, qwen3_names),
     "deepseek_v2": Family(v2_keys, v2_fields, deepseek_names),
     "deepseek_v3": Family(v3_keys, v3_fields, deepseek_names, v3_ignored),
+    "olmoe": Family(olmoe_keys, olmoe_fields, olmoe_names),
+    "gpt_oss": Family(gpt_oss_keys, gpt_oss_fields, gpt_oss_names),
+    "granitemoe": Family(granite_keys, granite_fields, granite_names),
+    "granitemoeshared": Family(granite_shared_keys, granite_shared_fields, granite_names),
 }

@@ -18,10 +18,17 @@ class Fields:
     def __init__(self, config: dict[str, Any]):
         self.config = config
         self.problems: list[Problem] = []
+        self.prefix = "config.json: "
 
     def no(self, name: str, reason: str, remedy: str) -> None:
         """A field that cannot be used."""
-        self.problems.append(Problem(f"config.json: {name}", reason, remedy))
+        self.problems.append(Problem(self.prefix + name, reason, remedy))
+
+    def inner(self, name: str, table: dict[str, Any]) -> "Fields":
+        """The fields of a table, whose problems are among these."""
+        out = Fields(table)
+        out.problems, out.prefix = self.problems, f"{self.prefix}{name}."
+        return out
 
     def done(self) -> None:
         """Raise what was found. Raises `Refused`."""
@@ -83,6 +90,17 @@ class Fields:
         for name in names:
             if (value := self.config.get(name)) not in NOTHING:
                 self.no(name, f"is {value!r:.80}, and {why}", "use a model without it")
+
+    def listed(self, name: str, length: int | None = None) -> list[Any]:
+        """A list, of that length where one is named; empty where it is not there."""
+        value = self.config.get(name) or []
+        if not isinstance(value, list):
+            self.no(name, f"is {value!r:.80}", "give a list")
+            return []
+        if value and length not in (None, len(value)):
+            self.no(name, f"has {len(value)} entries for {length} layers", "give one for each layer")
+            return []
+        return value
 
     def table(self, *names: str) -> tuple[str, dict[str, Any]]:
         """A table, empty where it is not there, and its name."""

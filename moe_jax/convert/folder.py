@@ -46,6 +46,7 @@ class Folder:
         if not path.is_dir():
             raise Refused(Problem("SRC", f"{path} is no folder", f"name a folder with {CONFIG} and {ONE}"))
         self.path, self.config = path, read_json(path / CONFIG)
+        self.check_quantization()
         indexed = (path / INDEX).exists()
         if indexed and (path / ONE).exists():
             why = f"holds both {ONE} and {INDEX}, and which of them counts is not said"
@@ -55,6 +56,15 @@ class Folder:
         for name in self.scales:
             del self.tensors[name]
         self.check_scales()
+
+    def check_quantization(self) -> None:
+        """Numbers in blocks are read in FP8 alone: not in MXFP4, as GPT-OSS is published."""
+        given = self.config.get("quantization_config")
+        method = given.get("quant_method") if isinstance(given, dict) else None
+        if method not in (None, "fp8"):
+            why = f"quantization_config has the quant_method {method!r:.40}, and only 'fp8' with block scales is read"
+            remedy = "load it in transformers with dequantize=True, save it in bfloat16, and convert that"
+            raise Refused(Problem(str(self.path / CONFIG), why, remedy))
 
     def existing(self, name: str) -> Path:
         """A file of the folder."""

@@ -23,7 +23,7 @@ import numpy as np
 from moe_jax import config
 from moe_jax import mesh as meshes
 from moe_jax.checkpoint import Checkpoints, claim_workdir
-from moe_jax.config import Config, DataConfig, LatentConfig, MoEConfig, Refused
+from moe_jax.config import Config, DataConfig, LatentConfig, MoEConfig, Refused, RopeConfig
 from moe_jax.convert.families import family_of, model_keys
 from moe_jax.convert.folder import INDEX, Folder
 from moe_jax.convert.names import NameMap, Piece, path_of
@@ -151,7 +151,7 @@ def fresh(workdir: Path) -> Generator[None]:
         raise
 
 
-TABLES = {"moe": MoEConfig(), "latent": LatentConfig()}  # which a config may lack
+TABLES = {"moe": MoEConfig(), "latent": LatentConfig(), "rope": RopeConfig()}  # which a config may lack
 
 
 def own(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
