@@ -24,9 +24,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # an interpreter that serves need not have moe_jax
 
+from moe_jax.bench.decode import IMPLEMENTATIONS, mixtral
 from moe_jax.bench.turns import Missing, Program, Step, available_memory, serve, take_turns
 
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # the others that transformers has need a GPU
 ALLOCATOR = "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647"
 KEPT = ", memory kept"
 ALONE = "moe_jax, its products alone"
@@ -149,25 +149,11 @@ def lines(report: dict[str, Any]) -> list[str]:
 def specifications(args: argparse.Namespace, cfg: Any, given: list[str]) -> list[tuple[str, list[str], dict, dict]]:
     """Name, command, specification and environment of each program; ours is the first, and the reference."""
     own = args.overrides
-    m, moe, adamw = cfg.model, cfg.model.moe, cfg.train.optimizer
+    moe, adamw = cfg.model.moe, cfg.train.optimizer
     both = {"processors": sorted(os.sched_getaffinity(0))[: args.threads], "threads": args.threads}
-    mixtral = {
-        "vocab_size": m.vocab,
-        "hidden_size": m.d_model,
-        "intermediate_size": moe.d_ff or m.d_ff,
-        "num_hidden_layers": m.layers,
-        "num_attention_heads": m.heads,
-        "num_key_value_heads": m.resolved_kv_heads,
-        "head_dim": m.resolved_head_dim,
-        "max_position_embeddings": m.max_length,
-        "num_local_experts": moe.experts,
-        "num_experts_per_tok": moe.top_k,
-        "router_aux_loss_coef": moe.balance_loss,
-        "tie_word_embeddings": m.tied_head,
-    }
     adam = {"lr": adamw.learning_rate, "betas": (adamw.b1, adamw.b2), "eps": adamw.eps}
     their = both | {
-        "mixtral": mixtral,
+        "mixtral": mixtral(cfg) | {"router_aux_loss_coef": moe.balance_loss},
         "adamw": adam | {"weight_decay": adamw.weight_decay},
         "clip": adamw.clip,
         "tokens": (cfg.data.batch, cfg.data.length),

@@ -80,17 +80,10 @@ def theirs(spec: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
     return step, {"params_total": total, "transformers": __version__, "torch": torch.__version__}
 
 
-def specifications(cfg: Any, args: Any, batch: int) -> list[tuple[str, list[str], dict, dict]]:
-    """Name, command, specification and environment of each program, ours first."""
+def mixtral(cfg: Any) -> dict[str, Any]:
+    """The fields of a `MixtralConfig` of the same shape."""
     m, moe = cfg.model, cfg.model.moe
-    both = {"processors": sorted(os.sched_getaffinity(0))[: args.threads], "batch": batch}
-    both |= {"prompt": args.prompt_tokens, "tokens": args.tokens}
-    path = {"PYTHONPATH": os.pathsep.join([HOME, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    here = both | {"config": args.config, "overrides": args.overrides}
-    out = [(OURS, [sys.executable, "-m", "moe_jax.bench.decode", "ours"], here, {"JAX_PLATFORMS": "cpu"} | path)]
-    if args.against is None:
-        return out
-    mixtral = {
+    return {
         "vocab_size": m.vocab,
         "hidden_size": m.d_model,
         "intermediate_size": moe.d_ff or m.d_ff,
@@ -103,9 +96,20 @@ def specifications(cfg: Any, args: Any, batch: int) -> list[tuple[str, list[str]
         "num_experts_per_tok": moe.top_k,
         "tie_word_embeddings": m.tied_head,
     }
+
+
+def specifications(cfg: Any, args: Any, batch: int) -> list[tuple[str, list[str], dict, dict]]:
+    """Name, command, specification and environment of each program, ours first."""
+    both = {"processors": sorted(os.sched_getaffinity(0))[: args.threads], "batch": batch}
+    both |= {"prompt": args.prompt_tokens, "tokens": args.tokens}
+    path = {"PYTHONPATH": os.pathsep.join([HOME, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    here = both | {"config": args.config, "overrides": args.overrides}
+    out = [(OURS, [sys.executable, "-m", "moe_jax.bench.decode", "ours"], here, {"JAX_PLATFORMS": "cpu"} | path)]
+    if args.against is None:
+        return out
     there = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(args.threads)} | path
     for experts in IMPLEMENTATIONS:
-        spec = both | {"mixtral": mixtral, "experts": experts, "dtype": m.dtype}
+        spec = both | {"mixtral": mixtral(cfg), "experts": experts, "dtype": cfg.model.dtype}
         command = [args.python, "-m", "moe_jax.bench.decode", "theirs"]
         out.append((f"transformers {experts}", command, spec, there))
     return out
