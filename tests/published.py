@@ -58,7 +58,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 WINDOW = {"sliding_window": 5, "use_sliding_window": True}
 LATENT_YARN = YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}
-FAST = {"mscale": 1.0, "rope_theta": 10.0, "beta_fast": 2.0, "beta_slow": 0.5}
+FAST = {"rope_theta": 10.0, "beta_fast": 2.0, "beta_slow": 0.5}  # bounds between pairs
 CLASSES = {
     "mixtral": "Mixtral",
     "qwen2_moe": "Qwen2Moe",
@@ -106,7 +106,7 @@ CASES = {
         OLMOE | {"num_experts_per_tok": 8, "num_key_value_heads": 4, "attention_bias": True, "num_hidden_layers": 1},
     ],
     "gpt_oss": [
-        GPT_OSS | {"num_experts_per_tok": 2, "rope_parameters": YARN | {"truncate": False}},
+        GPT_OSS | {"num_experts_per_tok": 2, "rope_parameters": YARN | FAST | {"truncate": False}},
         GPT_OSS | {"num_experts_per_tok": 3, "layer_types": THIRD, "num_hidden_layers": 3, "rope_parameters": YARN},
         GPT_OSS | {"num_experts_per_tok": 4, "layer_types": ["full_attention"] * 2, "rope_parameters": LINEAR},
     ],

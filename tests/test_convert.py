@@ -103,6 +103,8 @@ def test_a_device_reads_its_part_alone(monkeypatch):
     ("name", "total", "active", "count"),
     [
         ("MixtralConfig", 46_702_792_704, 12_879_925_248, 3 + 32 * (2 + 4 + 1 + 8 * 3)),
+        ("GptOssConfig", 116_829_156_672, 5_711_982_912, 3 + 36 * (2 + 9 + 2 + 4)),
+        ("Qwen2MoeConfig", 14_315_784_192, 2_689_173_504, 3 + 24 * (2 + 7 + 1 + 60 * 3 + 4)),
         ("DeepseekV3Config", 671_026_404_352, 37_552_282_624, 3 + 61 * 9 + 3 * 3 + 58 * (2 + 3 + 256 * 3)),
     ],
 )
@@ -206,7 +208,9 @@ def test_there_and_back(family, tmp_path, text, call):
     """Import and export give every tensor back bit for bit, in its type, and config.json as it was."""
     import ml_dtypes
 
-    kind = {"mixtral": ml_dtypes.bfloat16, "qwen3_moe": np.float16}.get(family, np.float32)
+    kind = {"mixtral": ml_dtypes.bfloat16, "gpt_oss": ml_dtypes.bfloat16, "qwen3_moe": np.float16}.get(
+        family, np.float32
+    )
     source = recast(GOLDEN / family, tmp_path / "source", kind)
     data = [f"data.path={text}", "data.length=8"]
     code, report, err = call("convert", "import", source, tmp_path / "run", *data, *SPLIT, "--json")
