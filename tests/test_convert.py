@@ -16,6 +16,7 @@ from moe_jax.convert import load, save
 from moe_jax.convert.families import family_of, model_keys
 from moe_jax.convert.names import NameMap, Part, Piece, Take
 from moe_jax.convert.tensors import read_header
+from moe_jax.schema import Refused
 from moe_jax.train.state import Model
 from moe_jax.train.step import cross_entropy
 
@@ -133,6 +134,28 @@ def test_config_json_there_and_back(family, number):
     assert old["rope_parameters"].items() <= new["rope_parameters"].items()
     assert old.get("layer_types") == new.get("layer_types")
     assert m.window is None or m.window == old["sliding_window"] == new["sliding_window"]
+
+
+@needs_torch
+@pytest.mark.parametrize(("family", "number"), published.cases())
+def test_absent_fields_are_what_transformers_takes(family, number):
+    """Each field of a config.json left out: the same keys as from the class's value for it, or a refusal."""
+    import transformers
+
+    kind = getattr(transformers, f"{published.CLASSES[family]}Config")
+    fields = CASES[family][number] | {"model_type": family}
+    fields["rope_parameters"] = fields.get("rope_parameters", {"rope_type": "default", "rope_theta": 1e4})
+    full = json.loads(kind(**fields).to_json_string(use_diff=False))
+    compared = set()
+    for name in full.keys() - {"model_type"}:
+        left = {k: v for k, v in full.items() if k != name}
+        try:
+            got = model_keys(left)
+        except Refused:
+            continue
+        assert got == model_keys(json.loads(kind(**left).to_json_string(use_diff=False))), name
+        compared.add(name)
+    assert {"hidden_act", "rms_norm_eps", "tie_word_embeddings", "num_key_value_heads"} <= compared
 
 
 FIRST, LAST, EVEN = np.arange(3), 3 + np.arange(3), 2 * np.arange(3)

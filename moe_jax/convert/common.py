@@ -25,7 +25,7 @@ class Family(NamedTuple):
     ignored: Callable[[dict[str, Any]], Sequence[str]] = lambda config: TURNS  # patterns of names that nobody reads
 
 
-def decoder(f: Fields, eps: float = 1e-6) -> Tree:
+def decoder(f: Fields, eps: float) -> Tree:
     """Width, depth, norms, positions and feed-forward layers; `eps`: the family's default."""
     f.only("hidden_act", ["silu"], "the experts have a gate by SiLU")
     f.off(["mlp_bias"], "biases of feed-forward layers are converted in no such model")
@@ -95,24 +95,29 @@ def rope_fields(m: ModelConfig) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": m.rope_theta, **given}}
 
 
-def grouped(f: Fields) -> Tree:
-    """Heads of grouped-query attention."""
-    heads = f.count("num_attention_heads")
-    out = {"kv_heads": f.count("num_key_value_heads", default=heads)}
-    width = f.maybe("head_dim")
+def grouped(f: Fields, kv_heads: int | None = None, head_dim: int | None = None) -> Tree:
+    """Heads of grouped-query attention.
+
+    Args:
+        kv_heads, head_dim: what the family has where the field is absent; None: as many as queries, and their share of
+            the width.
+    """
+    out = {"kv_heads": f.maybe("num_key_value_heads", absent=kv_heads) or f.count("num_attention_heads")}
+    width = f.maybe("head_dim", absent=head_dim)
     return out if width is None else out | {"head_dim": width}
 
 
 KINDS = ("full_attention", "sliding_attention")
 
 
-def windows(f: Fields, used: bool = True, kinds: Sequence[str] = ()) -> Tree:
+def windows(f: Fields, used: bool = True, kinds: Sequence[str] = (), absent: int | None = None) -> Tree:
     """`window` and `full_every`.
 
     Args:
+        absent: the family's window where the field is absent.
         kinds: of the layers, in a family that tells them apart; in others all have the window, if there is one.
     """
-    width = f.maybe("sliding_window") if used else None
+    width = f.maybe("sliding_window", absent=absent) if used else None
     full = [kind == "full_attention" for kind in kinds]
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         f.no("layer_types", f"has {unknown[0]!r:.40}", f"use a model of {' and '.join(KINDS)}")

@@ -85,8 +85,9 @@ def mixtral_keys(f: Fields) -> Tree:
     """Softmax over the chosen logits; every layer is MoE."""
     f.off(["router_jitter_noise"], "it multiplies the experts' input too, which is not done here")
     f.off(["attention_bias"])
-    moe = {"experts": f.count("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
-    return decoder(f) | grouped(f) | windows(f) | {"moe": moe | {"router": {"kind": "topk_softmax"}}}
+    moe: Tree = {"experts": f.count("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
+    moe |= {"router": {"kind": "topk_softmax"}}
+    return decoder(f, eps=1e-5) | grouped(f, kv_heads=8) | windows(f) | {"moe": moe}
 
 
 def mixtral_fields(m: ModelConfig) -> dict[str, Any]:
@@ -108,9 +109,9 @@ def mixtral_names(m: ModelConfig) -> Sequence[Rule]:
 
 def qwen3_keys(f: Fields) -> Tree:
     """Norms on queries and keys; a window in all layers or in none."""
-    out = decoder(f) | grouped(f)
+    out = decoder(f, eps=1e-6) | grouped(f, kv_heads=4)
     out |= sparse(f, out["layers"])
-    return out | windows(f, f.truth("use_sliding_window", False)) | attention_bias(f) | {"qk_norm": True}
+    return out | windows(f, f.truth("use_sliding_window", False), absent=4096) | attention_bias(f) | {"qk_norm": True}
 
 
 def qwen3_fields(m: ModelConfig) -> dict[str, Any]:
@@ -135,9 +136,9 @@ def qwen3_names(m: ModelConfig) -> Sequence[Rule]:
 # DeepSeek-V2 and V3 (DeepSeek-AI 2024)
 
 
-def deepseek_keys(f: Fields) -> Tree:
-    """Latent attention, dense layers first, shared experts."""
-    out = decoder(f)
+def deepseek_keys(f: Fields, dense: int, shared: int) -> Tree:
+    """Latent attention, dense layers first, shared experts; `dense`, `shared`: how many where the field is absent."""
+    out = decoder(f, eps=LATENT_EPS)
     f.off(["attention_bias"])
     if (eps := out["norm_eps"]) != LATENT_EPS:
         f.no(
@@ -149,21 +150,21 @@ def deepseek_keys(f: Fields) -> Tree:
         "rotary": f.count("qk_rope_head_dim"),
         "value": f.count("v_head_dim"),
     }
-    if (query := f.maybe("q_lora_rank")) is not None:
+    if (query := f.maybe("q_lora_rank", absent=1536)) is not None:
         latent["query"] = query
     moe = {
         "experts": f.count("n_routed_experts", "num_local_experts"),
         "top_k": f.count("num_experts_per_tok"),
         "d_ff": f.count("moe_intermediate_size"),
-        "first_dense": f.count("first_k_dense_replace", default=0, least=0),
-        "shared_experts": f.count("n_shared_experts", default=0, least=0),
+        "first_dense": f.count("first_k_dense_replace", default=dense, least=0),
+        "shared_experts": f.count("n_shared_experts", default=shared, least=0),
     }
     return out | {"head_dim": f.count("qk_nope_head_dim"), "latent": latent, "moe": moe}
 
 
-def groups(f: Fields) -> Tree:
-    """The groups of experts that a token is limited to; none where it may use them all."""
-    n, keep = f.count("n_group", default=1), f.count("topk_group", default=1)
+def groups(f: Fields, n: int = 1, keep: int = 1) -> Tree:
+    """The groups of experts that a token is limited to, none where it may use them all; `n`, `keep`: the defaults."""
+    n, keep = f.count("n_group", default=n), f.count("topk_group", default=keep)
     return {} if n == keep else {"groups": n, "topk_groups": keep}
 
 
@@ -194,10 +195,10 @@ def v3_keys(f: Fields) -> Tree:
     f.only("scoring_func", ["sigmoid"], "V3 scores by sigmoids")
     f.only("topk_method", ["noaux_tc"], "V3 chooses with a bias")
     f.only("rope_interleave", [True, None], "the pairs that turn are neighbours in this family")
-    out = deepseek_keys(f)
-    scale, norm = f.number("routed_scaling_factor", 1.0), f.truth("norm_topk_prob", True)
+    out = deepseek_keys(f, dense=3, shared=1)
+    scale, norm = f.number("routed_scaling_factor", 2.5), f.truth("norm_topk_prob", True)
     router = {"kind": "deepseek_v3", "scale": scale, "normalize": "before" if norm else "none"}
-    out["moe"] |= {"bias_rate": 0.0, "router": router | groups(f)}
+    out["moe"] |= {"bias_rate": 0.0, "router": router | groups(f, n=8, keep=4)}
     return out
 
 
@@ -213,7 +214,7 @@ def v2_keys(f: Fields) -> Tree:
     f.only("scoring_func", ["softmax"], "V2 scores by a softmax")
     f.only("norm_topk_prob", [False, None], "transformers does not divide by the sum, and the paper's code does")
     method = f.only("topk_method", ["greedy", "group_limited_greedy"], "V2 knows these two")
-    out = deepseek_keys(f)
+    out = deepseek_keys(f, dense=0, shared=2)
     router = {"kind": "deepseek_v2", "scale": f.number("routed_scaling_factor", 1.0), "normalize": "none"}
     out["moe"] |= {"router": router | (groups(f) if method == "group_limited_greedy" else {})}
     return out

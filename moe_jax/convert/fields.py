@@ -54,9 +54,12 @@ class Fields:
             return least
         return value
 
-    def maybe(self, *names: str) -> int | None:
-        """A whole number that need not be there."""
-        return None if self.config.get(self.named(*names)) is None else self.count(*names)
+    def maybe(self, *names: str, absent: int | None = None) -> int | None:
+        """A whole number that may be null; `absent`: what it is where it is not there at all."""
+        name = self.named(*names)
+        if name not in self.config:
+            return absent
+        return None if self.config[name] is None else self.count(*names)
 
     def number(self, name: str, default: float | None = None) -> float:
         """A number above 0."""

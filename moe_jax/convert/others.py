@@ -32,14 +32,14 @@ from moe_jax.convert.names import Part, Rule, Take
 
 def qwen2_keys(f: Fields) -> Tree:
     """Biases of queries, keys and values; one shared expert, times a sigmoid; windows in every second layer."""
-    out = decoder(f) | grouped(f)
+    out = decoder(f, eps=1e-6) | grouped(f, kv_heads=16)
     out |= sparse(f, out["layers"])
     out["moe"] |= {"shared_experts": 1, "shared_d_ff": f.count("shared_expert_intermediate_size"), "shared_gate": True}
     used, layers = f.truth("use_sliding_window", False), out["layers"]
     least = f.count("max_window_layers", default=28, least=0)
     kinds = ["sliding_attention" if used and i % 2 == 0 and i < least else "full_attention" for i in range(layers)]
     biases = {"biases": "qkv"} if f.truth("qkv_bias", True) else {}
-    return out | windows(f, used, f.listed("layer_types", layers) or kinds) | biases
+    return out | windows(f, used, f.listed("layer_types", layers) or kinds, absent=4096) | biases
 
 
 def qwen2_fields(m: ModelConfig) -> dict[str, Any]:
@@ -100,12 +100,14 @@ def gpt_oss_keys(f: Fields) -> Tree:
     f.only("attention_bias", [True], "experts have biases here only where attention has")
     f.only("swiglu_alpha", [1.702], "the gate has that number here")
     f.only("swiglu_limit", [7.0], "the gate has that bound here")
-    out = decoder(f, eps=1e-5) | grouped(f)
+    if not f.table("rope_parameters", "rope_scaling")[1]:  # transformers then takes the YaRN of the published model
+        f.no("rope_parameters", "is missing", "give the kind of positions and its numbers")
+    out = decoder(f, eps=1e-5) | grouped(f, kv_heads=8, head_dim=64)
     turn = ["full_attention" if i % 2 else "sliding_attention" for i in range(out["layers"])]
     moe: Tree = {"experts": f.count("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
     moe |= {"router": {"kind": "topk_softmax", "bias": True}}
     kind = {"ffn": "clamped_swiglu", "biases": True, "sinks": True}
-    return out | kind | windows(f, kinds=f.listed("layer_types", out["layers"]) or turn) | {"moe": moe}
+    return out | kind | windows(f, kinds=f.listed("layer_types", out["layers"]) or turn, absent=128) | {"moe": moe}
 
 
 def gpt_oss_fields(m: ModelConfig) -> dict[str, Any]:
@@ -162,7 +164,7 @@ def granite_keys(f: Fields) -> Tree:
         "residual_scale": f.number("residual_multiplier", 1.0),
         "logit_scale": 1.0 / f.number("logits_scaling", 1.0),
     }
-    return decoder(f) | grouped(f) | attention_bias(f) | factors | {"moe": moe}
+    return decoder(f, eps=1e-6) | grouped(f) | attention_bias(f) | factors | {"moe": moe}
 
 
 def granite_fields(m: ModelConfig) -> dict[str, Any]:
