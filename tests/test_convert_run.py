@@ -77,6 +77,10 @@ def test_the_tokenizer_comes_along(tmp_path, text, call):
     code, out, err = call("generate", tmp_path / "run", "--chat", "--prompt", "abc", "--tokens", 2, "--json")
     assert code == 0 and not out["text"].startswith("abc"), err
     assert call("convert", "export", tmp_path / "run", tmp_path / "out")[0] == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = [tmp_path / "moved", f"data.tokenizer={tmp_path / 'moved' / 'published' / 'tokenizer.json'}"]
+    code, out, err = call("generate", *moved, "--prompt", "abc", "--tokens", 2, "--json")
+    assert code == 0 and out["text"].startswith("abc"), err
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 

@@ -360,6 +360,22 @@ def test_a_changed_tokenizer_is_refused(tmp_path):
         prepare(cfg, tmp_path / "data")
 
 
+def test_a_tokenizer_may_move(tmp_path):
+    """What it holds counts, not where it lies; another one is refused by both names."""
+    old, new, other = (str(tmp_path / f"{name}.json") for name in ("old", "new", "other"))
+    cfg = DataConfig(path=many(tmp_path), tokenizer=save_bpe(tmp_path / "old.json", "</s>"), length=16)
+    first = prepare(cfg, tmp_path / "data")
+    os.rename(old, new)
+    for use in (lambda c: prepare(c, tmp_path / "data"), lambda c: open_prepared(tmp_path / "data", c)):
+        again = use(DataConfig(path=cfg.path, tokenizer=new, length=16))
+        assert again.fingerprint == first.fingerprint
+    save_bpe(tmp_path / "other.json", "<eos>")
+    with pytest.raises(Refused) as e:
+        use(DataConfig(path=cfg.path, tokenizer=other, length=16))
+    assert [p.key for p in e.value.problems] == ["data.tokenizer"]
+    assert other in str(e.value) and f"set data.tokenizer={old}" in str(e.value)
+
+
 def test_damage_is_refused(tmp_path):
     cfg = DataConfig(path=many(tmp_path), length=16)
     for name in ("train.bin", "heldout.ends.npy", "index.json"):

@@ -27,6 +27,7 @@ from moe_jax.data.tokenizer import Tokenizer, load_tokenizer, opening
 FORMAT = 1
 INDEX = "index.json"
 SETTINGS = ("path", "field", "tokenizer", "bos", "heldout", "seed")  # what decides the tokens and their split
+MOVABLE = "tokenizer"  # its file may lie elsewhere: what it holds is compared
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _same_settings(cfg: DataConfig, index: dict, folder: Path) -> Tokenizer:
     problems = []
     for name in SETTINGS:
         was, now = index["settings"].get(name, getattr(DataConfig, name)), getattr(cfg, name)
-        if was != now:
+        if was != now and (name != MOVABLE or load_tokenizer(now).fingerprint() != index["tokenizer"]):
             why = f"is {now!r}, and the corpus in {folder} was prepared with {was!r}"
             remedy = f"set data.{name}={was if isinstance(was, str) else json.dumps(was)}, or use another folder"
             problems.append(Problem(f"data.{name}", why, remedy))
