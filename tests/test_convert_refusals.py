@@ -1,6 +1,7 @@
 """What `moe-jax convert` refuses, each with the name of the file and the tensor, and nothing written; and failures."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -249,6 +250,21 @@ def test_folders_that_hold_something(folder, tmp_path, call):
     )
     check_refusal(*call("convert", "export", tmp_path / "run", tmp_path / "new", "a=1"), "convert", "changes no key")
     assert listing(tmp_path) == before
+
+
+def test_a_target_that_is_a_link_or_a_disk(folder, tmp_path, call, monkeypatch):
+    """A link to an empty folder is followed and stays one; a mount point is refused before anything is read."""
+    run, place, link = (tmp_path / name for name in ("run", "place", "link"))
+    assert call("convert", "import", folder, run, "data.length=8")[0] == 0
+    place.mkdir()
+    link.symlink_to(place)
+    with monkeypatch.context() as m:
+        m.setattr(os.path, "ismount", lambda path: str(path) == str(place))
+        answer = call("convert", "export", run, link)
+        check_refusal(*answer, "convert", "DST", str(place), "mounted", str(place / "model"))
+    code, report, err = call("convert", "export", run, link, "--json")
+    assert code == 0 and report["target"] == str(link), err
+    assert link.is_symlink() and (place / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -61,19 +61,24 @@ FREE = (
 """Keys of a model that another library does not ask for: how it is trained, and how it computes."""
 
 
-def check_target(target: Path) -> None:
-    """Refuses a folder that holds something, before anything is read."""
-    above = next(p for p in target.absolute().parents if p.exists())
+def check_target(target: Path) -> Path:
+    """Where a folder leads to; refuses one that holds something or cannot be replaced, before anything is read."""
+    target = Path(os.path.realpath(target))
+    above = next(p for p in target.parents if p.exists())
     if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise Refused(Problem("DST", f"{target} is there and holds something", "name a new or an empty folder"))
+    if os.path.ismount(target):
+        why = f"{target} is where a disk is mounted, and a complete folder cannot be renamed to it"
+        raise Refused(Problem("DST", why, f"name a folder in it, such as {target / 'model'}"))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise Refused(Problem("DST", f"{target} cannot be created in {above}", "use a folder that you can write"))
+    return target
 
 
 @contextlib.contextmanager
 def whole(target: Path) -> Generator[Path]:
-    """A folder that is renamed to `target` when it is complete; where that fails, nothing of it stays."""
-    target = target.absolute()
+    """A folder that is renamed to `target`, a path without links, when it is complete; where that fails, nothing of it
+    stays."""
     created = [p for p in target.parents if not p.exists()]  # innermost first
     draft = target.with_name(f".{target.name}-{secrets.token_hex(6)}")
     try:
@@ -216,7 +221,7 @@ def run(
     if not 0 < shard_gb < math.inf:
         raise Refused(Problem("--shard-gb", f"is {shard_gb:g}", "give more than 0"))
     checkpoints = open_workdir(workdir, "WORKDIR")
-    check_target(target)
+    place = check_target(target)
     step = checkpoints.newest()
     cfg = config.from_dict(checkpoints.info(step)["config"])
     cfg = dataclasses.replace(cfg, mesh=MeshConfig(), rules=Rules())
@@ -231,7 +236,7 @@ def run(
     parts = files(tensors, shard_gb * 1e9)
     most = Counter(types.values()).most_common(1)[0][0]
     total = sum(t.bytes for t in tensors)
-    with whole(target) as draft:
+    with whole(place) as draft:
         with Bar(total, "exporting", quiet=quiet) as bar:
             for file, part in parts.items():
                 write(draft / file, part, values(part, names, leaves, bar))
