@@ -165,7 +165,7 @@ def sparse(f: Fields, layers: int) -> Tree:
     step, dense = f.count("decoder_sparse_step", default=1), f.listed("mlp_only_layers")
     kinds = [(i + 1) % step == 0 and i not in dense for i in range(layers)]
     moe = {
-        "experts": f.count("num_experts", "num_local_experts"),
+        "experts": f.experts("num_experts", "num_local_experts"),
         "top_k": f.count("num_experts_per_tok"),
         "d_ff": f.count("moe_intermediate_size"),
         **pattern(f, kinds),

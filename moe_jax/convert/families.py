@@ -85,7 +85,7 @@ def mixtral_keys(f: Fields) -> Tree:
     """Softmax over the chosen logits; every layer is MoE."""
     f.off(["router_jitter_noise"], "it multiplies the experts' input too, which is not done here")
     f.off(["attention_bias"])
-    moe: Tree = {"experts": f.count("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
+    moe: Tree = {"experts": f.experts("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
     moe |= {"router": {"kind": "topk_softmax"}}
     return decoder(f, eps=1e-5) | grouped(f, kv_heads=8) | windows(f) | {"moe": moe}
 
@@ -153,7 +153,7 @@ def deepseek_keys(f: Fields, dense: int, shared: int) -> Tree:
     if (query := f.maybe("q_lora_rank", absent=1536)) is not None:
         latent["query"] = query
     moe = {
-        "experts": f.count("n_routed_experts", "num_local_experts"),
+        "experts": f.experts("n_routed_experts", "num_local_experts"),
         "top_k": f.count("num_experts_per_tok"),
         "d_ff": f.count("moe_intermediate_size"),
         "first_dense": f.count("first_k_dense_replace", default=dense, least=0),

@@ -7,6 +7,7 @@ from typing import Any
 from moe_jax.schema import Problem, Refused
 
 NOTHING = (None, False, 0, 0.0, [], {})
+MOST_EXPERTS = 2**16  # of a layer: each is laid out by itself before a file is read
 
 
 class Fields:
@@ -53,6 +54,10 @@ class Fields:
             self.no(name, why, f"give a whole number of {least} to {most}")
             return least
         return value
+
+    def experts(self, *names: str) -> int:
+        """The number of routed experts."""
+        return self.count(*names, most=MOST_EXPERTS)
 
     def maybe(self, *names: str, absent: int | None = None) -> int | None:
         """A whole number that may be null; `absent`: what it is where it is not there at all."""

@@ -71,7 +71,7 @@ def qwen2_names(m: ModelConfig) -> Sequence[Rule]:
 def olmoe_keys(f: Fields) -> Tree:
     """Norms of queries and keys over all heads of a token; softmax, and the best of it."""
     f.off(["clip_qkv"], "queries, keys and values are clipped in no model here")
-    moe: Tree = {"experts": f.count("num_experts", "num_local_experts"), "top_k": f.count("num_experts_per_tok")}
+    moe: Tree = {"experts": f.experts("num_experts", "num_local_experts"), "top_k": f.count("num_experts_per_tok")}
     norm = "before" if f.truth("norm_topk_prob", False) else "none"
     moe |= {"router": {"kind": "softmax_topk", "normalize": norm}}
     return decoder(f, eps=1e-5) | grouped(f) | attention_bias(f) | {"qk_norm": "all", "moe": moe}
@@ -104,7 +104,7 @@ def gpt_oss_keys(f: Fields) -> Tree:
         f.no("rope_parameters", "is missing", "give the kind of positions and its numbers")
     out = decoder(f, eps=1e-5) | grouped(f, kv_heads=8, head_dim=64)
     turn = ["full_attention" if i % 2 else "sliding_attention" for i in range(out["layers"])]
-    moe: Tree = {"experts": f.count("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
+    moe: Tree = {"experts": f.experts("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
     moe |= {"router": {"kind": "topk_softmax", "bias": True}}
     kind = {"ffn": "clamped_swiglu", "biases": True, "sinks": True}
     return out | kind | windows(f, kinds=f.listed("layer_types", out["layers"]) or turn, absent=128) | {"moe": moe}
@@ -156,7 +156,7 @@ def gpt_oss_names(m: ModelConfig) -> Sequence[Rule]:
 
 def granite_keys(f: Fields) -> Tree:
     """Factors on embedding, scores, residual and logits; the best logits, and a softmax over them."""
-    moe: Tree = {"experts": f.count("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
+    moe: Tree = {"experts": f.experts("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
     moe |= {"router": {"kind": "topk_softmax"}}
     factors = {
         "embed_scale": f.number("embedding_multiplier", 1.0),
