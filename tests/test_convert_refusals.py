@@ -1,5 +1,6 @@
 """What `moe-jax convert` refuses, each with the name of the file and the tensor, and nothing written; and failures."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from published import GOLDEN
 
 from moe_jax.convert import families, load, save
 from moe_jax.convert.names import NameMap, Part, Rule
-from moe_jax.schema import Refused
+from moe_jax.schema import Problem, Refused
 
 pytestmark = pytest.mark.usefixtures("inside")
 
@@ -293,6 +294,47 @@ def test_a_failure_half_way_leaves_nothing(there, folder, tmp_path, call, monkey
         m.setattr(save, "narrowed", fail)
         code, _, err = call("convert", "export", tmp_path / "good", out)
     assert code == 1 and set(listing(tmp_path)) == before
+
+
+def test_a_lost_race_leaves_the_winner_alone(folder, tmp_path, monkeypatch):
+    """Another import claims the folder between the look at it and the lock; and one that is through by then."""
+    run, claim = tmp_path / "a" / "run", load.claim_workdir
+
+    def beaten(path):
+        claim(path)
+        holding.enter_context(load.locked(path))
+        (path / "config.toml").write_text("theirs")
+
+    with contextlib.ExitStack() as holding, monkeypatch.context() as m:
+        m.setattr(load, "claim_workdir", beaten)
+        with pytest.raises(Refused, match="another run is using"):
+            load.run(folder, run, ["data.length=8"])
+        assert set(listing(run)) == {"config.toml", "moe_jax.json"}
+
+    def late(path):
+        beaten(path)
+        (path / "metrics.jsonl").write_text("")
+        holding.close()
+
+    holding = contextlib.ExitStack()
+    monkeypatch.setattr(load, "claim_workdir", late)
+    with pytest.raises(Refused, match=r"WORKDIR: .* holds a run already"):
+        load.run(folder, run, ["data.length=8"])
+    assert set(listing(run)) == {"config.toml", "metrics.jsonl", "moe_jax.json"}
+
+
+def test_a_folder_that_cannot_be_claimed(folder, tmp_path, monkeypatch):
+    """The refusal itself is told, and the folders on the way are gone."""
+    before = listing(tmp_path)
+
+    def full(path):
+        path.parent.mkdir(parents=True)
+        raise Refused(Problem("--workdir", "no space left", "use another"))
+
+    monkeypatch.setattr(load, "claim_workdir", full)
+    with pytest.raises(Refused, match="no space left"):
+        load.run(folder, tmp_path / "a" / "b" / "run", ["data.length=8"])
+    assert listing(tmp_path) == before
 
 
 def test_what_a_killed_import_left_is_no_obstacle(folder, tmp_path, call):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -188,6 +189,14 @@ def test_overrides_that_make_another_model(tmp_path, call):
     check_refusal(*answer, "convert", "model.norm_eps is 0.1", "1e-06")
     found, _, _ = read(GOLDEN / "mixtral", "model.moe.capacity_factor=2.0", "model.dtype=bfloat16")
     assert found.cfg.model.moe.capacity_factor == 2.0
+
+
+@pytest.mark.parametrize("name", ["\U0001f600 mix\x7f", 'a "quote"\\', os.fsdecode(b"\xff")])
+def test_a_source_of_any_name(name, tmp_path):
+    """config.toml is TOML, and says the name."""
+    shutil.copytree(GOLDEN / "mixtral", tmp_path / name)
+    load.run(tmp_path / name, tmp_path / "run", ["data.length=8"])
+    assert config.load(str(tmp_path / "run" / "config.toml")).name == name.encode("utf-8", "replace").decode()
 
 
 class Screen(io.StringIO):

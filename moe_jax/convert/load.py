@@ -22,7 +22,7 @@ import numpy as np
 
 from moe_jax import config
 from moe_jax import mesh as meshes
-from moe_jax.checkpoint import Checkpoints, claim_workdir
+from moe_jax.checkpoint import MARKER, Checkpoints, claim_workdir
 from moe_jax.config import Config, DataConfig, LatentConfig, MoEConfig, Refused, RopeConfig
 from moe_jax.convert.families import family_of, model_keys
 from moe_jax.convert.folder import INDEX, Folder
@@ -54,7 +54,8 @@ def settings(source: Folder, workdir: Path, overrides: Sequence[str]) -> Config:
     if name is not None and not any(text.startswith("data.tokenizer=") for text in overrides):
         data["tokenizer"] = str(workdir.absolute() / PUBLISHED / name)
         data["bos"] = bool(load_tokenizer(str(source.path / name)).front)  # as the model was trained
-    tree: dict[str, Any] = {"name": source.path.resolve().name, "model": keys, "data": data}
+    title = source.path.resolve().name.encode("utf-8", "replace").decode()  # a name on disk may be any bytes
+    tree: dict[str, Any] = {"name": title, "model": keys, "data": data}
     for text in overrides:
         tree = config.override(tree, text)
     return config.from_dict(tree)
@@ -132,23 +133,42 @@ def new(workdir: Path) -> Checkpoints:
 
 
 @contextlib.contextmanager
-def fresh(workdir: Path) -> Generator[None]:
-    """A workdir for an import; where it fails, nothing of it stays. A killed one leaves no complete checkpoint."""
-    checkpoints = new(workdir)
+def fresh(workdir: Path) -> Generator[Checkpoints]:
+    """The checkpoints of a workdir that is locked for an import; where that fails, nothing of it stays.
+
+    A killed import leaves no complete checkpoint. One that does not get the lock leaves all to the one that has it.
+
+    Raises:
+        Refused: the folder cannot be used, another run is using it, or one has begun in it meanwhile.
+    """
+    marked = (workdir / MARKER).exists()
     created = [p for p in (workdir, *workdir.parents) if not p.exists()]  # innermost first
-    before = set(workdir.iterdir()) if workdir.exists() else set()
     try:
         claim_workdir(workdir)
-        with locked(workdir):
-            yield
     except BaseException:
-        with contextlib.suppress(Exception):
-            checkpoints.wait()
-        for path in set(workdir.iterdir()) - before:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-        for path in created:
-            path.rmdir()
+        drop(created)
         raise
+    with locked(workdir):
+        checkpoints = new(workdir)
+        before = set(workdir.iterdir())
+        try:
+            yield checkpoints
+        except BaseException:
+            with contextlib.suppress(Exception):
+                checkpoints.wait()
+            for path in set(workdir.iterdir()) - before:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            if not marked:
+                (workdir / MARKER).unlink()
+            drop(created)
+            raise
+
+
+def drop(folders: Sequence[Path]) -> None:
+    """Take away folders that are there and hold nothing, innermost first."""
+    for path in folders:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 TABLES = {"moe": MoEConfig(), "latent": LatentConfig(), "rope": RopeConfig()}  # which a config may lack
@@ -167,9 +187,14 @@ def own(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def quoted(value: Any) -> str:
+    """A value in TOML, which has no surrogate pairs and no bare DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def toml(tree: dict[str, Any], path: tuple[str, ...] = ()) -> str:
     """A config as a file in configs/ would have it."""
-    lines = [f"{name} = {json.dumps(value)}" for name, value in tree.items() if not isinstance(value, dict)]
+    lines = [f"{name} = {quoted(value)}" for name, value in tree.items() if not isinstance(value, dict)]
     text = "\n".join([f"[{'.'.join(path)}]" if path else "", *lines]).strip() + "\n"
     tables = [toml(value, (*path, name)) for name, value in tree.items() if isinstance(value, dict)]
     return "\n".join([text, *tables])
@@ -233,12 +258,12 @@ def run(
         Refused: whatever cannot work, before anything is written.
     """
     started = time.perf_counter()
-    checkpoints = new(workdir)
+    new(workdir)
     source, kind, cfg, model, names, unused = opened(path, workdir, overrides)
     meshes.prepare_devices(cfg.mesh, fake_devices)
     targets = model.weight_targets(meshes.build_mesh(cfg.mesh))
     total = shard_bytes(targets)
-    with fresh(workdir):
+    with fresh(workdir) as checkpoints:
         keep(source, workdir)
         corpus = text_of(cfg, workdir)
         (workdir / "config.toml").write_text(toml(own(config.to_dict(cfg), config.to_dict(Config()))), "utf-8")
