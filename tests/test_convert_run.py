@@ -1,5 +1,6 @@
 """What follows an import: text, training, export; FP8; models that were trained here; the memory that it takes."""
 
+import dataclasses
 import io
 import json
 import os
@@ -18,8 +19,8 @@ from test_convert import read, tensors
 
 from moe_jax import config
 from moe_jax.checkpoint import Checkpoints, claim_workdir
-from moe_jax.config import Config
-from moe_jax.convert import load
+from moe_jax.config import Config, RopeConfig
+from moe_jax.convert import load, save
 from moe_jax.convert.progress import Bar
 from moe_jax.train.resume import checkpoint_info
 
@@ -197,6 +198,44 @@ def test_a_source_of_any_name(name, tmp_path):
     shutil.copytree(GOLDEN / "mixtral", tmp_path / name)
     load.run(tmp_path / name, tmp_path / "run", ["data.length=8"])
     assert config.load(str(tmp_path / "run" / "config.toml")).name == name.encode("utf-8", "replace").decode()
+
+
+SAME = [
+    ("mixtral", "moe.d_ff", 12),
+    ("mixtral", "attention_scale", 0.5),  # 1 over the root of 4
+    ("mixtral", "rope", RopeConfig()),
+    ("mixtral", "moe.layers", (0, 1)),
+    ("qwen2_moe", "moe.router.normalize", None),
+    ("olmoe", "moe.router.normalize", None),
+    ("deepseek_v3", "moe.router.normalize", None),
+    ("deepseek_v3", "moe.router.group_score", "sum2"),
+    ("deepseek_v2", "moe.router.normalize", None),
+    ("deepseek_v2", "attention_scale", 10**-0.5),
+    ("granitemoe", "logit_scale", 1 / 49.0),  # 1/(1/49) is another number
+    ("granitemoe", "attention_scale", None),
+]
+OTHER = [
+    ("mixtral", "attention_scale", 0.5 + 1e-9),
+    ("mixtral", "rope", RopeConfig(fraction=0.5)),
+    ("mixtral", "moe.layers", (1,)),
+    ("olmoe", "head_dim", 6),
+    ("deepseek_v3", "moe.router.normalize", "after"),
+    ("deepseek_v3", "moe.router.group_score", "max"),
+]
+
+
+def replaced(tree, path, value):
+    """A config with one key set."""
+    name, _, rest = path.partition(".")
+    return dataclasses.replace(tree, **{name: replaced(getattr(tree, name), rest, value) if rest else value})
+
+
+@pytest.mark.parametrize(("family", "key", "value"), SAME + OTHER)
+def test_the_same_model_in_other_words(family, key, value):
+    """A key at what it stands for when unset, or off by rounding, makes no model of another family."""
+    m = load.opened(GOLDEN / family, GOLDEN / "run", ["data.length=8"]).cfg.model
+    wrong = save.foreign(replaced(m, key, value), family)
+    assert (wrong is None) == ((family, key, value) in SAME), wrong
 
 
 class Screen(io.StringIO):

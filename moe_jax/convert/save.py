@@ -59,6 +59,13 @@ FREE = (
     "max_length",
 )
 """Keys of a model that another library does not ask for: how it is trained, and how it computes."""
+PATTERN = ("moe.every", "moe.first_dense", "moe.layers")  # which layers are MoE
+UNSET = {
+    "softmax_topk": {"normalize": "none"},
+    "deepseek_v2": {"normalize": "none", "group_score": "max"},
+    "deepseek_v3": {"normalize": "before", "group_score": "sum2"},
+}
+"""What unset keys of a router stand for, by its kind."""
 
 
 def check_target(target: Path) -> Path:
@@ -94,16 +101,37 @@ def whole(target: Path) -> Generator[Path]:
 
 def unlike(m: ModelConfig, fields: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys in which the model of a config.json differs from `m`."""
-    ours = config.to_dict(config.Config(model=m))["model"]
-    theirs = config.to_dict(config.from_dict({"model": model_keys(fields), "data": {"length": 1}}))["model"]
-    if m.head_dim is None or "head_dim" not in theirs:
-        ours["head_dim"] = theirs["head_dim"] = m.resolved_head_dim
-    ours["kv_heads"] = m.resolved_kv_heads
-    theirs.setdefault("kv_heads", theirs["heads"])
-    for table in (ours, theirs):  # whether there is a selection bias, not how it moves
-        if "bias_rate" in table.get("moe", {}):
+    found = config.from_dict({"model": model_keys(fields), "data": {"length": 1}}).model
+    pairs = differences(resolved(m), resolved(found))
+    free = (*FREE, *(PATTERN if m.layer_kinds == found.layer_kinds else ()))
+    return {k: pair for k, pair in pairs.items() if not k.startswith(free) and not close(*pair)}
+
+
+def resolved(m: ModelConfig) -> dict[str, Any]:
+    """The keys of a model in which unset ones have what they stand for; equal for equal models."""
+    table = config.to_dict(config.Config(model=m))["model"]
+    table |= {"head_dim": m.resolved_head_dim, "kv_heads": m.resolved_kv_heads, "attention_scale": m.score_scale}
+    if m.rope is not None and m.rope.kind == "plain" and m.rope.fraction == 1.0:
+        del table["rope"]
+    if m.latent is not None:
+        table["latent"]["value"] = m.value_dim
+    if m.moe is not None:
+        width, router = m.moe.d_ff or m.d_ff, table["moe"]["router"]
+        shared = m.moe.shared_width(width)
+        table["moe"] |= {"d_ff": width, "shared_experts": min(m.moe.shared_experts, 1), "shared_d_ff": shared}
+        if "bias_rate" in table["moe"]:  # whether there is a selection bias, not how it moves
             table["moe"]["selection_bias"] = True
-    return {k: pair for k, pair in differences(ours, theirs).items() if not k.startswith(FREE)}
+        router |= {k: v for k, v in UNSET.get(m.moe.router.kind, {}).items() if k not in router}
+        if m.moe.router.topk_groups in (None, m.moe.router.groups):  # a token may use them all
+            for name in ("groups", "topk_groups", "group_score"):
+                router.pop(name, None)
+    return table
+
+
+def close(ours: Any, theirs: Any) -> bool:
+    """Whether two numbers differ by rounding alone, as 1/(1/x) does."""
+    numbers = isinstance(ours, float) and isinstance(theirs, float)
+    return numbers and math.isclose(ours, theirs, rel_tol=1e-12)
 
 
 def description(workdir: Path, m: ModelConfig, family: str | None) -> dict[str, Any]:
