@@ -158,6 +158,26 @@ def test_absent_fields_are_what_transformers_takes(family, number):
     assert {"hidden_act", "rms_norm_eps", "tie_word_embeddings", "num_key_value_heads"} <= compared
 
 
+ABSENT = [
+    ("mixtral", ["rms_norm_eps"], {"norm_eps": 1e-5}),
+    ("mixtral", ["num_key_value_heads"], {"kv_heads": 8}),
+    ("gpt_oss", ["head_dim", "sliding_window"], {"head_dim": 64, "window": 128}),
+    ("deepseek_v3", ["routed_scaling_factor", "n_group", "topk_group"], {"scale": 2.5, "groups": 8, "topk_groups": 4}),
+    ("deepseek_v3", ["first_k_dense_replace", "n_shared_experts"], {"first_dense": 3, "shared_experts": 1}),
+    ("deepseek_v2", ["q_lora_rank", "n_shared_experts"], {"query": 1536, "shared_experts": 2}),
+]
+
+
+@pytest.mark.parametrize(("family", "names", "want"), ABSENT)
+def test_absent_fields(family, names, want):
+    """Without transformers: the defaults of its classes that differ from family to family."""
+    about = json.loads((GOLDEN / family / "config.json").read_text())
+    keys = model_keys({k: v for k, v in about.items() if k not in names})
+    moe = keys["moe"]
+    flat = keys | moe | moe["router"] | keys.get("latent", {})
+    assert {k: flat[k] for k in want} == want
+
+
 FIRST, LAST, EVEN = np.arange(3), 3 + np.arange(3), 2 * np.arange(3)
 TURNS = [
     ("v d -> v d", None, {"v": 5, "d": 4}, lambda t: t),
