@@ -310,6 +310,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     trained = Trained(args.workdir, args.overrides, args.fake_devices, decodes=True)
     import numpy as np
 
+    from moe_jax.data import continued
     from moe_jax.data.chat import Chat, before
     from moe_jax.generate import Generator, Sampling
 
@@ -325,8 +326,10 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     sampling = Sampling(args.temperature, args.top_k, args.seed, args.top_p)
     generator = Generator(trained.model, trained.mesh, tokenizer.size, sorted(stops), sampling)
     out = generator(trained.weights, prompts, args.tokens)
-    answers = [before(tokenizer.decode(new), args.stop) for new in out.tokens]
-    texts = answers if args.chat else [prompt + new for prompt, new in zip(args.prompt, answers, strict=True)]
+    texts = []
+    for text, prompt, new in zip(args.prompt, prompts, out.tokens, strict=True):
+        answer = tokenizer.decode(new) if args.chat else continued(tokenizer, prompt.tolist(), new)
+        texts.append(("" if args.chat else text) + before(answer, args.stop))
     if not args.json:
         print("\n\n".join(texts))
     speeds = out._asdict()
