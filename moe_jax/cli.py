@@ -311,7 +311,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from moe_jax.data import continued
-    from moe_jax.data.chat import Chat, before
+    from moe_jax.data.chat import Chat, before, exactly
     from moe_jax.generate import Generator, Sampling
 
     if trained.other is not None:
@@ -322,7 +322,8 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
         chat = Chat(trained.cfg.data.tokenizer, tokenizer)
         prompts = [chat.prompt(text, args.system) for text in args.prompt]
         stops |= chat.stops
-    stops |= {int(ids[0]) for ids in map(tokenizer.encode, args.stop) if len(ids) == 1}
+    contexts = [*(p.tolist() for p in prompts), *([[]] if args.chat else [])]  # an answer begins a text
+    stops |= {i for text in args.stop for i in exactly(tokenizer, text, contexts)}
     sampling = Sampling(args.temperature, args.top_k, args.seed, args.top_p)
     generator = Generator(trained.model, trained.mesh, tokenizer.size, sorted(stops), sampling)
     out = generator(trained.weights, prompts, args.tokens)

@@ -12,7 +12,7 @@ from moe_jax import config
 from moe_jax import mesh as meshes
 from moe_jax.config import DataConfig, Refused
 from moe_jax.data import continued, load_tokenizer, open_prepared, opening, prepare
-from moe_jax.data.chat import Chat, before
+from moe_jax.data.chat import Chat, before, exactly
 from moe_jax.generate import Generator, Sampling, choose, numbers
 from moe_jax.trace import pieces
 from moe_jax.train.state import Model
@@ -158,6 +158,22 @@ def test_a_continuation_keeps_its_space_and_its_characters(tmp_path):
             assert head + continued(tokenizer, ids[:cut], ids[cut:]) == whole
         parts = pieces(tokenizer, ids)
         assert "".join(parts).replace("\ufffd", "") == whole and all(parts)
+
+
+def test_an_id_stops_a_text_only_where_it_is_the_text(tmp_path):
+    """SentencePiece reads a tab as a space, and a space stands before a word that has none."""
+    from sentencepiece import SentencePieceTrainer
+
+    stem, lines = str(tmp_path / "tokenizer"), iter(["ein ab cd a ein ef a"] * 20)
+    SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=stem, vocab_size=14, minloglevel=2)
+    tokenizer = load_tokenizer(stem + ".model")
+    (word,) = tokenizer.encode("a").tolist()
+    assert tokenizer.encode("\ta").tolist() == tokenizer.encode(" a").tolist() == [word]
+    context = tokenizer.encode("ein").tolist()
+    assert exactly(tokenizer, "\ta", [context]) == exactly(tokenizer, "a", [context]) == []
+    assert exactly(tokenizer, " a", [context]) == exactly(tokenizer, "a", [[]]) == [word]
+    assert exactly(tokenizer, " a", [context, []]) == exactly(tokenizer, "a", [context, []]) == []
+    assert exactly(load_tokenizer("bytes"), "!", [[101], []]) == [33]
 
 
 @pytest.mark.usefixtures("inside")
