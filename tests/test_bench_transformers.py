@@ -63,6 +63,28 @@ b.serve(build)
     assert all(r["tokens_per_second"] > 0 for r in result["rows"][:2]) and result["ratio_ours_to_fastest"] > 0
 
 
+def test_a_program_that_dies_between_turns(versus):
+    """It is left out, with its exit code; the others go on."""
+    code = f"""
+import os, sys, threading, time
+sys.path.insert(0, {str(TOOL.parent.parent)!r})
+from moe_jax.bench.turns import serve
+def build(spec):
+    if spec["dies"]: threading.Timer(0.2, os._exit, (7,)).start()
+    return lambda: 1.0, {{}}
+serve(build)
+"""
+    spec = {"processors": sorted(versus.os.sched_getaffinity(0))}
+    programs = [
+        versus.Program(f"{dies}", [sys.executable, "-c", code], spec | {"dies": dies}) for dies in (True, False)
+    ]
+    programs[0].process.wait()
+    versus.take_turns(programs, 2, 0, print)
+    programs[1].end()
+    assert programs[0].failed == "the process ended with 7" and len(programs[1].times) == 2
+    programs[0].end()  # once more does no harm
+
+
 def test_the_programs_and_what_bounds_them(versus):
     """Ours first, the reference; one runs the products alone, of the same config; each of theirs twice."""
     args = versus.parser().parse_args(["--experts", "eager", "--threads", "1", "model.layers=1"])

@@ -3,6 +3,7 @@
 Only the standard library is imported: another interpreter, which lacks JAX, serves as well.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -80,7 +81,8 @@ class Program:
 
     def end(self) -> None:
         """Close its input, at which it ends."""
-        self.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and closing writes what it did not take
+            self.stdin.close()
         self.process.wait()
         self.stdout.close()
 
