@@ -478,18 +478,29 @@ def checked(args: argparse.Namespace, work: Callable[[argparse.Namespace], int])
 def interrupt(number: int, frame: Any) -> None:
     """Ctrl-C, as Python takes it. In JAX's callback of the garbage collector it would be lost: once more.
 
-    In an import it ends the process here: nothing is begun yet, and libraries in C that cannot load a part of
-    themselves abort, or tell of something else.
+    While a command loads what it needs it ends the process here: nothing is begun yet, and libraries in C that cannot
+    load a part of themselves abort, or tell of something else. In an import of the work itself, which may have a draft
+    to take away, it is raised as anywhere.
     """
     if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
         threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
         return
+    if loads(frame):
+        os.write(2, f"moe-jax{''.join(f' {word}' for word in sys.argv[1:2])}: interrupted\n".encode())
+        os._exit(130)
+    raise KeyboardInterrupt
+
+
+def loads(frame: Any) -> bool:
+    """Whether the outermost import of a stack is one of a command's own, `run_NAME`, or of what leads there."""
+    importer = None
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, f"moe-jax{''.join(f' {word}' for word in sys.argv[1:2])}: interrupted\n".encode())
-            os._exit(130)
+            importer = frame.f_back
         frame = frame.f_back
-    raise KeyboardInterrupt
+    return importer is not None and (
+        importer.f_code.co_name.startswith("run_") or importer.f_globals.get("__name__") == __name__
+    )
 
 
 def entry() -> None:
