@@ -469,7 +469,14 @@ def checked(args: argparse.Namespace, work: Callable[[argparse.Namespace], int])
         print(f"moe-jax {args.command}: failed\n{told(e)}", file=sys.stderr)
         return 1
     except Exception as e:
-        if type(e).__name__ not in ("CheckpointFailed", "Overflow", "ProcessDied", "TooLarge", "Unreadable"):
+        if type(e).__name__ not in (
+            "CheckpointFailed",
+            "Overflow",
+            "ProcessDied",
+            "ProgramFailed",
+            "TooLarge",
+            "Unreadable",
+        ):
             raise
         print(f"moe-jax {args.command}: failed\n{e}", file=sys.stderr)
         return 1

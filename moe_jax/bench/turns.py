@@ -23,6 +23,10 @@ class Missing(Exception):
     """What the other interpreter cannot import."""
 
 
+class ProgramFailed(Exception):
+    """No number comes of a benchmark without this program."""
+
+
 def serve(build: Callable[[dict[str, Any]], tuple[Step, dict[str, Any]]]) -> None:
     """Build a program from the first line of standard input; every further line is a turn, answered with its times."""
     answers = os.fdopen(os.dup(1), "w")
