@@ -310,7 +310,8 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     trained = Trained(args.workdir, args.overrides, args.fake_devices, decodes=True)
     import numpy as np
 
-    from moe_jax.data.chat import Chat, before
+    from moe_jax.data import continued
+    from moe_jax.data.chat import Chat, before, exactly
     from moe_jax.generate import Generator, Sampling
 
     if trained.other is not None:
@@ -321,12 +322,15 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
         chat = Chat(trained.cfg.data.tokenizer, tokenizer)
         prompts = [chat.prompt(text, args.system) for text in args.prompt]
         stops |= chat.stops
-    stops |= {int(ids[0]) for ids in map(tokenizer.encode, args.stop) if len(ids) == 1}
+    contexts = [*(p.tolist() for p in prompts), *([[]] if args.chat else [])]  # an answer begins a text
+    stops |= {i for text in args.stop for i in exactly(tokenizer, text, contexts)}
     sampling = Sampling(args.temperature, args.top_k, args.seed, args.top_p)
     generator = Generator(trained.model, trained.mesh, tokenizer.size, sorted(stops), sampling)
     out = generator(trained.weights, prompts, args.tokens)
-    answers = [before(tokenizer.decode(new), args.stop) for new in out.tokens]
-    texts = answers if args.chat else [prompt + new for prompt, new in zip(args.prompt, answers, strict=True)]
+    texts = []
+    for text, prompt, new in zip(args.prompt, prompts, out.tokens, strict=True):
+        answer = tokenizer.decode(new) if args.chat else continued(tokenizer, prompt.tolist(), new)
+        texts.append(("" if args.chat else text) + before(answer, args.stop))
     if not args.json:
         print("\n\n".join(texts))
     speeds = out._asdict()
@@ -465,7 +469,14 @@ def checked(args: argparse.Namespace, work: Callable[[argparse.Namespace], int])
         print(f"moe-jax {args.command}: failed\n{told(e)}", file=sys.stderr)
         return 1
     except Exception as e:
-        if type(e).__name__ not in ("CheckpointFailed", "Overflow", "ProcessDied", "TooLarge", "Unreadable"):
+        if type(e).__name__ not in (
+            "CheckpointFailed",
+            "Overflow",
+            "ProcessDied",
+            "ProgramFailed",
+            "TooLarge",
+            "Unreadable",
+        ):
             raise
         print(f"moe-jax {args.command}: failed\n{e}", file=sys.stderr)
         return 1
@@ -474,18 +485,29 @@ def checked(args: argparse.Namespace, work: Callable[[argparse.Namespace], int])
 def interrupt(number: int, frame: Any) -> None:
     """Ctrl-C, as Python takes it. In JAX's callback of the garbage collector it would be lost: once more.
 
-    In an import it ends the process here: nothing is begun yet, and libraries in C that cannot load a part of
-    themselves abort, or tell of something else.
+    While a command loads what it needs it ends the process here: nothing is begun yet, and libraries in C that cannot
+    load a part of themselves abort, or tell of something else. In an import of the work itself, which may have a draft
+    to take away, it is raised as anywhere.
     """
     if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
         threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
         return
+    if loads(frame):
+        os.write(2, f"moe-jax{''.join(f' {word}' for word in sys.argv[1:2])}: interrupted\n".encode())
+        os._exit(130)
+    raise KeyboardInterrupt
+
+
+def loads(frame: Any) -> bool:
+    """Whether the outermost import of a stack is one of a command's own, `run_NAME`, or of what leads there."""
+    importer = None
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, f"moe-jax{''.join(f' {word}' for word in sys.argv[1:2])}: interrupted\n".encode())
-            os._exit(130)
+            importer = frame.f_back
         frame = frame.f_back
-    raise KeyboardInterrupt
+    return importer is not None and (
+        importer.f_code.co_name.startswith("run_") or importer.f_globals.get("__name__") == __name__
+    )
 
 
 def entry() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from moe_jax.terminal import folder, result, say, shown
 
 COLOURS = ("blue", "red", "green", "magenta", "cyan", "yellow", "bright_blue", "bright_red")  # by expert, in turn
+CONTEXT = 8  # ids before one that its text is told by: more than a character has bytes
 PLAIN = 100  # columns of a table that is not for a terminal
 
 
@@ -70,6 +71,17 @@ def check(cfg: Any, tokens: int, capacity: bool) -> None:
         raise Refused(Problem("--capacity", why, "leave it out, or set model.moe.capacity_factor=1.25 to see what if"))
 
 
+def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Each id as what it adds to the text before it; a special one, such as BOS, by its name."""
+    from moe_jax.data import continued
+
+    names, out = {i: name for name, i in tokenizer.special.items()}, []
+    for n, i in enumerate(ids):
+        more = continued(tokenizer, ids[max(0, n - CONTEXT) : n], [i])
+        out.append(names.get(i) or more or tokenizer.decode([i]))
+    return out
+
+
 def trace(trained: Any, text: str, *, capacity: bool = False) -> dict[str, Any]:
     """Where each of T tokens goes: the JSON of `moe-jax trace`.
 
@@ -77,8 +89,9 @@ def trace(trained: Any, text: str, *, capacity: bool = False) -> dict[str, Any]:
         trained: a `Trained` run, on any mesh.
         capacity: at the training capacity of a group of these T tokens, of which overflow is dropped.
     Returns:
-        `tokens` [T] texts, `ids` [T], and `layers`, bottom first, each with `expert` and `gate` [T][K], best first. A
-        negative expert was not chosen after all (`routing.recorded`); one with gate 0 was dropped.
+        `tokens` [T] texts (`pieces`), `ids` [T], what `data.bos` puts in front first, and `layers`, bottom first, each
+        with `expert` and `gate` [T][K], best first. A negative expert was not chosen after all (`routing.recorded`);
+        one with gate 0 was dropped.
     Raises:
         Refused: a dense model, one with an encoder, or a text that does not fit.
     """
@@ -91,7 +104,7 @@ def trace(trained: Any, text: str, *, capacity: bool = False) -> dict[str, Any]:
     from moe_jax.train.state import Model
 
     tokenizer, cfg = trained.corpus.tokenizer, trained.cfg
-    ids = tokenizer.encode(text)
+    ids = trained.corpus.prompt(text)
     check(cfg, len(ids), capacity)
     # The text is a group by itself, in a row by itself on one shard; rows of padding fill the other shards
     moe = dataclasses.replace(cfg.model.moe, group_size=None)
@@ -111,7 +124,7 @@ def trace(trained: Any, text: str, *, capacity: bool = False) -> dict[str, Any]:
     return {
         "text": text,
         "ids": ids.tolist(),
-        "tokens": [tokenizer.decode([i]) for i in ids],
+        "tokens": pieces(tokenizer, ids.tolist()),
         "experts": moe.experts,
         "capacity_factor": factor,
         "slots": None if factor is None else slots(moe, len(ids), factor),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax import cli, config
-from moe_jax.bench.decode import IMPLEMENTATIONS
+from moe_jax.bench.decode import IMPLEMENTATIONS, lines
 
 TOOL = Path(__file__).parent.parent / "tools" / "bench_transformers.py"
 
@@ -63,6 +63,28 @@ b.serve(build)
     assert all(r["tokens_per_second"] > 0 for r in result["rows"][:2]) and result["ratio_ours_to_fastest"] > 0
 
 
+def test_a_program_that_dies_between_turns(versus):
+    """It is left out, with its exit code; the others go on."""
+    code = f"""
+import os, sys, threading, time
+sys.path.insert(0, {str(TOOL.parent.parent)!r})
+from moe_jax.bench.turns import serve
+def build(spec):
+    if spec["dies"]: threading.Timer(0.2, os._exit, (7,)).start()
+    return lambda: 1.0, {{}}
+serve(build)
+"""
+    spec = {"processors": sorted(versus.os.sched_getaffinity(0))}
+    programs = [
+        versus.Program(f"{dies}", [sys.executable, "-c", code], spec | {"dies": dies}) for dies in (True, False)
+    ]
+    programs[0].process.wait()
+    versus.take_turns(programs, 2, 0, print)
+    programs[1].end()
+    assert programs[0].failed == "the process ended with 7" and len(programs[1].times) == 2
+    programs[0].end()  # once more does no harm
+
+
 def test_the_programs_and_what_bounds_them(versus):
     """Ours first, the reference; one runs the products alone, of the same config; each of theirs twice."""
     args = versus.parser().parse_args(["--experts", "eager", "--threads", "1", "model.layers=1"])
@@ -96,12 +118,39 @@ def test_decoding_beside_transformers(capfd):
         speeds = {n: p[f"{phase}_tokens_per_second"] for n, p in row["programs"].items()}
         ours, fastest = speeds.pop("moe_jax"), max(speeds, key=speeds.get)
         assert row[f"{phase}_fastest"] == fastest and row[f"{phase}_ratio"] == pytest.approx(ours / speeds[fastest])
-    assert {"transformers", "torch", "machine"} <= report.keys()
+    assert {"transformers", "torch", "machine"} <= report.keys() and report["overrides"][0] == "model.ffn=swiglu"
+
+
+def test_nothing_to_compare_with(tmp_path, monkeypatch, capfd):
+    """Where no implementation of transformers runs, there is no report but their reasons, in one message."""
+    (tmp_path / "torch.py").write_text("def set_num_threads(n): raise RuntimeError('no threads here')")
+    (tmp_path / "transformers.py").write_text("MixtralConfig = MixtralForCausalLM = __version__ = None")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert cli.main([*SMALL, "model.layers=1", "model.d_model=32", "--against", "transformers", "--quiet"]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("moe-jax bench: failed\nthere is nothing to compare with\n"), err
+    assert err.count("RuntimeError: no threads here") == len(IMPLEMENTATIONS) and "remedy: " in err
+
+
+def test_the_report_says_what_was_set():
+    """The config's experts have two matrices, and Mixtral's three."""
+    assert lines({"config": "bench_small", "overrides": ["model.ffn=swiglu"], "rows": []}) == [
+        "bench_small with model.ffn=swiglu"
+    ]
 
 
 @pytest.mark.parametrize(
     "more, why",
     {
+        "a bias of the head": (["model.head_bias=true"], "model.head_bias: is not as in Mixtral"),
+        "scales": (
+            ["model.embed_scale=12.0", "model.residual_scale=0.2"],
+            "model.residual_scale: is not as in Mixtral",
+        ),
+        "scaled logits": (["model.logit_scale=0.5"], "model.logit_scale: is not as in Mixtral"),
+        "a window": (["model.window=8"], "model.window: is not as in Mixtral"),
+        "a bias of the router": (["model.moe.router.bias=true"], "model.moe.router.bias: is not as in Mixtral"),
+        "a router of two": (["model.moe.router.gate=mlp"], "model.moe.router.gate: is not as in Mixtral"),
         "another shape": (["tiny_deepseek"], "model.moe.shared_experts: is not as in Mixtral"),
         "too long": (["model.max_length=6", "data.length=4"], "4 tokens and 3 new ones exceed model.max_length=6"),
         "no package": (["--against", "transformers", "--python", "{bare}"], "lacks torch or transformers"),

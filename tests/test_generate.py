@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from moe_jax import config
 from moe_jax import mesh as meshes
 from moe_jax.config import DataConfig, Refused
-from moe_jax.data import load_tokenizer, open_prepared, opening, prepare
-from moe_jax.data.chat import Chat, before
+from moe_jax.data import continued, load_tokenizer, open_prepared, opening, prepare
+from moe_jax.data.chat import Chat, before, exactly
 from moe_jax.generate import Generator, Sampling, choose, numbers
+from moe_jax.trace import pieces
 from moe_jax.train.state import Model
 
 MARKS = ["<s>", "</s>", "<|user|>", "<|end|>"]
@@ -123,6 +124,77 @@ def test_any_stop_ends_a_text_and_the_last_one_the_loop(small):
 
 def test_before():
     assert before("one. two! three", ["!", "."]) == "one" and before("one", ["x"]) == "one" and before("a", []) == "a"
+
+
+def words_with_spaces(path, words):
+    """A tokenizer.json of whole words that begin with their space, as SentencePiece writes them."""
+    t = Tokenizer(
+        models.WordLevel({name: i for i, name in enumerate(["<unk>", *("\u2581" + w for w in words)])}, "<unk>")
+    )
+    t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    t.add_special_tokens(["<s>", "</s>"])
+    t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", t.token_to_id("<s>"))])
+    t.save(str(path))
+    return path
+
+
+def test_a_continuation_keeps_its_space_and_its_characters(tmp_path):
+    """However the ids are cut, the parts are the whole; a character's bytes are its own wherever the cut is."""
+    from sentencepiece import SentencePieceTrainer
+
+    text = "ein \u00e9t\u00e9  \u20ac5 \U0001f600 ab"
+    options = {"byte_fallback": True, "vocab_size": 290, "remove_extra_whitespaces": False, "minloglevel": 2}
+    stem, lines = str(tmp_path / "tokenizer"), iter(["ein ab cd ein ef"] * 20)
+    options |= {"hard_vocab_limit": False, "normalization_rule_name": "identity"}
+    SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=stem, **options)
+    words = words_with_spaces(tmp_path / "words.json", ["ein", "ab"])
+    for name, want in ((stem + ".model", text), ("bytes", text), (str(words), "ein ab ab ein")):
+        tokenizer = load_tokenizer(name)
+        ids = tokenizer.encode(want).tolist()
+        whole = tokenizer.decode(ids)
+        assert whole == want
+        for cut in range(len(ids) + 1):
+            head = tokenizer.decode(ids[:cut]).rstrip("\ufffd")
+            assert head + continued(tokenizer, ids[:cut], ids[cut:]) == whole
+        parts = pieces(tokenizer, ids)
+        assert "".join(parts).replace("\ufffd", "") == whole and all(parts)
+
+
+def test_an_id_stops_a_text_only_where_it_is_the_text(tmp_path):
+    """SentencePiece reads a tab as a space, and a space stands before a word that has none."""
+    from sentencepiece import SentencePieceTrainer
+
+    stem, lines = str(tmp_path / "tokenizer"), iter(["ein ab cd a ein ef a"] * 20)
+    SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=stem, vocab_size=14, minloglevel=2)
+    tokenizer = load_tokenizer(stem + ".model")
+    (word,) = tokenizer.encode("a").tolist()
+    assert tokenizer.encode("\ta").tolist() == tokenizer.encode(" a").tolist() == [word]
+    context = tokenizer.encode("ein").tolist()
+    assert exactly(tokenizer, "\ta", [context]) == exactly(tokenizer, "a", [context]) == []
+    assert exactly(tokenizer, " a", [context]) == exactly(tokenizer, "a", [[]]) == [word]
+    assert exactly(tokenizer, " a", [context, []]) == exactly(tokenizer, "a", [context, []]) == []
+    assert exactly(load_tokenizer("bytes"), "!", [[101], []]) == [33]
+
+
+@pytest.mark.usefixtures("inside")
+def test_texts_of_words_that_begin_with_a_space(tmp_path, call):
+    """What train and generate tell keeps the spaces, and trace tells BOS and each word with its own."""
+    text = write_text(tmp_path)
+    words = sorted(set(text.read_text().split()))
+    data = [f"data.path={text}", f"data.tokenizer={words_with_spaces(tmp_path / 'words.json', words)}", "data.bos=true"]
+    prompt = f"{words[0]} {words[1]}"
+    settings = ["train.steps=1", "model.vocab=64", "mesh.data=1", "mesh.expert=1", "train.checkpoint_every=unset"]
+    settings += [f"train.sample={prompt}", "train.sample_tokens=9"]
+    tiny = [x for x in TINY if x != "train.sample=unset"]
+    code, report, err = call("train", *tiny, *settings, *data, "--workdir", tmp_path / "run", "--json")
+    assert code == 0, err
+    asked = ["generate", tmp_path / "run", "--prompt", prompt, "--tokens", 9, "--json"]
+    code, made, err = call(*asked)
+    assert code == 0, err
+    for told in (report["sample"], made["text"]):
+        assert told.startswith(prompt + " ") and len(told.split()) > 3 and set(told.split()) <= set(words)
+    code, traced, err = call("trace", tmp_path / "run", "--text", prompt, "--json")
+    assert code == 0 and traced["tokens"] == ["<s>", words[0], f" {words[1]}"], err
 
 
 # What a document begins with

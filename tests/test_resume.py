@@ -289,6 +289,42 @@ def test_ctrl_c_in_a_callback_of_jax_is_not_lost():
         signal.signal(signal.SIGINT, old)
 
 
+DRAFT = """
+import os, pathlib, signal, sys
+from moe_jax import cli
+
+def work():  # what has begun, and imports more
+    open("draft", "w").close()
+    try:
+        import slow
+    finally:
+        os.remove("draft")
+
+def run_it(args):
+    {first}
+    work()
+
+signal.signal(signal.SIGINT, cli.interrupt)
+try:
+    run_it(None)
+except KeyboardInterrupt:
+    sys.exit("told" if not pathlib.Path("draft").exists() else "left")
+"""
+
+
+@pytest.mark.parametrize(
+    "first, said", {"work": ("pass", "told\n"), "command": ("import slow", "interrupted\n")}.values()
+)
+def test_ctrl_c_in_an_import(first, said, tmp_path):
+    """One of the work lets it take its draft away; one of the command itself, where nothing is begun, ends here."""
+    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    env = ENV | {"PYTHONPATH": f"{ENV['PYTHONPATH']}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-c", DRAFT.format(first=first)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.stderr.endswith(said) and not (tmp_path / "draft").exists(), done.stderr
+    assert done.returncode == (130 if first == "import slow" else 1)
+
+
 @pytest.mark.parametrize("later", [0.0, 0.1, 0.3, 0.6])
 def test_ctrl_c_before_the_run(later, train, tmp_path):
     """While it loads JAX, there is nothing to save: code 130, one line and no run."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_jax.bench.turns import HOME, Missing, Program, Step, serve, take_turns
+from moe_jax.bench.turns import HOME, Missing, Program, ProgramFailed, Step, serve, take_turns
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # the others that transformers has need a GPU
 OURS = "moe_jax"
@@ -119,7 +119,7 @@ def measure(cfg: Any, args: Any, tell: Callable[[str], None]) -> dict[str, Any]:
     """Every batch size in turn, its programs by turns.
 
     Raises:
-        Missing: no transformers there. RuntimeError: our own program failed.
+        Missing: no transformers there. ProgramFailed: our own program, or all of transformers' at every batch size.
     """
     rows, about = [], {}
     for batch in args.batch:
@@ -134,12 +134,18 @@ def measure(cfg: Any, args: Any, tell: Callable[[str], None]) -> dict[str, Any]:
                 program.end()
         mine, *others = programs
         if mine.failed:
-            raise RuntimeError(f"{mine.name} failed: {mine.failed}")
+            raise ProgramFailed(f"{mine.name}: {mine.failed}")
         about |= {k: p.about[k] for p in programs for k in ("machine", "transformers", "torch") if k in p.about}
         rows.append({"batch": batch, **compared(mine, others)})
+    if args.against is not None and not any("decode_fastest" in row for row in rows):
+        failed = {(name, p["failed"]) for row in rows for name, p in row["programs"].items() if "failed" in p}
+        why = "".join(f"\n    {name}: {reason}" for name, reason in sorted(failed))
+        remedy = f"mend what {args.python} has, or leave --against out"
+        raise ProgramFailed(f"there is nothing to compare with{why}\n    remedy: {remedy}")
     return {
         "bench": "decode",
         "config": cfg.name,
+        "overrides": args.overrides,
         **about,
         "threads": args.threads,
         "rounds": args.rounds,
@@ -171,7 +177,7 @@ def speeds(program: Program) -> dict[str, Any]:
 
 def lines(report: dict[str, Any]) -> list[str]:
     """The report for people."""
-    out = []
+    out = [f"{report['config']} with {' '.join(report['overrides'])}"]
     for row in report["rows"]:
         out.append(f"batch {row['batch']:<14} {'prefill tokens/s':>18} {'decode tokens/s':>17}")
         for name, p in row["programs"].items():

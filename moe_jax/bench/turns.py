@@ -3,6 +3,7 @@
 Only the standard library is imported: another interpreter, which lacks JAX, serves as well.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -20,6 +21,10 @@ Step = Callable[[], Any]
 
 class Missing(Exception):
     """What the other interpreter cannot import."""
+
+
+class ProgramFailed(Exception):
+    """No number comes of a benchmark without this program."""
 
 
 def serve(build: Callable[[dict[str, Any]], tuple[Step, dict[str, Any]]]) -> None:
@@ -80,7 +85,8 @@ class Program:
 
     def end(self) -> None:
         """Close its input, at which it ends."""
-        self.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and closing writes what it did not take
+            self.stdin.close()
         self.process.wait()
         self.stdout.close()
 

@@ -9,7 +9,15 @@ from moe_jax.data.baseline import bigram_loss, unigram_loss
 from moe_jax.data.corpus import Corpus, TokenFile, open_prepared, prepare, wait_prepared, whole
 from moe_jax.data.pipeline import batches, heldout_batches
 from moe_jax.data.sources import Document, documents
-from moe_jax.data.tokenizer import ByteTokenizer, HFTokenizer, PieceTokenizer, Tokenizer, load_tokenizer, opening
+from moe_jax.data.tokenizer import (
+    ByteTokenizer,
+    HFTokenizer,
+    PieceTokenizer,
+    Tokenizer,
+    continued,
+    load_tokenizer,
+    opening,
+)
 from moe_jax.data.windows import Windows
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
     "Windows",
     "batches",
     "bigram_loss",
+    "continued",
     "documents",
     "heldout_batches",
     "load_tokenizer",

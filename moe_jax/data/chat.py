@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from moe_jax.config import Problem, Refused
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer import Tokenizer, continued
 
 LONGEST = 2**20  # bytes of a file beside the tokenizer
 
@@ -138,3 +138,12 @@ def before(text: str, stops: Sequence[str]) -> str:
     """The text up to the first of `stops` in it."""
     places = [text.find(stop) for stop in stops]
     return text[: min((p for p in places if p >= 0), default=len(text))]
+
+
+def exactly(tokenizer: Tokenizer, text: str, contexts: Sequence[Sequence[int]]) -> list[int]:
+    """The one id that is this text, and no other, after each of the contexts; none where there is no such id.
+
+    A tokenizer may read several texts as one id, such as a tab as a space: the id is then no sign of the text.
+    """
+    ids = tokenizer.encode(text).tolist()
+    return ids if len(ids) == 1 and all(continued(tokenizer, c, ids) == text for c in contexts) else []

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -186,6 +186,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec == "bytes":
         return ByteTokenizer()
     return PieceTokenizer(spec) if spec.endswith(".model") else HFTokenizer(spec)
+
+
+def continued(tokenizer: Tokenizer, before: Sequence[int], new: Sequence[int]) -> str:
+    """What `new` ids add to the text of the ids `before` them. Alone they may lose the space that they begin with.
+
+    Where those before end inside a character, its U+FFFD gives way to the character.
+    """
+    head, whole = (tokenizer.decode(ids) for ids in (before, [*before, *new]))
+    same = (i for i, (a, b) in enumerate(zip(head, whole, strict=False)) if a != b)
+    return whole[next(same, len(head)) :]
 
 
 def opening(tokenizer: Tokenizer, bos: bool) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from moe_jax import mesh as meshes
 from moe_jax.checkpoint import Checkpoints, check_workdir
 from moe_jax.config import Config, Problem, Refused
 from moe_jax.cost import for_training
-from moe_jax.data import Windows, batches, bigram_loss, load_tokenizer, opening, prepare, wait_prepared
+from moe_jax.data import Windows, batches, bigram_loss, continued, load_tokenizer, opening, prepare, wait_prepared
 from moe_jax.generate import Generator
 from moe_jax.health import Watch
 from moe_jax.mesh import fetch
@@ -321,7 +321,7 @@ class Run:
         read = 1 if self.cfg.model.encoder else len(ids)  # by the decoder
         room = self.cfg.model.max_length - read
         new = generator(state.weights, [ids], min(self.cfg.train.sample_tokens, room))
-        return prompt + tokenizer.decode(new.tokens[0])
+        return prompt + continued(tokenizer, ids.tolist(), new.tokens[0])
 
     def say(self, text: str) -> None:
         if not self.quiet:
