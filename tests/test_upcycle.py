@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import NOISE, check_refusal, listing, write_text
+from pydantic import TypeAdapter
 
 from moe_jax import cli, config, mesh
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, Refused, RouterConfig
+from moe_jax.config import Config, LatentConfig, MeshConfig, ModelConfig, MoEConfig, Refused, RopeConfig, RouterConfig
 from moe_jax.train.state import Model, State
+from moe_jax.train.upcycling import check_model
 from moe_jax.upcycle import cut, upcycle
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -417,6 +419,36 @@ REFUSED = {
     "damaged run": (["DENSE", "damaged"], "damaged", "checkpoints"),
     "run of experts": (["DENSE", "moe"], "DENSE_DIR", "8 experts"),
 }
+
+
+YARN = RopeConfig("yarn", factor=4.0, original_length=32, truncate=False)
+
+
+@pytest.mark.parametrize(
+    "was, now",
+    [
+        ({"rope": YARN}, {"rope": dataclasses.replace(YARN, factor=8.0, truncate=True, mscale=1.0)}),
+        ({"rope": YARN}, {}),
+        ({}, {"rope": YARN}),
+        ({"rope": RopeConfig()}, {}),
+        ({"latent": LatentConfig()}, {}),
+        ({"latent": LatentConfig(query=8)}, {"latent": LatentConfig(rotary=2)}),
+        ({"tied_head": False, "attention_scale": 0.3, "qk_norm": "all"}, {}),
+    ],
+    ids=str,
+)
+def test_what_differs_from_the_dense_model_can_be_typed(was, now):
+    """The remedies, taken for overrides, give the dense model."""
+    dense, m = ModelConfig(**was), ModelConfig(**now)
+    with pytest.raises(Refused) as e:
+        check_model(dense, m)
+    tree = config.to_dict(Config(model=m))
+    for problem in e.value.problems:
+        remedy = problem.remedy.removeprefix("set ").replace("it to ", f"{problem.key}=")
+        for text in remedy.split():
+            tree = config.override(tree, text)
+    assert TypeAdapter(Config).validate_json(json.dumps(tree)).model == dense
+    check_model(dense, dense)
 
 
 @pytest.fixture(scope="module")
