@@ -106,6 +106,9 @@ def _check_window(m: ModelConfig, no: Refuse) -> None:
         no("full_every", f"is 1: every layer sees all, and none the window of {m.window}", "take one of them out")
     if m.window is None:
         return
+    if m.full_every is not None and m.full_every > m.layers:
+        why = f"is {m.full_every}, and of {m.layers} layers none comes to see all"
+        no("full_every", why, f"set it to {m.layers} or less, or to unset")
     for name, there in {
         "latent": m.latent is not None,
         "encoder": m.encoder is not None,

@@ -245,6 +245,7 @@ REFUSED = [
     ({"sinks": True, "encoder": {}}, "encoder", "such attention has no sinks"),
     ({"full_every": 2}, "full_every", "without a window"),
     ({"window": 8, "full_every": 1}, "full_every", "is 1: every layer sees all"),
+    ({"window": 8, "full_every": 5, "layers": 4}, "full_every", "is 5, and of 4 layers none comes to see all"),
     (IDLE, "rope.factor", "is 4.0, and learned positions do not turn"),
     (IDLE, "rope.kind", "is yarn, and learned positions do not turn"),
     (IDLE, "rope.truncate", "is false, and learned positions do not turn"),
