@@ -1,14 +1,17 @@
 """Alarms: each ill is told once, with what to change; a sound router, and a young one that settles, is not."""
 
 import dataclasses
+import importlib.util
 import json
 import math
+from pathlib import Path
 from typing import get_args
 
 import jax
 import numpy as np
 import pytest
 
+from moe_jax import config
 from moe_jax.checks import check_moe
 from moe_jax.config import Config, ModelConfig, MoEConfig, RouterConfig
 from moe_jax.health import YOUNG, Watch
@@ -184,6 +187,27 @@ def test_every_gradient_is_told_as_what_it_is(kind, more):
     assert len(groups["shared"]) == len(jax.tree.leaves(ffn["shared"])) + 1
     assert len(groups["router"]) == 2
     assert sum(map(len, groups.values())) == len(jax.tree.leaves(params))
+
+
+TOOL = Path(__file__).parent.parent / "tools" / "bench_health.py"
+
+
+@pytest.mark.usefixtures("inside")
+def test_what_the_checks_cost_is_measured():
+    """No timing is asserted: every figure is there, and the step that is compared with computes the same without."""
+    spec = importlib.util.spec_from_file_location("bench_health", TOOL)
+    assert spec is not None and spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    sizes = ["layers=1", "vocab=16", "d_model=8", "d_ff=8", "heads=2", "moe.d_ff=8"]
+    cfg = config.load("bench_small", [*(f"model.{s}" for s in sizes), "data.batch=2", "data.length=8"])
+    steps = bench.programs(cfg)
+    whole, bare = steps["step"](), steps["unchecked"]()
+    assert whole.keys() - bare.keys() == set(bench.CHECKED)
+    assert bare["loss"] == whole["loss"]
+    report = bench.report(steps, rounds=1)
+    assert [(w["layers"], w["experts"]) for w in report["watch"]] == [(4, 8), (58, 256)]
+    assert len(bench.lines(json.loads(json.dumps(report)))) == 6
 
 
 def test_windows_add_up():
