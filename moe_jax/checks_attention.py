@@ -4,20 +4,27 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_jax.schema import ModelConfig, Problem, RopeConfig, turning
+from moe_jax.schema import ModelConfig, Problem, RopeConfig, differing, turning, written
 
 Refuse = Callable[[str, str, str], None]  # key, reason, remedy
 
 
 def idle(table: Any, prefix: str, names: Sequence[str], why: str, remedy: str) -> list[Problem]:
-    """Keys that have no effect beside the others of their table; a value that is not the default was meant to."""
-    given = {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if f.name in names}
-    default = {f.name: f.default for f in dataclasses.fields(table)}
-    return [
-        Problem(f"{prefix}.{name}", f"is {value}, and {why}", f"take it out, or {remedy}")
-        for name, value in given.items()
-        if value != default[name]
-    ]
+    """Keys that have no effect beside the others of their table; a value that is not the default was meant to.
+
+    Of a table among them, such as `model.rope`, the keys that someone set.
+    """
+    out = []
+    for f in dataclasses.fields(table):
+        value, key = getattr(table, f.name), f"{prefix}.{f.name}"
+        if f.name not in names or value == f.default:
+            continue
+        given = {key: value}
+        if dataclasses.is_dataclass(value):
+            inner = differing(value, type(value)())
+            given = {f"{key}.{name}": v for name, v in inner.items()} or {key: "set"}
+        out += [Problem(k, f"is {written(v)}, and {why}", f"take it out, or {remedy}") for k, v in given.items()]
+    return out
 
 
 def _check_latent(m: ModelConfig, no: Refuse) -> None:
@@ -99,6 +106,9 @@ def _check_window(m: ModelConfig, no: Refuse) -> None:
         no("full_every", f"is 1: every layer sees all, and none the window of {m.window}", "take one of them out")
     if m.window is None:
         return
+    if m.full_every is not None and m.full_every > m.layers:
+        why = f"is {m.full_every}, and of {m.layers} layers none comes to see all"
+        no("full_every", why, f"set it to {m.layers} or less, or to unset")
     for name, there in {
         "latent": m.latent is not None,
         "encoder": m.encoder is not None,

@@ -134,13 +134,52 @@ def _quoted(path: str, given: Any) -> str:
     return f", with quotes inside quotes: '{path}=\"{json.dumps(given)}\"'"
 
 
-def _problem(error: Any) -> Problem:
-    """One pydantic error in our words."""
+def _place(error: Any) -> list[str]:
+    """The path of the key that a pydantic error is about, without which of several types was tried."""
     loc = [str(part) for part in error["loc"]]
-    if loc and (loc[-1] in BRANCHES or loc[-1].startswith("literal[")):  # which of several types was tried
-        loc = loc[:-1]
+    return loc[:-1] if loc and (loc[-1] in BRANCHES or loc[-1].startswith("literal[")) else loc
+
+
+def _wanted(error: Any) -> tuple[str, str]:
+    """What a value is not, and what to give instead."""
+    kind = error["type"]
+    rule = WANTED.get(kind, error["msg"].removeprefix("Input should be "))
+    return rule, rule if kind in WANTED or rule.startswith("a ") else f"a value {rule}"
+
+
+def _problems(errors: Sequence[Any]) -> list[Problem]:
+    """pydantic's errors in our words; of a key of several types it has one for each, and we one."""
+    by_key: dict[tuple[str, ...], list[Any]] = {}
+    for error in errors:
+        by_key.setdefault(tuple(_place(error)), []).append(error)
+    out = []
+    for loc, same in by_key.items():
+        named = next((x for x in same if x["type"] == "literal_error"), None)
+        others = [x for x in same if x is not named]
+        out += [_no_option(loc, named, others)] if named else [_problem(loc, x) for x in others]
+    return out
+
+
+def _no_option(loc: Sequence[str], error: Any, others: Sequence[Any]) -> Problem:
+    """A value that is none of those listed, nor of the `others`, types that the key has besides."""
+    path, given = ".".join(loc), error.get("input")
+    options = [o.strip("' ") for o in error["ctx"]["expected"].replace(" or ", ",").split(",")]
+    if any(x["type"] == "bool_type" for x in others):
+        options += ["true", "false"]
+    wanted = "".join(f", or {_wanted(x)[1]}" for x in others if x["type"] != "bool_type")
+    out = f", or {path}={UNSET} for none" if _means_unset(loc, given) else ""
+    remedy = f"{nearest(str(given), options)}use one of {', '.join(options)}{wanted}{out}"
+    return Problem(path, f"is {_shown(given)}", remedy)
+
+
+def _shown(given: Any) -> str:
+    return repr(given) if len(repr(given)) < 80 else repr(given)[:77] + "..."
+
+
+def _problem(loc: Sequence[str], error: Any) -> Problem:
+    """One pydantic error in our words."""
     path, kind, given = ".".join(loc) or "config", error["type"], error.get("input")
-    shown = repr(given) if len(repr(given)) < 80 else repr(given)[:77] + "..."
+    shown = _shown(given)
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         known = keys_at(loc[:-1])
         hint = nearest(loc[-1], known)
@@ -152,13 +191,7 @@ def _problem(error: Any) -> Problem:
         return Problem(path, "no such key", f"{hint}the keys of {where} are {', '.join(known)}")
     if kind == "json_invalid":  # text that is no Unicode, or tables nested too deep
         return Problem(path, f"cannot be read: {error['ctx']['error']}", "use plain TOML values")
-    if kind == "literal_error":
-        expected = error["ctx"]["expected"]
-        options = [o.strip("' ") for o in expected.replace(" or ", ",").split(",")]
-        out = f", or {path}={UNSET} for none" if _means_unset(loc, given) else ""
-        return Problem(path, f"is {shown}", f"{nearest(str(given), options)}use one of {', '.join(options)}{out}")
-    rule = WANTED.get(kind, error["msg"].removeprefix("Input should be "))
-    wanted = rule if kind in WANTED or rule.startswith("a ") else f"a value {rule}"
+    rule, wanted = _wanted(error)
     if _means_unset(loc, given):
         return Problem(path, f"is {shown}, which is not {rule}", f"write {path}={UNSET} for none, or give {wanted}")
     hint = _quoted(path, given) if kind == "string_type" and isinstance(error["loc"][-1], str) else ""
@@ -201,7 +234,7 @@ def require(settings: ModelConfig | MoEConfig, name: str, *, learns: bool = True
     try:
         TypeAdapter(type(settings)).validate_json(json.dumps(to_dict(settings)))
     except ValidationError as e:
-        raise ConfigError(*(_problem(x | {"loc": (name, *x["loc"])}) for x in e.errors())) from None
+        raise ConfigError(*_problems([x | {"loc": (name, *x["loc"])} for x in e.errors()])) from None
     problems = check_moe(settings, name, learns=learns) if isinstance(settings, MoEConfig) else check_model(settings)
     if problems:
         raise ConfigError(*problems)
@@ -216,7 +249,7 @@ def from_dict(tree: dict) -> Config:
         # JSON mode: tables become dataclasses and arrays tuples, while all else stays strict.
         cfg = _ADAPTER.validate_json(json.dumps(tree, default=str))
     except ValidationError as e:
-        raise ConfigError(*(_problem(x) for x in e.errors())) from None
+        raise ConfigError(*_problems(e.errors())) from None
     except (ValueError, RecursionError) as e:
         raise ConfigError(Problem("config", f"cannot be read: {e}", "use plain TOML values")) from None
     problems = check(cfg)

@@ -1,7 +1,7 @@
 """What a config holds: frozen dataclasses with a documented, limited type for every key, and how input is refused."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from math import lcm, log, prod, sqrt
 from typing import Annotated, Any, Literal
@@ -531,6 +531,19 @@ class Config:
 
 
 setattr(Rules, "__pydantic_config__", STRICT)  # noqa: B010  # axes.py knows no pydantic
+
+
+def written(value: Any) -> str:
+    """A value as a config and the command line take it."""
+    if value is None or isinstance(value, bool):
+        return {None: "unset", True: "true", False: "false"}[value]
+    return f"{value}"
+
+
+def differing(table: Any, other: Any) -> dict[str, Any]:
+    """The keys of a table whose values are not those of another one of its class."""
+    pairs = {f.name: (getattr(table, f.name), getattr(other, f.name)) for f in fields(table)}
+    return {name: mine for name, (mine, theirs) in pairs.items() if mine != theirs}
 
 
 @dataclass(frozen=True)

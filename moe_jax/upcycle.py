@@ -159,9 +159,7 @@ def upcycle(params: Any, m: ModelConfig, method: Method, *, noise: float = 0.0, 
 
     def layers(dense: Any, fresh: Any, runs: Sequence[tuple[tuple[str, ...], int]], key: jax.Array) -> dict[str, Any]:
         """The parameters of a decoder or encoder, with those of its layers made anew."""
-        # A dense model's layers, in one array or in one each -> [layers, ...]
-        each = [dense["stacks"][str(i)]["blocks"]["0"] for i in range(len(dense["stacks"]))]
-        source = jax.tree.map(lambda *own: jnp.concatenate(own), *each)
+        source = _in_order(dense["stacks"])
         stacks: dict[str, Any] = {}
         done = 0
         for i, (kinds, repeats) in enumerate(runs):
@@ -183,6 +181,17 @@ def upcycle(params: Any, m: ModelConfig, method: Method, *, noise: float = 0.0, 
     if m.encoder is not None:
         out["encoder"] = layers(params["encoder"], fresh["encoder"], m.encoder_runs, jax.random.fold_in(key, 0))
     return Weights(out, bias)
+
+
+def _in_order(stacks: Any) -> Any:
+    """The parameters of dense layers, [layers, ...] bottom first; where windows alternate a period has many."""
+
+    def layers(*own: jax.Array) -> jax.Array:  # one [repeats, ...] for each layer of the period
+        return jnp.stack(own, 1).reshape(-1, *own[0].shape[1:])
+
+    runs = [stacks[str(i)]["blocks"] for i in range(len(stacks))]
+    each = [jax.tree.map(layers, *(run[str(j)] for j in range(len(run)))) for run in runs]
+    return jax.tree.map(lambda *own: jnp.concatenate(own), *each)
 
 
 def _new(m: ModelConfig, seed: int) -> Weights:

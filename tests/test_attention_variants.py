@@ -236,6 +236,8 @@ def test_sinks_are_those_of_transformers():
     np.testing.assert_allclose(got.reshape(2, 6, 24, 4).transpose(0, 2, 1, 3), want.numpy(), atol=1e-5)
 
 
+STRETCHED = {"kind": "yarn", "factor": 4.0, "original_length": 32, "truncate": False}
+IDLE = {"positions": "learned", "rope": STRETCHED}
 REFUSED = [
     ({"biases": "qkv", "latent": {}}, "biases", "is 'qkv', and latent attention has norms of its own"),
     ({"biases": "qvk"}, "biases", "did you mean 'qkv'? use one of attention, qkv"),
@@ -243,6 +245,11 @@ REFUSED = [
     ({"sinks": True, "encoder": {}}, "encoder", "such attention has no sinks"),
     ({"full_every": 2}, "full_every", "without a window"),
     ({"window": 8, "full_every": 1}, "full_every", "is 1: every layer sees all"),
+    ({"window": 8, "full_every": 5, "layers": 4}, "full_every", "is 5, and of 4 layers none comes to see all"),
+    (IDLE, "rope.factor", "is 4.0, and learned positions do not turn"),
+    (IDLE, "rope.kind", "is yarn, and learned positions do not turn"),
+    (IDLE, "rope.truncate", "is false, and learned positions do not turn"),
+    ({"positions": "learned", "rope": {}}, "rope", "is set, and learned positions do not turn"),
     ({"window": 8, "latent": {}}, "latent", "such attention has no window (model.window=8)"),
     ({"window": 8, "encoder": {}}, "encoder", "such attention has no window"),
     ({"window": 8, "positions": "relative"}, "positions", "is 'relative', and such attention has no window"),

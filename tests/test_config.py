@@ -303,6 +303,25 @@ def test_refused(text, key, words):
     assert len(full) < 2000
 
 
+@pytest.mark.parametrize(
+    "text, remedy",
+    [
+        ("model.qk_norm=yes", "use one of all, true, false"),
+        ("model.biases=qvk", "did you mean 'qkv'? use one of attention, qkv, true, false"),
+        ("model.moe.group_size=0", "use one of auto, or a value greater than or equal to 1"),
+        ("model.moe.group_size=2.5", "use one of auto, or a whole number"),
+        ("model.moe.group_size=none", "use one of auto, or a whole number, or model.moe.group_size=unset for none"),
+    ],
+)
+def test_a_key_of_several_types_is_one_problem(text, remedy):
+    """Which lists all that it may be."""
+    with pytest.raises(ConfigError) as e:
+        load("tiny_gshard", [text])
+    message(e.value)
+    (problem,) = e.value.problems
+    assert (problem.key, problem.remedy) == (text.partition("=")[0], remedy)
+
+
 def test_all_problems_at_once():
     tree = {"model": {"layers": 0, "norm": "x"}, "trian": {}, "data": {"batch": "all"}}
     with pytest.raises(ConfigError) as e:

@@ -1,18 +1,24 @@
 """Alarms: each ill is told once, with what to change; a sound router, and a young one that settles, is not."""
 
 import dataclasses
+import importlib.util
 import json
 import math
+from pathlib import Path
 from typing import get_args
 
+import jax
 import numpy as np
 import pytest
 
+from moe_jax import config
 from moe_jax.checks import check_moe
-from moe_jax.config import MoEConfig, RouterConfig
+from moe_jax.config import Config, ModelConfig, MoEConfig, RouterConfig
 from moe_jax.health import YOUNG, Watch
 from moe_jax.metrics import encode
 from moe_jax.schema import RouterKind
+from moe_jax.train.state import Model
+from moe_jax.train.step import grouped
 
 COLLAPSED = [[800, 0, 0, 0, 0, 0, 0, 0]]
 SOUND = [[100, 90, 110, 95, 105, 98, 102, 100]]
@@ -165,6 +171,43 @@ def test_what_is_not_finite_is_told_at_once(moe, logged):
     for step in range(12, 17):  # and is over after a window of sound steps
         watch.step(record(step, SOUND))
     assert watch.present == []
+
+
+@pytest.mark.parametrize("kind, more", [("softmax_topk", {}), ("noisy_topk", {"gate": "mlp"})])
+def test_every_gradient_is_told_as_what_it_is(kind, more):
+    """With all options on, and experts in every layer: no dense layer's group."""
+    router = RouterConfig(kind, bias=True, **more)
+    experts = MoEConfig(top_k=2, shared_experts=1, shared_gate=True, router=router)
+    m = ModelConfig(vocab=8, layers=2, d_model=8, d_ff=8, heads=2, norm="layer", biases=True, moe=experts)
+    params = Model.of(Config(model=m)).shapes
+    groups = grouped(params)
+    noise = {"gate_in", "noise"} if more else set()
+    assert groups.keys() == {"experts", "shared", "router", "attention", "norm", "embedding"} | noise
+    ffn = params["stacks"]["0"]["blocks"]["0"]["ffn"]
+    assert len(groups["shared"]) == len(jax.tree.leaves(ffn["shared"])) + 1
+    assert len(groups["router"]) == 2
+    assert sum(map(len, groups.values())) == len(jax.tree.leaves(params))
+
+
+TOOL = Path(__file__).parent.parent / "tools" / "bench_health.py"
+
+
+@pytest.mark.usefixtures("inside")
+def test_what_the_checks_cost_is_measured():
+    """No timing is asserted: every figure is there, and the step that is compared with computes the same without."""
+    spec = importlib.util.spec_from_file_location("bench_health", TOOL)
+    assert spec is not None and spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    sizes = ["layers=1", "vocab=16", "d_model=8", "d_ff=8", "heads=2", "moe.d_ff=8"]
+    cfg = config.load("bench_small", [*(f"model.{s}" for s in sizes), "data.batch=2", "data.length=8"])
+    steps = bench.programs(cfg)
+    whole, bare = steps["step"](), steps["unchecked"]()
+    assert whole.keys() - bare.keys() == set(bench.CHECKED)
+    assert bare["loss"] == whole["loss"]
+    report = bench.report(steps, rounds=1)
+    assert [(w["layers"], w["experts"]) for w in report["watch"]] == [(4, 8), (58, 256)]
+    assert len(bench.lines(json.loads(json.dumps(report)))) == 6
 
 
 def test_windows_add_up():

@@ -1,7 +1,5 @@
 """Redundant experts: the published example of EPLB, a slow placement expert by expert, and what holds of every one."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -80,14 +78,12 @@ def test_500_random_placements():
 
 
 def test_zipf_loads_are_even_to_a_percent():
-    """58 layers of 256 experts, as DeepSeek-V3 has them, 288 slots on 32 devices: in a fraction of 2 seconds."""
+    """58 layers of 256 experts, as DeepSeek-V3 has them, 288 slots on 32 devices; the README has these figures."""
     rng = np.random.default_rng(0)
     load = np.stack([rng.permutation(1e6 / np.arange(1, 257)) for _ in range(58)])
-    begun = time.perf_counter()
-    p = place(load, 288, 32)
-    assert time.perf_counter() - begun < 2.0
-    before, after = p.balance(load)
-    assert after.mean() >= 0.99
+    before, after = place(load, 288, 32).balance(load)
+    assert before.mean() == pytest.approx(0.17, abs=0.02)
+    assert after.mean() == pytest.approx(0.995, abs=0.004)
     most = [max(load[0, 8 * d : 8 * d + 8].sum() for d in range(32))]  # the experts in order, 8 a device
     assert before[0] == pytest.approx(load[0].sum() / 32 / most[0])
 

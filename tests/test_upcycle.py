@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import NOISE, check_refusal, listing, write_text
+from pydantic import TypeAdapter
 
 from moe_jax import cli, config, mesh
 from moe_jax.checkpoint import Checkpoints
-from moe_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, Refused, RouterConfig
+from moe_jax.config import Config, LatentConfig, MeshConfig, ModelConfig, MoEConfig, Refused, RopeConfig, RouterConfig
 from moe_jax.train.state import Model, State
+from moe_jax.train.upcycling import check_model
 from moe_jax.upcycle import cut, upcycle
 
 pytestmark = pytest.mark.usefixtures("inside")
@@ -72,6 +74,7 @@ def difference(m: ModelConfig, method, **options) -> float:
 # The function
 
 
+ALTERNATE = {"window": 3, "full_every": 2}  # two layers in a period, dense or not
 SPLIT = {"d_ff": 6, "top_k": 4, "experts": 12}  # G=4 slices, R=3 groups
 V3 = {"kind": "deepseek_v3", "scale": 2.5}
 LIMITED = {"groups": 3, "topk_groups": 1}
@@ -110,6 +113,12 @@ def test_the_function_is_preserved(case):
     m = sized(kind, **moe)
     assert cut(m, method).preserved
     assert difference(m, method) < 1e-5
+
+
+def test_windows_that_alternate_are_preserved():
+    m = dataclasses.replace(sized(layers=4, router=TOPK), **ALTERNATE)
+    assert without(m).runs == [(("dense", "dense"), 2)]
+    assert difference(m, "copy") < 1e-5
 
 
 BIASED = ("copy, top-2", "copy, scaled gates", "split, G=4 relu", "split, G=4 gelu", "split, shared", "split, scale G")
@@ -189,10 +198,22 @@ def block(params, m: ModelConfig, layer: int):
     return jax.tree.map(lambda a: np.asarray(a[r]), params["stacks"][str(i)]["blocks"][str(j)])
 
 
-@pytest.mark.parametrize("layers, every, first", [(6, 2, 0), (5, 2, 1), (5, 1, 1), (7, 3, 1), (11, 2, 1)], ids=str)
-def test_every_layer_keeps_its_place(layers, every, first):
-    m = sized(layers=layers, every=every, first_dense=first, d_ff=12, router=TOPK)
-    m = dataclasses.replace(m, stack_above=layers if layers == 11 else 0)
+@pytest.mark.parametrize(
+    "layers, every, first, more",
+    [
+        (6, 2, 0, {}),
+        (5, 2, 1, {}),
+        (5, 1, 1, {}),
+        (7, 3, 1, {}),
+        (11, 2, 1, {"stack_above": 11}),
+        (5, 1, 1, ALTERNATE),
+        (7, 2, 0, {"window": 3, "full_every": 3}),
+    ],
+    ids=str,
+)
+def test_every_layer_keeps_its_place(layers, every, first, more):
+    """Also where windows alternate and so a period of the dense model's layers is many."""
+    m = dataclasses.replace(sized(layers=layers, every=every, first_dense=first, d_ff=12, router=TOPK), **more)
     dense = numbers(without(m))
     params, bias = jax.tree.map(np.asarray, upcycled(m, "split"))
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda s: s.shape, Model.of(Config(model=m)).shapes)
@@ -398,6 +419,36 @@ REFUSED = {
     "damaged run": (["DENSE", "damaged"], "damaged", "checkpoints"),
     "run of experts": (["DENSE", "moe"], "DENSE_DIR", "8 experts"),
 }
+
+
+YARN = RopeConfig("yarn", factor=4.0, original_length=32, truncate=False)
+
+
+@pytest.mark.parametrize(
+    "was, now",
+    [
+        ({"rope": YARN}, {"rope": dataclasses.replace(YARN, factor=8.0, truncate=True, mscale=1.0)}),
+        ({"rope": YARN}, {}),
+        ({}, {"rope": YARN}),
+        ({"rope": RopeConfig()}, {}),
+        ({"latent": LatentConfig()}, {}),
+        ({"latent": LatentConfig(query=8)}, {"latent": LatentConfig(rotary=2)}),
+        ({"tied_head": False, "attention_scale": 0.3, "qk_norm": "all"}, {}),
+    ],
+    ids=str,
+)
+def test_what_differs_from_the_dense_model_can_be_typed(was, now):
+    """The remedies, taken for overrides, give the dense model."""
+    dense, m = ModelConfig(**was), ModelConfig(**now)
+    with pytest.raises(Refused) as e:
+        check_model(dense, m)
+    tree = config.to_dict(Config(model=m))
+    for problem in e.value.problems:
+        remedy = problem.remedy.removeprefix("set ").replace("it to ", f"{problem.key}=")
+        for text in remedy.split():
+            tree = config.override(tree, text)
+    assert TypeAdapter(Config).validate_json(json.dumps(tree)).model == dense
+    check_model(dense, dense)
 
 
 @pytest.fixture(scope="module")

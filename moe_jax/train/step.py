@@ -143,7 +143,19 @@ def report(model: Model, total: jax.Array, sums: Sums) -> dict[str, jax.Array]:
     }
 
 
-GROUPS = ("experts", "shared", "router", "gate_in", "noise", "cross_attention", "attention", "ffn", "embedding")
+GROUPS = {  # a name on the way to a parameter -> what it is; the first that fits counts
+    "experts": "experts",
+    "shared": "shared",
+    "shared_gate": "shared",
+    "router": "router",
+    "router_bias": "router",
+    "gate_in": "gate_in",
+    "noise": "noise",
+    "cross_attention": "cross_attention",
+    "attention": "attention",
+    "ffn": "ffn",
+    "embedding": "embedding",
+}
 
 
 def grouped(params: Any) -> dict[str, list]:
@@ -152,7 +164,7 @@ def grouped(params: Any) -> dict[str, list]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = names_of(path)
         norm = "norm" if names[-2:-1] and names[-2].endswith("norm") else names[-1]
-        out.setdefault(next((g for g in GROUPS if g in names), norm), []).append(leaf)
+        out.setdefault(next((group for name, group in GROUPS.items() if name in names), norm), []).append(leaf)
     return out
 
 

@@ -14,6 +14,7 @@ from moe_jax import mesh as meshes
 from moe_jax.checkpoint import Checkpoints, check_workdir, open_workdir
 from moe_jax.config import Config, ModelConfig, Problem, Refused
 from moe_jax.data import load_tokenizer, open_prepared, prepare
+from moe_jax.schema import differing, written
 from moe_jax.train.evaluate import Evaluator
 from moe_jax.train.resume import checkpoint_info, claimed, locked
 from moe_jax.train.state import Model, State, once
@@ -39,25 +40,42 @@ def open_dense(folder: Path) -> tuple[Checkpoints, Config]:
 def check_model(dense: ModelConfig, m: ModelConfig) -> None:
     """Refuses a model that differs from the dense one in more than its experts."""
 
-    def settings(m: ModelConfig) -> dict[str, Any]:
-        m = dataclasses.replace(m, kv_heads=m.resolved_kv_heads, head_dim=m.resolved_head_dim)
-        out = {f.name: getattr(m, f.name) for f in dataclasses.fields(m) if f.name not in FREE}
-        if m.encoder is None:
-            return out
-        return out | {"encoder": None, "encoder.layers": m.encoder.layers, "encoder.vocab": m.encoder.vocab}
-
     if dense.encoder is None and m.encoder is not None:
         raise Refused(Problem("model.encoder", "is set, and the dense model has none", "set model.encoder=unset"))
     if m.encoder is None and dense.encoder is not None:
         n = dense.encoder.layers
         why = f"is not set, and the dense model has an encoder of {n} layers"
         raise Refused(Problem("model.encoder", why, f"set model.encoder.layers={n}"))
-    was, now = settings(dense), settings(m)
-    wrong = [k for k in now if now[k] != was[k]]
-    if wrong:
-        why = {k: f"is {now[k]!r}, and the dense model has {was[k]!r}" for k in wrong}
-        remedy = {k: f"set it to {'unset' if was[k] is None else was[k]}" for k in wrong}
-        raise Refused(*(Problem(f"model.{k}", why[k], remedy[k]) for k in wrong))
+    was, now = _settings(dense), _settings(m)
+    if wrong := [problem for k in now for problem in _differences(f"model.{k}", was[k], now[k])]:
+        raise Refused(*wrong)
+
+
+def _settings(m: ModelConfig) -> dict[str, Any]:
+    """The keys that the parameters depend on, with the values that unset ones stand for."""
+    m = dataclasses.replace(m, kv_heads=m.resolved_kv_heads, head_dim=m.resolved_head_dim)
+    out = {f.name: getattr(m, f.name) for f in dataclasses.fields(m) if f.name not in FREE}
+    if m.encoder is None:
+        return out
+    return out | {"encoder": None, "encoder.layers": m.encoder.layers, "encoder.vocab": m.encoder.vocab}
+
+
+def _differences(key: str, was: Any, now: Any) -> list[Problem]:
+    """How a setting, or each of a table of them, differs from the dense model's, in words that can be typed."""
+    if was == now:
+        return []
+    if dataclasses.is_dataclass(now) and was is None:
+        return [Problem(key, "is set, and the dense model has none", f"set {key}=unset")]
+    if dataclasses.is_dataclass(was):
+        other = type(was)() if now is None else now
+        keys = differing(was, other)
+        if now is not None:
+            return [p for k, v in keys.items() for p in _differences(f"{key}.{k}", v, getattr(now, k))]
+        first = dataclasses.fields(was)[0].name  # of a table of defaults: it has to be there
+        given = " ".join(f"{key}.{k}={written(v)}" for k, v in (keys or {first: getattr(was, first)}).items())
+        return [Problem(key, f"is not set, and the dense model has {given}", f"set {given}")]
+    why = f"is {written(now)}, and the dense model has {written(was)}"
+    return [Problem(key, why, f"set it to {written(was)}")]
 
 
 def check_tokenizer(folder: Path, dense: Config, cfg: Config) -> None:
