@@ -179,13 +179,13 @@ def lines(report: dict[str, Any]) -> list[str]:
     """The report for people."""
     out = [f"{report['config']} with {' '.join(report['overrides'])}"]
     for row in report["rows"]:
-        out.append(f"batch {row['batch']:<14} {'prefill tokens/s':>18} {'decode tokens/s':>17}")
+        out.append(f"batch {row['batch']:<20} {'prefill tokens/s':>18} {'decode tokens/s':>17}")
         for name, p in row["programs"].items():
             if "failed" in p:
                 out.append(f"  {name:24} failed: {p['failed']}")
                 continue
             prefill, decode = p["prefill_tokens_per_second"], p["decode_tokens_per_second"]
-            out.append(f"  {name:18} {prefill:18,.0f} {decode:17,.0f}")
+            out.append(f"  {name:24} {prefill:18,.0f} {decode:17,.0f}")
         for phase in ("prefill", "decode"):
             if f"{phase}_ratio" in row:
                 fastest = row[f"{phase}_fastest"]
