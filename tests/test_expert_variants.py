@@ -512,7 +512,7 @@ def test_layers_by_number():
 
 REFUSED = {
     "there are no shared experts": {"shared_d_ff": 8},
-    "is True, and there are no shared experts": {"shared_gate": True},
+    "is true, and there are no shared experts": {"shared_gate": True},
     "sparsemixer router picks 2": {"top_k": 3, "router": RouterConfig("sparsemixer")},
     "the softmax_topk router has none": {"router": RouterConfig(margin=0.1)},
     "does not normalise its gates": {"router": RouterConfig("sparsemixer", normalize="before")},

@@ -99,7 +99,7 @@ REFUSED = [
     ({"rope": {"kind": "linear", "factor": 2.0, "truncate": False}}, "rope.truncate", "kind=linear has none"),
     ({"rope": {"fraction": 0.3}}, "rope.fraction", "0.3 of a head of 32 are no pairs"),
     ({"rope": {"fraction": 0.5}, "latent": {}}, "rope.fraction", "of latent keys latent.rotary turns"),
-    ({"rope": {"fraction": 0.5}, "positions": "learned"}, "rope", "learned positions do not turn"),
+    ({"rope": {"fraction": 0.5}, "positions": "learned"}, "rope.fraction", "learned positions do not turn"),
     ({"rope": vars(GPT_OSS) | {"beta_slow": 40.0}}, "rope.beta_fast", "is 32, not above beta_slow=40"),
     ({"rope": vars(GPT_OSS) | {"mscale": 1.0}}, "rope.mscale_all_dim", "set both, or none"),
     ({"rope": vars(DEEPSEEK) | {"attention_factor": 1.5}}, "rope.attention_factor", "would give the same factor"),
