@@ -379,7 +379,7 @@ UNLIKE = {  # encoders of the dense model and of the other, and what is said
     "model.encoder: is set, and the dense model has none": (None, EncoderConfig(2)),
     "model.encoder: is not set, and the dense model has an encoder of 2 layers": (EncoderConfig(2), None),
     "model.encoder.layers: is 3, and the dense model has 2": (EncoderConfig(2), EncoderConfig(3)),
-    "model.encoder.vocab: is 9, and the dense model has None": (EncoderConfig(2), EncoderConfig(2, vocab=9)),
+    "model.encoder.vocab: is 9, and the dense model has unset": (EncoderConfig(2), EncoderConfig(2, vocab=9)),
 }
 
 
