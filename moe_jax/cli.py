@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     upcycle.set_defaults(run=run_upcycle)
 
     text = "published weights in and out: Hugging Face folders of config.json and safetensors"
-    add_convert(commands.add_parser("convert", help=text, description=text), folder)
+    add_convert(commands.add_parser("convert", help=text, description=text))
 
     text = "what a config costs before it runs: parameters, FLOPs, memory, traffic, time and money"
     add_plan(commands.add_parser("plan", help=text, description=text))

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from moe_jax.schema import Problem, Refused
+from moe_jax.terminal import moves
 
 Record = dict[str, Any]
 Load = Sequence[Sequence[int]]
@@ -278,8 +279,7 @@ class Progress:
         self._seconds: deque[float] = deque(maxlen=50)
         self._started = False
         self._bar: Any = None
-        # A dumb terminal cannot move its cursor, and a bar would fill the screen.
-        if not quiet and self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+        if not quiet and moves(self._stream):
             self._bar, self._task = self._make_bar()
 
     def _make_bar(self) -> tuple[Any, Any]:

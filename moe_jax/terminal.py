@@ -5,9 +5,11 @@ Only the standard library is imported.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 STOPPED = 75  # exit code of a training that a signal stopped after saving; EX_TEMPFAIL: the same command goes on
 
@@ -31,6 +33,11 @@ def say(args: argparse.Namespace, *lines: str) -> None:
     """Progress, on standard error."""
     if not args.quiet:
         print(*lines, sep="\n", file=sys.stderr)
+
+
+def moves(stream: TextIO) -> bool:
+    """Whether a bar can be drawn there. A dumb terminal cannot move its cursor: a bar would fill the screen."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> list[str]:

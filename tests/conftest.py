@@ -21,6 +21,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 from commands import TINY, calls, finish, in_this_process, start, write_text
+from theirs import require
 
 # A shell lets its background jobs ignore Ctrl-C, and so would what tests start in order to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,6 +41,17 @@ def golden():
 
 
 call = pytest.fixture(calls)
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """The library, with torch; a test of the two asks for it."""
+    require("torch", "transformers")
+    import transformers
+
+    return transformers
+
+
 inside = pytest.fixture(scope="module")(in_this_process)
 
 

@@ -106,9 +106,9 @@ def test_the_programs_and_what_bounds_them(versus):
 SMALL = ["bench", "decode", "--rounds", "1", "--batch", "2", "--tokens", "3", "--prompt-tokens", "4", "--threads", "1"]
 
 
+@pytest.mark.usefixtures("transformers")
 def test_decoding_beside_transformers(capfd):
     """Programs of one size, each with a speed in both phases; what is fastest is compared with."""
-    pytest.importorskip("torch", reason="NOT PROVED: torch is not here. Remedy: python -m pip install -e '.[dev]'")
     assert cli.main([*SMALL, "model.layers=1", "model.d_model=32", "--against", "transformers", "--json"]) == 0
     report = json.loads(capfd.readouterr().out.splitlines()[-1])
     (row,) = report["rows"]

@@ -274,15 +274,7 @@ def test_there_and_back(family, tmp_path, text, call):
 @needs_torch
 @pytest.mark.parametrize("family", CASES)
 def test_transformers_load_an_export(family, tmp_path, call):
-    import torch
-    import transformers
-
     call("convert", "import", GOLDEN / family, tmp_path / "run", "data.length=8")
     code, _, err = call("convert", "export", tmp_path / "run", tmp_path / "out", "--dtype", "float32", "--quiet")
     assert code == 0, err
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info.values()), info
-    with torch.no_grad():
-        logits = model.eval()(torch.tensor(TOKENS)).logits.numpy()
-    want = np.load(GOLDEN / f"{family}.npz")["logits"]
-    assert np.abs(logits - want).max() < 1e-6 * np.abs(want).max()
+    published.loads(tmp_path / "out", family)

@@ -17,6 +17,7 @@ import oracle
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
+from theirs import require
 
 from moe_jax import config
 from moe_jax import mesh as meshes
@@ -248,9 +249,6 @@ def qwen2_moe(w):
     return up_and_down(w["experts"]) | shared | rest
 
 
-REMEDY = "python -m pip install torch transformers, or make test where the development extra brings them"
-
-
 def gpt_oss(w):
     """Gate and up lie by turns, nothing is transposed."""
     e = w["experts"]
@@ -301,8 +299,7 @@ FAMILIES = {  # variant -> config and class of its module there, its sizes, and 
 def theirs(name):
     """Output and gradients of the family's own module in float64, by its own names; padding is left out."""
     wanted, kind, sizes, names = FAMILIES[name]
-    for package in ("torch", "transformers"):
-        pytest.importorskip(package, reason=f"NOT PROVED for {name}: {package} is missing. Remedy: {REMEDY}")
+    require("torch", "transformers")
     import torch
     import transformers
 

@@ -1,5 +1,6 @@
 """How the next token is chosen, when a text ends, what a prompt begins with, and chats."""
 
+import dataclasses
 import json
 
 import jax
@@ -204,8 +205,6 @@ def test_documents_and_prompts_begin_as_the_tokenizer_says(folder, tokenizer, tm
     cfg = DataConfig(path=str(folder / "text.txt"), tokenizer=str(folder / "tokenizer.json"), length=16)
     begin = tokenizer.special["<s>"]
     assert opening(tokenizer, False) == () and opening(tokenizer, True) == (begin,)
-    import dataclasses
-
     plain, marked = (prepare(dataclasses.replace(cfg, bos=bos), tmp_path / f"{bos}") for bos in (False, True))
     starts = [0, *marked.train.ends[:-1].tolist()]
     assert (marked.train.tokens[starts] == begin).all() and not (plain.train.tokens == begin).any()
@@ -243,16 +242,13 @@ def test_a_sentencepiece_model(folder, tmp_path):
 # Chats
 
 
-def test_a_chat_is_what_transformers_makes_of_it(folder, tokenizer):
+def test_a_chat_is_what_transformers_makes_of_it(folder, tokenizer, transformers):
     chat = Chat(str(folder / "tokenizer.json"), tokenizer)
     want = "<s><|user|>system: be kind<|end|><|user|>user: hi  there<|end|><|user|>assistant:"
     got = chat.prompt(" hi  there ", "be kind").tolist()
     assert got == tokenizer.encode(want, marked=True).tolist() != tokenizer.encode(want).tolist()
     assert chat.stops == {257, tokenizer.special["<|end|>"]} and tokenizer.eos == 257
-    reason = "NOT PROVED: transformers is not here. Remedy: python -m pip install -e '.[dev]'"
-    transformers = pytest.importorskip("transformers", reason=reason)
-    with jax.numpy_dtype_promotion("standard"):
-        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": " hi  there "}]
     assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == got
 
@@ -269,7 +265,7 @@ HOSTILE = {
 def test_templates_that_are_refused(name, tmp_path, tokenizer):
     source, why = HOSTILE[name]
     (tmp_path / "chat_template.jinja").write_text(source)
-    with pytest.raises(Refused, match=f"--chat: the chat template .*{why}|{why}"):
+    with pytest.raises(Refused, match=f"(?s)^--chat: the chat template .*{why}"):
         Chat(str(tmp_path / "tokenizer.json"), tokenizer).prompt("a")
 
 

@@ -1,7 +1,6 @@
 """Rates of rotary positions against NumPy in float64, published bounds, and transformers where it is installed."""
 
 import math
-from importlib.util import find_spec
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +9,7 @@ import pytest
 from moe_jax.config import ConfigError, LatentConfig, ModelConfig, RopeConfig, from_dict
 from moe_jax.layers.positions import RATES, rotary
 
-MISSING = [name for name in ("torch", "transformers") if find_spec(name) is None]
-proved_by_transformers = pytest.mark.skipif(
-    bool(MISSING),
-    reason=f"NOT PROVED against transformers: {' and '.join(MISSING)} missing. Remedy: python -m pip install torch "
-    "transformers; the same formulas in NumPy were tested",
-)
+proved_by_transformers = pytest.mark.usefixtures("transformers")
 
 GPT_OSS = RopeConfig("yarn", factor=32.0, original_length=4096, truncate=False)
 DEEPSEEK = RopeConfig("yarn", factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0)

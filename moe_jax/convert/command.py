@@ -1,15 +1,13 @@
 """`moe-jax convert`: options and flow."""
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from moe_jax.terminal import mesh_words, result, size
+from moe_jax.terminal import folder, mesh_words, result, size
 
 
-def add_convert(convert: argparse.ArgumentParser, folder: Callable[[str], Path]) -> None:
-    """`convert import` and `convert export`; `folder` reads the name of one."""
+def add_convert(convert: argparse.ArgumentParser) -> None:
+    """`convert import` and `convert export`."""
     kinds = convert.add_subparsers(dest="direction", required=True, metavar="import|export")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:

@@ -160,18 +160,22 @@ def pattern(f: Fields, kinds: Sequence[bool]) -> Tree:
     return {}
 
 
+def experts(f: Fields) -> Tree:
+    """How many routed experts there are, by either name, and how many a token has."""
+    return {"experts": f.experts("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
+
+
+def best_of_softmax(f: Fields) -> Tree:
+    """A softmax over all experts, the best of it, divided by their sum if `norm_topk_prob`."""
+    norm = "before" if f.truth("norm_topk_prob", False) else "none"
+    return {"router": {"kind": "softmax_topk", "normalize": norm}}
+
+
 def sparse(f: Fields, layers: int) -> Tree:
     """The experts of Qwen: softmax, the best of it, divided by their sum if `norm_topk_prob`; some layers dense."""
     step, dense = f.count("decoder_sparse_step", default=1), f.listed("mlp_only_layers")
     kinds = [(i + 1) % step == 0 and i not in dense for i in range(layers)]
-    moe = {
-        "experts": f.experts("num_experts", "num_local_experts"),
-        "top_k": f.count("num_experts_per_tok"),
-        "d_ff": f.count("moe_intermediate_size"),
-        **pattern(f, kinds),
-        "router": {"kind": "softmax_topk", "normalize": "before" if f.truth("norm_topk_prob", False) else "none"},
-    }
-    return {"moe": moe}
+    return {"moe": {**experts(f), "d_ff": f.count("moe_intermediate_size"), **pattern(f, kinds), **best_of_softmax(f)}}
 
 
 def sparse_fields(m: ModelConfig) -> dict[str, Any]:

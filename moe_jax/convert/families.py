@@ -21,6 +21,7 @@ from moe_jax.convert.common import (
     attention_bias,
     base_fields,
     decoder,
+    experts,
     grouped,
     same,
     sparse,
@@ -32,22 +33,7 @@ from moe_jax.convert.common import (
 )
 from moe_jax.convert.fields import Fields
 from moe_jax.convert.names import Part, Rule, Take
-from moe_jax.convert.others import (
-    gpt_oss_fields,
-    gpt_oss_keys,
-    gpt_oss_names,
-    granite_fields,
-    granite_keys,
-    granite_names,
-    granite_shared_fields,
-    granite_shared_keys,
-    olmoe_fields,
-    olmoe_keys,
-    olmoe_names,
-    qwen2_fields,
-    qwen2_keys,
-    qwen2_names,
-)
+from moe_jax.convert.others import OTHERS
 
 MOST_NEXT = 8  # layers that predict further tokens; V3 has one
 LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever rms_norm_eps is
@@ -85,8 +71,7 @@ def mixtral_keys(f: Fields) -> Tree:
     """Softmax over the chosen logits; every layer is MoE."""
     f.off(["router_jitter_noise"], "it multiplies the experts' input too, which is not done here")
     f.off(["attention_bias"])
-    moe: Tree = {"experts": f.experts("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
-    moe |= {"router": {"kind": "topk_softmax"}}
+    moe = experts(f) | {"router": {"kind": "topk_softmax"}}
     return decoder(f, eps=1e-5) | grouped(f, kv_heads=8) | windows(f) | {"moe": moe}
 
 
@@ -270,12 +255,8 @@ def v3_ignored(config: dict[str, Any]) -> Sequence[str]:
 
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(mixtral_keys, mixtral_fields, mixtral_names),
-    "qwen2_moe": Family(qwen2_keys, qwen2_fields, qwen2_names),
     "qwen3_moe": Family(qwen3_keys, qwen3_fields, qwen3_names),
     "deepseek_v2": Family(v2_keys, v2_fields, deepseek_names),
     "deepseek_v3": Family(v3_keys, v3_fields, deepseek_names, v3_ignored),
-    "olmoe": Family(olmoe_keys, olmoe_fields, olmoe_names),
-    "gpt_oss": Family(gpt_oss_keys, gpt_oss_fields, gpt_oss_names),
-    "granitemoe": Family(granite_keys, granite_fields, granite_names),
-    "granitemoeshared": Family(granite_shared_keys, granite_shared_fields, granite_names),
+    **OTHERS,
 }

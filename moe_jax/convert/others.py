@@ -11,10 +11,13 @@ from moe_jax.convert.common import (
     LAYER,
     MLP,
     OUTSIDE,
+    Family,
     Tree,
     attention_bias,
     base_fields,
+    best_of_softmax,
     decoder,
+    experts,
     grouped,
     same,
     sparse,
@@ -71,9 +74,7 @@ def qwen2_names(m: ModelConfig) -> Sequence[Rule]:
 def olmoe_keys(f: Fields) -> Tree:
     """Norms of queries and keys over all heads of a token; softmax, and the best of it."""
     f.off(["clip_qkv"], "queries, keys and values are clipped in no model here")
-    moe: Tree = {"experts": f.experts("num_experts", "num_local_experts"), "top_k": f.count("num_experts_per_tok")}
-    norm = "before" if f.truth("norm_topk_prob", False) else "none"
-    moe |= {"router": {"kind": "softmax_topk", "normalize": norm}}
+    moe = experts(f) | best_of_softmax(f)
     return decoder(f, eps=1e-5) | grouped(f) | attention_bias(f) | {"qk_norm": "all", "moe": moe}
 
 
@@ -104,8 +105,7 @@ def gpt_oss_keys(f: Fields) -> Tree:
         f.no("rope_parameters", "is missing", "give the kind of positions and its numbers")
     out = decoder(f, eps=1e-5) | grouped(f, kv_heads=8, head_dim=64)
     turn = ["full_attention" if i % 2 else "sliding_attention" for i in range(out["layers"])]
-    moe: Tree = {"experts": f.experts("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
-    moe |= {"router": {"kind": "topk_softmax", "bias": True}}
+    moe = experts(f) | {"router": {"kind": "topk_softmax", "bias": True}}
     kind = {"ffn": "clamped_swiglu", "biases": True, "sinks": True}
     return out | kind | windows(f, kinds=f.listed("layer_types", out["layers"]) or turn, absent=128) | {"moe": moe}
 
@@ -156,8 +156,7 @@ def gpt_oss_names(m: ModelConfig) -> Sequence[Rule]:
 
 def granite_keys(f: Fields) -> Tree:
     """Factors on embedding, scores, residual and logits; the best logits, and a softmax over them."""
-    moe: Tree = {"experts": f.experts("num_local_experts", "num_experts"), "top_k": f.count("num_experts_per_tok")}
-    moe |= {"router": {"kind": "topk_softmax"}}
+    moe = experts(f) | {"router": {"kind": "topk_softmax"}}
     factors = {
         "embed_scale": f.number("embedding_multiplier", 1.0),
         "attention_scale": f.number("attention_multiplier", 1.0),
@@ -211,3 +210,12 @@ def granite_shared_fields(m: ModelConfig) -> dict[str, Any]:
     assert m.moe is not None
     width = m.moe.shared_width(m.moe.d_ff or m.d_ff)
     return granite_fields(m) | {"architectures": ["GraniteMoeSharedForCausalLM"], "shared_intermediate_size": width}
+
+
+OTHERS: dict[str, Family] = {
+    "qwen2_moe": Family(qwen2_keys, qwen2_fields, qwen2_names),
+    "olmoe": Family(olmoe_keys, olmoe_fields, olmoe_names),
+    "gpt_oss": Family(gpt_oss_keys, gpt_oss_fields, gpt_oss_names),
+    "granitemoe": Family(granite_keys, granite_fields, granite_names),
+    "granitemoeshared": Family(granite_shared_keys, granite_shared_fields, granite_names),
+}

@@ -1,10 +1,9 @@
 """How far a conversion is: a bar on a terminal, and a line every tenth of the way elsewhere, on standard error."""
 
-import os
 import sys
 from typing import Any, TextIO
 
-from moe_jax.terminal import size
+from moe_jax.terminal import moves, size
 
 
 class Bar:
@@ -14,7 +13,7 @@ class Bar:
         self.total, self.what, self.quiet, self.done = total, what, quiet, 0
         self.stream = sys.stderr if stream is None else stream
         self.bar: Any = None
-        if not quiet and self.stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+        if not quiet and moves(self.stream):
             from rich.console import Console
             from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -80,7 +80,7 @@ class Chat:
     def stops(self) -> set[int]:
         ids = self.read("generation_config.json").get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
-        found = {i for i in ids if isinstance(i, int) and 0 <= i < self.tokenizer.size}
+        found = {i for i in ids if type(i) is int and 0 <= i < self.tokenizer.size}
         end = self.tokenizer.special.get(self.name("eos_token"))
         return found | ({end} if end is not None else set())
 
