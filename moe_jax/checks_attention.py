@@ -60,6 +60,17 @@ ROPE_KEYS = {  # what each kind reads, and has to be given
         ),
         ("factor", "original_length"),
     ),
+    "longrope": (
+        (
+            "factor",
+            "original_length",
+            "short_factors",
+            "long_factors",
+            "attention_factor",
+            "long_attention_factor",
+        ),
+        ("original_length", "short_factors", "long_factors"),
+    ),
 }
 
 
@@ -75,6 +86,8 @@ def _check_rope(m: ModelConfig, rope: RopeConfig, no: Refuse) -> None:
             no(f"rope.{name}", f"is unset, and kind={rope.kind} needs it", "set it, or model.rope.kind=plain")
     if rope.kind == "yarn":
         _check_yarn(m, rope, no)
+    if rope.kind == "longrope":
+        _check_longrope(m, rope, no)
     if m.latent is not None and rope.fraction != 1.0:
         no("rope.fraction", f"is {rope.fraction:g}, and of latent keys latent.rotary turns", "take it out")
     elif not turning(m.resolved_head_dim, rope.fraction) and not m.resolved_head_dim % 2:
@@ -96,6 +109,26 @@ def _check_yarn(m: ModelConfig, rope: RopeConfig, no: Refuse) -> None:
     if rope.attention_factor is not None and rope.mscale is not None:
         why = f"is {rope.attention_factor:g}, and mscale={rope.mscale:g} would give the same factor"
         no("rope.attention_factor", why, "take it out, or mscale and mscale_all_dim")
+
+
+def _check_longrope(m: ModelConfig, rope: RopeConfig, no: Refuse) -> None:
+    """A number for each pair that turns, and one way to the factor on sine and cosine."""
+    width = m.resolved_head_dim if m.latent is None else m.latent.rotary
+    pairs = turning(width, rope.fraction) // 2
+    for name in ("short_factors", "long_factors"):
+        factors = getattr(rope, name)
+        if factors is not None and len(factors) != pairs:
+            why = f"has {len(factors)} numbers, and {pairs} pairs of a head turn"
+            no(f"rope.{name}", why, "give one for each pair")
+    if rope.attention_factor is not None and rope.factor is not None:
+        why = f"is {rope.factor:g}, and longrope reads it only where attention_factor is unset"
+        no("rope.factor", why, "take one of them out")
+    if rope.attention_factor is None and rope.factor is None:
+        why = "is unset, and so is factor, from which it would follow"
+        no("rope.attention_factor", why, "set one of them")
+    if rope.attention_factor is None and rope.original_length == 1:
+        why = "is 1, from whose logarithm no factor on sine and cosine follows"
+        no("rope.original_length", why, "set it to 2 or more, or model.rope.attention_factor")
 
 
 def _check_window(m: ModelConfig, no: Refuse) -> None:

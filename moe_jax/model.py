@@ -244,6 +244,7 @@ class Transformer(nnx.Module):
                 source = Source(cache.source, None)
             context = context._replace(source=source)
         context = self.with_distances(context, self.relative, L if cache is None else places(cache), False, cache)
+        context = self.with_lengths(context, cache)
 
         outside = self.rules if self.rules is None or schedule is None else shared(self.rules, B)
         with jax.named_scope("embed"):
@@ -293,7 +294,7 @@ class Transformer(nnx.Module):
         segments = jnp.ones((B, M), jnp.int32) if segments is None else segments
         positions = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32), (B, M)) if positions is None else positions
         context = Context(positions, segments, segments > 0, inputs, None)
-        context = self.with_distances(context, self.encoder.relative, M, True)
+        context = self.with_lengths(self.with_distances(context, self.encoder.relative, M, True))
         with jax.named_scope("embed"):
             x = self.embedding(inputs, positions, self.rules, self.encoder.table)
             x = dropout(x, self.m.dropout, fold(keys, 0))
@@ -313,6 +314,26 @@ class Transformer(nnx.Module):
         queries = jnp.arange(context.tokens.shape[1]) + (0 if cache is None else cache.filled)
         buckets = bucket(queries[:, None] - jnp.arange(keys)[None], both_ways)
         return context._replace(distances=Distances(table[...], buckets, self.rules))
+
+    def with_lengths(self, context: Context, cache: Cache | None = None) -> Context:
+        """The context of layers whose positions are LongRoPE's, which has other rates in long rows.
+
+        A row is long where one of its tokens stands behind the first `original_length` places of its sequence, as in
+        transformers for a row alone: what shares its batch has no say, padding neither. With a cache a row is long
+        where the cache has room for that, from the row's first token on: the prompt and the new tokens asked for.
+        Keys that are kept cannot be turned again, nor what later layers made of them, so that a row has one kind of
+        rates from its first token to its last, and decoding past `original_length` changes nothing on the way.
+        (`generate` of transformers begins with the short rates and reads the whole row again when it gets long.)
+        """
+        rope = self.m.rope
+        if rope is None or rope.kind != "longrope":
+            return context
+        assert rope.original_length is not None
+        if cache is not None:
+            length = places(cache) - cache.start  # [B]
+        else:
+            length = jnp.where(context.mask, context.positions, 0).max(1) + 1
+        return context._replace(long=length > rope.original_length)
 
     def shards(self, L: int, cache: Cache | None) -> int:
         """Shards of a row of L tokens over the current mesh."""

@@ -194,11 +194,21 @@ class RopeConfig:
     is the same with the columns of its queries and keys in another order."""
 
     __pydantic_config__ = STRICT
-    kind: Literal["plain", "linear", "yarn"] = key(
-        "plain", "rates theta^(-2i/N), all divided by the factor, or slow pairs divided and fast ones kept (YaRN)"
+    kind: Literal["plain", "linear", "yarn", "longrope"] = key(
+        "plain",
+        "rates theta^(-2i/N), all divided by the factor, slow pairs divided and fast ones kept (YaRN), or each divided "
+        "by a number of its own, which is another one in long rows (LongRoPE)",
     )
-    factor: Positive | None = key(None, "linear, yarn: how much longer rows may be than those of the first training")
-    original_length: Count | None = key(None, "yarn: tokens of the rows of the first training")
+    factor: Positive | None = key(
+        None,
+        "linear, yarn: how much longer rows may be than those of the first training; longrope: the same, where "
+        "attention_factor is unset",
+    )
+    original_length: Count | None = key(
+        None, "yarn, longrope: tokens of the rows of the first training; longrope: rows of more are long"
+    )
+    short_factors: tuple[Positive, ...] | None = key(None, "longrope: what divides the rate of each pair")
+    long_factors: tuple[Positive, ...] | None = key(None, "longrope: the same in rows of more than original_length")
     beta_fast: Positive = key(32.0, "yarn: pairs that turn more often in original_length keep their rate")
     beta_slow: Positive = key(1.0, "yarn: pairs that turn less often get theirs divided by the factor")
     mscale: Positive | None = key(None, "yarn: with mscale_all_dim; sine and cosine times the ratio of both scales")
@@ -206,7 +216,12 @@ class RopeConfig:
         None, "yarn: see mscale; in latent attention the scores are multiplied by the square of this scale (DeepSeek)"
     )
     attention_factor: Positive | None = key(
-        None, "yarn: factor on sine and cosine; unset: 0.1 ln(factor) + 1, or by mscale"
+        None,
+        "factor on sine and cosine; unset: yarn: 0.1 ln(factor) + 1, or by mscale; longrope: the root of "
+        "1 + ln(factor) / ln(original_length)",
+    )
+    long_attention_factor: Positive | None = key(
+        None, "longrope: attention_factor of rows of more than original_length (Phi-MoE); unset: the same"
     )
     truncate: bool = key(True, "yarn: the bounds between fast and slow pairs are whole numbers (GPT-OSS: false)")
     fraction: Share = key(1.0, "the first so many of a head's width turn, the others have no position")
@@ -217,12 +232,20 @@ class RopeConfig:
 
     @property
     def turned(self) -> float:
-        """Factor on sine and cosine."""
-        if self.kind != "yarn" or self.attention_factor is not None:
+        """Factor on sine and cosine; of LongRoPE that of short rows (Ding et al. 2024, section 3.2)."""
+        if self.kind not in ("yarn", "longrope") or self.attention_factor is not None:
             return self.attention_factor or 1.0
+        if self.kind == "longrope":
+            assert self.factor is not None and self.original_length is not None
+            return sqrt(1.0 + log(max(self.factor, 1.0)) / log(self.original_length))
         if self.mscale is None or self.mscale_all_dim is None:
             return self.scale()
         return self.scale(self.mscale) / self.scale(self.mscale_all_dim)
+
+    @property
+    def turned_long(self) -> float:
+        """The same of long rows."""
+        return self.long_attention_factor or self.turned
 
 
 @dataclass(frozen=True)

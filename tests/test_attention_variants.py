@@ -30,6 +30,8 @@ from moe_jax.train.state import Model
 
 L = 70  # two blocks of queries
 SMALL = ModelConfig(vocab=13, layers=4, d_model=16, d_ff=24, heads=4, kv_heads=2, head_dim=6, max_length=80)
+LONG = RopeConfig("longrope", original_length=7, short_factors=(1.0, 1.2, 1.5), long_factors=(1.0, 2.5, 6.0))
+LONG = replace(LONG, attention_factor=1.1, long_attention_factor=1.3)
 VARIANTS = {
     "sliding": {"window": 5},
     "alternate": {"window": 5, "full_every": 2},
@@ -39,6 +41,7 @@ VARIANTS = {
     "a norm over all heads": {"qk_norm": "all", "biases": "qkv"},
     "a scale": {"attention_scale": 0.9},
     "YaRN of a part": {"rope": RopeConfig("yarn", factor=4.0, original_length=32, fraction=1 / 3), "head_dim": 12},
+    "LongRoPE": {"rope": replace(LONG, original_length=40)},  # of the rows the second is a long one
     "sinks and a window": {"sinks": True, "window": 1, "full_every": 2, "stack_above": 4},
 }
 
@@ -49,7 +52,11 @@ def transformer(m, rules=None):
 
 def turn(x, positions, m):
     """x [heads, L, N] with the pairs of its first numbers turned."""
-    if m.rope is None:
+    if m.rope is not None and m.rope.kind == "longrope":
+        length = positions.max() + 1
+        width, rate = x.shape[-1], np.array(rates(m.rope, x.shape[-1], m.rope_theta, length))
+        factor = m.rope.turned_long if length > m.rope.original_length else m.rope.turned
+    elif m.rope is None:
         width, factor, rate = x.shape[-1], 1.0, m.rope_theta ** (-2 * np.arange(x.shape[-1] // 2) / x.shape[-1])
     else:
         width, factor = round(x.shape[-1] * m.rope.fraction), m.rope.turned
@@ -332,7 +339,7 @@ YARN = RopeConfig("yarn", factor=4.0, original_length=16, beta_fast=4.0, mscale=
 FAMILIES = {  # what is decoded, and trained, on meshes: several variants in one program
     "grouped queries": {"biases": "qkv"},
     "all heads": {"kv_heads": None, "qk_norm": "all", "attention_scale": 0.3},
-    "windows and sinks": {"window": 3, "full_every": 2, "sinks": True, "biases": "attention", "rope": YARN},
+    "windows and sinks": {"window": 3, "full_every": 2, "sinks": True, "biases": "attention", "rope": LONG},
     "latent": {"kv_heads": None, "latent": LatentConfig(6, 8, 4), "rope": YARN},
 }
 LENGTHS, WIDTH, STEPS = np.array([5, 3, 1, 4, 5, 5, 2, 3]), 5, 6  # prompts, and tokens after them
@@ -364,7 +371,8 @@ def decoded(graph, state):
     place = LENGTHS[:, None] - WIDTH + np.arange(WIDTH)  # prompts are aligned at their right ends
     prompt = np.where(place >= 0, np.take_along_axis(TOKENS, np.maximum(place, 0), 1), 0)
     after = np.take_along_axis(TOKENS, LENGTHS[:, None] + np.arange(STEPS), 1)
-    whole = model(jnp.asarray(TOKENS), capacity_factor=None).logits
+    real = jnp.asarray(np.arange(WIDTH + STEPS)[None] < LENGTHS[:, None] + STEPS).astype(jnp.int32)
+    whole = model(jnp.asarray(TOKENS), segments=real, capacity_factor=None).logits
     cache = model.empty_cache(8, WIDTH + STEPS, jnp.asarray(LENGTHS), WIDTH)
     first = model(jnp.asarray(prompt), segments=jnp.asarray(place >= 0).astype(jnp.int32), cache=cache)
 

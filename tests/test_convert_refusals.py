@@ -187,6 +187,7 @@ def test_the_folder_cut_in_two_is_the_same(folder):
     assert len(found.source.tensors) == len(found.names.tensors) and not found.unused
 
 
+PHI_LONG = published.LONG | published.SCALES
 DENSE = {"mlp_only_layers": [1], "num_hidden_layers": 4}
 EXPERTS = dict.fromkeys(published.CASES, "num_local_experts")
 EXPERTS |= dict.fromkeys(("qwen2_moe", "olmoe"), "num_experts")
@@ -202,6 +203,16 @@ FAMILY_DAMAGE = [
     ("gpt_oss", {"layer_types": ["full_attention"]}, ["layer_types", "1 entries for 2 layers"]),
     ("gpt_oss", {"rope_parameters": {"rope_type": ["yarn"]}}, ["rope_parameters", "'yarn'"]),
     ("mixtral", {"attention_bias": True}, ["attention_bias"]),
+    ("phimoe", {"num_experts_per_tok": 3}, ["num_experts_per_tok", "is 3", "SparseMixer takes two"]),
+    ("phimoe", {"router_jitter_noise": 0}, ["router_jitter_noise", "is 0"]),
+    ("phimoe", {"lm_head_bias": False}, ["not of this model", "lm_head.bias [40] F32"]),
+    ("phimoe", {"rope_parameters": published.YARN | published.SCALES}, ["rope_parameters", "'yarn'", "longrope"]),
+    ("phimoe", {"rope_parameters": published.LONG}, ["short_mscale: is missing", "long_mscale: is missing"]),
+    ("phimoe", {"rope_parameters": PHI_LONG | {"factor": 2.0}}, ["rope_parameters.factor", "no such number"]),
+    ("phimoe", {"rope_parameters": PHI_LONG | {"short_factor": [1, 1, 2]}}, ["short_factors", "has 3 numbers"]),
+    ("phimoe", {"rope_parameters": PHI_LONG | {"long_factor": [1.0, 0]}}, ["rope_parameters.long_factor[1]: is 0"]),
+    ("phimoe", {"rope_parameters": PHI_LONG | {"long_factor": None}}, ["rope_parameters.long_factor: is missing"]),
+    ("mixtral", {"rope_parameters": PHI_LONG}, ["rope_parameters.long_mscale", "no such number"]),
     ("deepseek_v3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps", "1e-05", "1e-06"]),
     ("deepseek_v3", {"scoring_func": "softmax"}, ["scoring_func", "'softmax'"]),
     ("deepseek_v3", {"moe_layer_freq": 2}, ["moe_layer_freq"]),

@@ -13,6 +13,8 @@ proved_by_transformers = pytest.mark.usefixtures("transformers")
 
 GPT_OSS = RopeConfig("yarn", factor=32.0, original_length=4096, truncate=False)
 DEEPSEEK = RopeConfig("yarn", factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0)
+LONG = {"kind": "longrope", "factor": 4.0, "original_length": 8}
+LONG |= {"short_factors": (1.25,) * 16, "long_factors": tuple(2.0 + i for i in range(16))}
 LITE = RopeConfig("yarn", factor=40.0, original_length=4096, mscale=0.9, mscale_all_dim=0.707)
 ROPES = {
     "linear": (RopeConfig("linear", factor=4.0), 16, 1e4),
@@ -25,11 +27,15 @@ ROPES = {
 }
 
 
-def rates(rope, width, theta):
-    """Rate by rate in float64: a pair's place on the ramp between those that turn beta_fast and beta_slow times."""
+def rates(rope, width, theta, length=1):
+    """Rate by rate in float64: divided by one number, or one of each pair's, which another `length` of a row changes,
+    or by a pair's place on the ramp between those that turn beta_fast and beta_slow times."""
     plain = [theta ** (-2 * i / width) for i in range(width // 2)]
     if rope.kind == "linear":
         return [r / rope.factor for r in plain]
+    if rope.kind == "longrope":
+        by = rope.long_factors if length > rope.original_length else rope.short_factors
+        return [r / f for r, f in zip(plain, by, strict=True)]
     # theta^(-2d/N) L = 2 pi beta, solved for d
     fast, slow = (
         -math.log(2 * math.pi * beta / rope.original_length) / math.log(theta) * width / 2
@@ -87,6 +93,14 @@ def test_what_turns(name, fraction):
 
 
 REFUSED = [
+    ({"rope": {"kind": "longrope", "factor": 2.0}}, ["original_length", "short_factors", "long_factors"], "needs it"),
+    ({"rope": LONG | {"short_factors": (1.0,)}}, "rope.short_factors", "has 1 numbers, and 16 pairs of a head turn"),
+    ({"rope": LONG | {"fraction": 0.5}}, ["short_factors", "long_factors"], "has 16 numbers, and 8 pairs"),
+    ({"rope": LONG | {"factor": None}}, "rope.attention_factor", "is unset, and so is factor"),
+    ({"rope": LONG | {"attention_factor": 1.2}}, "rope.factor", "is 4, and longrope reads it only where"),
+    ({"rope": LONG | {"original_length": 1}}, "rope.original_length", "is 1, from whose logarithm"),
+    ({"rope": LONG | {"truncate": False}}, "rope.truncate", "kind=longrope has none"),
+    ({"rope": {"kind": "linear", "factor": 2.0, "long_factors": (1.0,)}}, "rope.long_factors", "kind=linear has none"),
     ({"rope": {"kind": "yarn", "factor": 4.0}}, "rope.original_length", "kind=yarn needs it"),
     ({"rope": {"kind": "linear"}}, "rope.factor", "kind=linear needs it"),
     ({"rope": {"factor": 4.0}}, "rope.factor", "kind=plain has none"),
@@ -106,7 +120,8 @@ def test_refused(keys, key, words):
     keys["rope"] = {k: v for k, v in keys["rope"].items() if v is not None}
     with pytest.raises(ConfigError) as e:
         from_dict({"model": keys})
-    assert [p.key for p in e.value.problems] == [f"model.{key}"] and words in str(e.value)
+    keys = [f"model.{key}"] if isinstance(key, str) else [f"model.rope.{k}" for k in key]
+    assert [p.key for p in e.value.problems] == keys and words in str(e.value)
 
 
 # transformers
@@ -142,6 +157,30 @@ def test_rates_are_those_of_transformers(name, fraction):
     want, factor = ROPE_INIT_FUNCTIONS[rope.kind](cfg, "cpu")
     np.testing.assert_allclose(RATES[rope.kind](int(width * fraction), theta, rope), want.numpy(), rtol=2e-6)
     assert rope.turned == pytest.approx(factor)
+
+
+@proved_by_transformers
+@pytest.mark.parametrize("scales", [{}, {"attention_factor": 1.5, "factor": None}, {"factor": 0.5}], ids=str)
+@pytest.mark.parametrize("length", [8, 9])
+def test_longrope_is_that_of_transformers(length, scales):
+    """On both sides of the length of the first training, which the row alone decides; the other row is a short one."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = RopeConfig(**LONG | scales)
+    names = {"kind": "rope_type", "original_length": "original_max_position_embeddings"}
+    names |= {"short_factors": "short_factor", "long_factors": "long_factor"}
+    given = {names.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in (LONG | scales).items()}
+    given = {k: v for k, v in given.items() if v is not None} | {"rope_theta": 1e4}
+    cfg = LlamaConfig(hidden_size=32, num_attention_heads=1, max_position_embeddings=32, rope_parameters=given)
+    x = np.random.default_rng(0).normal(size=(2, 1, length, 32)).astype(np.float32)
+    positions = jnp.asarray([range(length), [0] * length])
+    got = rotary(jnp.asarray(x), positions, 1e4, rope, positions.max(1) >= rope.original_length)
+    for row, n in enumerate((length, 1)):
+        rate, factor = ROPE_INIT_FUNCTIONS["longrope"](cfg, seq_len=n)
+        angle = np.asarray(positions[row])[:, None] * rate.numpy()
+        z = (x[row, 0, :, :16] + 1j * x[row, 0, :, 16:]) * np.exp(1j * angle) * factor
+        np.testing.assert_allclose(got[row, 0], np.concatenate([z.real, z.imag], -1), atol=2e-6)
 
 
 @proved_by_transformers

@@ -7,13 +7,35 @@ The fields are those of transformers' configuration classes (version 5.23), with
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, Problem, Refused
 from moe_jax.convert.fields import Fields
 from moe_jax.convert.names import Part, Rule
 
 Tree = dict[str, Any]
+Kinds = dict[str, dict[str, str]]  # of rotary positions: their fields and our keys in `model.rope`
 LAYER = "model.layers.{layer}."
 TURNS = (r".*\.rotary_emb\.inv_freq",)  # tables of older files, which follow from the base
+
+YARN = {
+    "original_max_position_embeddings": "original_length",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "attention_factor": "attention_factor",
+    "truncate": "truncate",
+}
+FACTORS = {
+    "original_max_position_embeddings": "original_length",
+    "short_factor": "short_factors",
+    "long_factor": "long_factors",
+}
+ROPE: Kinds = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "yarn": {"factor": "factor"} | YARN,
+    "longrope": {"factor": "factor", "attention_factor": "attention_factor"} | FACTORS,
+}
 
 
 class Family(NamedTuple):
@@ -25,8 +47,8 @@ class Family(NamedTuple):
     ignored: Callable[[dict[str, Any]], Sequence[str]] = lambda config: TURNS  # patterns of names that nobody reads
 
 
-def decoder(f: Fields, eps: float) -> Tree:
-    """Width, depth, norms, positions and feed-forward layers; `eps`: the family's default."""
+def decoder(f: Fields, eps: float, kinds: Kinds = ROPE) -> Tree:
+    """Width, depth, norms, positions and feed-forward layers; `eps`: the family's default; `kinds`: its positions."""
     f.only("hidden_act", ["silu"], "the experts have a gate by SiLU")
     f.off(["mlp_bias"], "biases of feed-forward layers are converted in no such model")
     return {
@@ -35,7 +57,7 @@ def decoder(f: Fields, eps: float) -> Tree:
         "d_model": f.count("hidden_size"),
         "d_ff": f.count("intermediate_size"),
         "heads": f.count("num_attention_heads"),
-        **positions(f),
+        **positions(f, kinds),
         "max_length": f.count("max_position_embeddings"),
         "norm": "rms",
         "norm_eps": f.number("rms_norm_eps", eps),
@@ -44,54 +66,65 @@ def decoder(f: Fields, eps: float) -> Tree:
     }
 
 
-YARN = {
-    "original_max_position_embeddings": "original_length",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "mscale": "mscale",
-    "mscale_all_dim": "mscale_all_dim",
-    "attention_factor": "attention_factor",
-    "truncate": "truncate",
-}
-ROPE = {"default": {}, "linear": {"factor": "factor"}, "yarn": {"factor": "factor"} | YARN}
-"""Kinds of rotary positions: their fields and our keys in `model.rope`."""
-
-
-def positions(f: Fields) -> Tree:
+def positions(f: Fields, kinds: Kinds) -> Tree:
     """Rotary positions, in the newer form (rope_parameters) or the older (rope_theta, rope_scaling)."""
     name, rope = f.table("rope_parameters", "rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in list(ROPE):
-        f.no(name, f"has the rotary positions {kind!r:.40}", f"use a model of {', '.join(ROPE)} ones")
+    if kind not in list(kinds):
+        f.no(name, f"has the rotary positions {kind!r:.40}", f"use a model of {', '.join(kinds)} ones")
         kind = "default"
     part = rope.get("partial_rotary_factor", f.config.get("partial_rotary_factor"))
     if part not in (None, 1, 1.0):
         f.no("partial_rotary_factor", f"is {part!r:.40}, and whole heads turn here", "use a model of those")
-    for key in sorted(rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE[kind]}):
+    for key in sorted(rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *kinds[kind]}):
         if rope[key] is not None:
             f.no(f"{name}.{key}", f"is {rope[key]!r:.80}, and {kind} positions have no such number", "take it out")
     theta = f.positive("rope_theta", rope.get("rope_theta", f.config.get("rope_theta")))
-    scaled = {} if kind == "default" else {"rope": {"kind": kind, **rates(f, f.inner(name, rope), kind)}}
+    scaled = {} if kind == "default" else {"rope": {"kind": kind, **rates(f, f.inner(name, rope), kind, kinds[kind])}}
     return {"positions": "rotary", "rope_theta": theta, **scaled}
 
 
-def rates(f: Fields, rope: Fields, kind: str) -> Tree:
-    """The numbers of linear positions and of YaRN. A scale of 0 is none."""
+def rates(f: Fields, rope: Fields, kind: str, names: dict[str, str]) -> Tree:
+    """The numbers of linear positions, of YaRN and of LongRoPE. A scale of 0 is none."""
+    if kind == "longrope":
+        return factors(f, rope, names)
     out: Tree = {"factor": rope.number("factor")}
     if kind != "yarn":
         return out
-    outside = f.maybe("original_max_position_embeddings")  # which counts before the one in the table
-    length = rope.count("original_max_position_embeddings", default=f.count("max_position_embeddings"))
-    out |= {"original_length": outside or length, "truncate": rope.truth("truncate", True)}
+    out |= {"original_length": original_length(f, rope), "truncate": rope.truth("truncate", True)}
     numbers = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
     return out | {name: rope.number(name) for name in numbers if rope.config.get(name) not in (None, 0)}
 
 
-def rope_fields(m: ModelConfig) -> dict[str, Any]:
-    """The inverse of `positions`."""
+def original_length(f: Fields, rope: Fields) -> int:
+    """Tokens of the rows of the first training; outside of the table it counts before the one in there."""
+    outside = f.maybe("original_max_position_embeddings")
+    inside = rope.count("original_max_position_embeddings", default=f.count("max_position_embeddings"))
+    return outside or inside
+
+
+def factors(f: Fields, rope: Fields, names: dict[str, str]) -> Tree:
+    """The numbers of LongRoPE. Unless the family has to give it, a factor on sine and cosine that is not there follows
+    from how much longer rows may be, and that from both lengths where it is not there either."""
+    length = original_length(f, rope)
+    out: Tree = {"original_length": length, **{names[n]: rope.numbers(n) for n in ("short_factor", "long_factor")}}
+    if "factor" in names and rope.config.get("attention_factor") is None:
+        longer = f.count("max_position_embeddings") / length
+        return out | {"factor": rope.number("factor", longer)}
+    return out | {names[n]: rope.number(n) for n in names if n not in ("factor", *FACTORS)}
+
+
+def rope_fields(m: ModelConfig, kinds: Kinds) -> dict[str, Any]:
+    """The inverse of `positions`.
+
+    Raises:
+        Refused: a kind that the family has not.
+    """
     kind = "default" if m.rope is None or m.rope.kind == "plain" else m.rope.kind
-    numbers = {theirs: getattr(m.rope, ours) for theirs, ours in ROPE[kind].items()}
-    given = {name: value for name, value in numbers.items() if value is not None}
+    if kind not in kinds:
+        raise Refused(Problem("model.rope.kind", f"is {kind!r}", f"use a model of {', '.join(kinds)} positions"))
+    numbers = {theirs: getattr(m.rope, ours) for theirs, ours in kinds[kind].items()}
+    given = {k: list(v) if isinstance(v, tuple) else v for k, v in numbers.items() if v is not None}
     return {"rope_parameters": {"rope_type": kind, "rope_theta": m.rope_theta, **given}}
 
 
@@ -189,7 +222,7 @@ def sparse_fields(m: ModelConfig) -> dict[str, Any]:
     }
 
 
-def base_fields(m: ModelConfig) -> dict[str, Any]:
+def base_fields(m: ModelConfig, kinds: Kinds = ROPE) -> dict[str, Any]:
     """The inverse of `decoder` and `grouped`."""
     return {
         "vocab_size": m.vocab,
@@ -201,7 +234,7 @@ def base_fields(m: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": m.max_length,
         "rms_norm_eps": m.norm_eps,
-        **rope_fields(m),
+        **rope_fields(m, kinds),
         "tie_word_embeddings": m.tied_head,
         "num_experts_per_tok": m.moe.top_k if m.moe else 0,
     }

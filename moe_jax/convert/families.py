@@ -11,6 +11,7 @@ import numpy as np
 from moe_jax.config import ModelConfig, Problem, Refused
 from moe_jax.convert.common import (
     ATTENTION,
+    FACTORS,
     HEADS,
     LAYER,
     MLP,
@@ -87,6 +88,52 @@ def mixtral_names(m: ModelConfig) -> Sequence[Rule]:
     block = LAYER + "block_sparse_moe."
     experts = swiglu(block + "experts.{expert}.", "ffn.experts.", (("w1", "w_gate"), ("w3", "w_up"), ("w2", "w_down")))
     return *OUTSIDE, *HEADS, turned(block + "gate.weight", "ffn.router"), *experts
+
+
+# Phi-MoE (Abdin et al. 2024, Phi-3; Liu et al. 2024, GRIN)
+
+SCALES = {"short_mscale": "attention_factor", "long_mscale": "long_attention_factor"}
+PHI_ROPE = {"default": {}, "longrope": FACTORS | SCALES}  # the scales are given, and follow from no factor
+
+
+def phimoe_keys(f: Fields) -> Tree:
+    """LayerNorms, and SparseMixer's two experts from the logits within twice `router_jitter_noise` of the best.
+
+    `input_jitter_noise` is of training alone and not done here. In transformers 5.23 the model never takes its
+    long_factor, but does take its long_mscale; LongRoPE is here as in its `modeling_rope_utils` and in Phi-3.
+    """
+    f.only("num_experts_per_tok", [2], "SparseMixer takes two")
+    router = {"kind": "sparsemixer", "margin": 2 * f.number("router_jitter_noise", 0.01)}
+    moe = {"experts": f.experts("num_local_experts", "num_experts"), "top_k": 2, "router": router}
+    more = {"norm": "layer", "head_bias": f.truth("lm_head_bias", False), "moe": moe}
+    return decoder(f, 1e-5, PHI_ROPE) | grouped(f, kv_heads=8) | windows(f) | attention_bias(f) | more
+
+
+def phimoe_fields(m: ModelConfig) -> dict[str, Any]:
+    """The inverse of `phimoe_keys`."""
+    assert m.moe is not None
+    fields = base_fields(m, PHI_ROPE) | window_fields(m)
+    if m.rope is not None and m.rope.kind == "longrope":
+        fields["rope_parameters"] |= {"short_mscale": m.rope.turned, "long_mscale": m.rope.turned_long}
+    return fields | {
+        "architectures": ["PhimoeForCausalLM"],
+        "head_dim": m.resolved_head_dim,
+        "attention_bias": m.biases == "attention",
+        "lm_head_bias": m.head_bias,
+        "num_local_experts": m.moe.experts,
+        "router_jitter_noise": (0.02 if m.moe.router.margin is None else m.moe.router.margin) / 2,
+    }
+
+
+def phimoe_names(m: ModelConfig) -> Sequence[Rule]:
+    """Mixtral's, and biases of norms and head."""
+    return (
+        *mixtral_names(m),
+        same("lm_head.bias", "embedding.head_bias", "v"),
+        same("model.norm.bias", "final_norm.bias", "d"),
+        same(LAYER + "input_layernorm.bias", "attention_norm.bias", "d"),
+        same(LAYER + "post_attention_layernorm.bias", "ffn_norm.bias", "d"),
+    )
 
 
 # Qwen3-MoE (Qwen Team 2025)
@@ -255,6 +302,7 @@ def v3_ignored(config: dict[str, Any]) -> Sequence[str]:
 
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(mixtral_keys, mixtral_fields, mixtral_names),
+    "phimoe": Family(phimoe_keys, phimoe_fields, phimoe_names),
     "qwen3_moe": Family(qwen3_keys, qwen3_fields, qwen3_names),
     "deepseek_v2": Family(v2_keys, v2_fields, deepseek_names),
     "deepseek_v3": Family(v3_keys, v3_fields, deepseek_names, v3_ignored),

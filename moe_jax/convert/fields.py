@@ -78,6 +78,14 @@ class Fields:
             return 1.0
         return float(value)
 
+    def numbers(self, name: str) -> list[float]:
+        """A list of numbers above 0."""
+        value = self.config.get(name)
+        if not isinstance(value, list) or not value:
+            self.no(name, "is missing" if value is None else f"is {value!r:.80}", "give a list of numbers")
+            return []
+        return [self.positive(f"{name}[{i}]", x) for i, x in enumerate(value)]
+
     def truth(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self.config.get(name)

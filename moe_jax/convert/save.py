@@ -62,6 +62,7 @@ FREE = (
 PATTERN = ("moe.every", "moe.first_dense", "moe.layers")  # which layers are MoE
 UNSET = {
     "softmax_topk": {"normalize": "none"},
+    "sparsemixer": {"margin": 0.02},
     "deepseek_v2": {"normalize": "none", "group_score": "max"},
     "deepseek_v3": {"normalize": "before", "group_score": "sum2"},
 }
@@ -113,6 +114,9 @@ def resolved(m: ModelConfig) -> dict[str, Any]:
     table |= {"head_dim": m.resolved_head_dim, "kv_heads": m.resolved_kv_heads, "attention_scale": m.score_scale}
     if m.rope is not None and m.rope.kind == "plain" and m.rope.fraction == 1.0:
         del table["rope"]
+    if m.rope is not None and m.rope.kind == "longrope":
+        table["rope"] |= {"attention_factor": m.rope.turned, "long_attention_factor": m.rope.turned_long}
+        table["rope"].pop("factor", None)
     if m.latent is not None:
         table["latent"]["value"] = m.value_dim
     if m.moe is not None:

@@ -37,6 +37,7 @@ class Context(NamedTuple):
     places: jax.Array | None = None  # [L] int32 of tokens in the order of `sequence.balanced`; None in their own
     distances: Distances | None = None  # of relative positions, whose biases are added to the scores
     source: Source | None = None  # what an encoder read
+    long: jax.Array | None = None  # [B] bool, rows that LongRoPE turns as long ones; None: no row is
 
 
 class Scoring(NamedTuple):
@@ -198,7 +199,7 @@ class Attention(nnx.Module):
         scoring = Scoring(m.score_scale, self.window, context.distances, sinks)
         q, (k, v) = self.queries(x), self.keys_and_values(x)
         if m.positions == "rotary":
-            q, k = (rotary(a, context.positions, m.rope_theta, m.rope) for a in (q, k))
+            q, k = (rotary(a, context.positions, m.rope_theta, m.rope, context.long) for a in (q, k))
         q = groups(q, k)
         if cache is not None and context.cached is not None:
             cache = write(cache, k, v, context.cached.place)

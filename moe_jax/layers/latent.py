@@ -44,10 +44,10 @@ class LatentAttention(nnx.Module):
         if self.w_query_down is not None and self.query_norm is not None:
             h = self.query_norm(self.narrow(x, self.w_query_down[...]))
         q = to_heads(h, self.w_query[...], "act_heads", rules)  # [B,H,L,N+P]
-        turned = rotary(q[..., N:], context.positions, m.rope_theta, m.rope)  # [B,H,L,P]
+        turned = rotary(q[..., N:], context.positions, m.rope_theta, m.rope, context.long)  # [B,H,L,P]
         both = self.narrow(x, self.w_down[...])  # [B,L,C+P]
         c = self.latent_norm(both[..., :C])
-        shared = rotary(both[..., C:], context.positions, m.rope_theta, m.rope)  # [B,L,P]
+        shared = rotary(both[..., C:], context.positions, m.rope_theta, m.rope, context.long)  # [B,L,P]
         if cache is not None and context.cached is not None:
             token = jnp.concatenate([c, shared], -1)[:, None]  # [B,1,L,C+P]
             cache = write(cache, token, token[..., :0], context.cached.place)

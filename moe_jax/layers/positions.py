@@ -45,26 +45,48 @@ def yarn(width: int, theta: float, rope: RopeConfig) -> np.ndarray:
     return plain(width, theta, rope) * (1.0 - share + share / rope.factor)
 
 
-RATES = {"plain": plain, "linear": linear, "yarn": yarn}
+def short_rates(width: int, theta: float, rope: RopeConfig) -> np.ndarray:
+    """Each rate divided by a number of its own (Ding et al. 2024, LongRoPE, section 3.1), in short rows."""
+    assert rope.short_factors is not None
+    return plain(width, theta, rope) / np.array(rope.short_factors)
 
 
-def rotary(x: jax.Array, positions: jax.Array, theta: float, rope: RopeConfig | None = None) -> jax.Array:
+def long_rates(width: int, theta: float, rope: RopeConfig) -> np.ndarray:
+    """The same in long rows."""
+    assert rope.long_factors is not None
+    return plain(width, theta, rope) / np.array(rope.long_factors)
+
+
+RATES = {"plain": plain, "linear": linear, "yarn": yarn, "longrope": short_rates}
+
+
+def rotary(
+    x: jax.Array, positions: jax.Array, theta: float, rope: RopeConfig | None = None, long: jax.Array | None = None
+) -> jax.Array:
     """Turn the pairs (x[i], x[i + N/2]) by positions * theta^(-2i/N), or as `rope` says.
 
     Args:
         x: [B, ..., L, N]; positions: [B, L].
         rope: the rates, a factor on what turns, and how many of the N do.
+        long: [B] bool, rows that LongRoPE turns as long ones; None: no row is.
     """
     half = x.shape[-1] // 2 if rope is None else turning(x.shape[-1], rope.fraction) // 2
+    scale: float | jax.Array = 1.0 if rope is None else rope.turned
     if rope is None:
         rate = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [N/2]
     else:
         rate = jnp.asarray(RATES[rope.kind](2 * half, theta, rope), jnp.float32)
-    angle = jnp.einsum("bl,n->bln", positions.astype(jnp.float32), rate)  # [B, L, N/2]
+    if rope is not None and long is not None:
+        other = jnp.asarray(long_rates(2 * half, theta, rope), jnp.float32)
+        rate = jnp.where(long[:, None], other[None], rate[None])  # [B, N/2]
+        angle = positions.astype(jnp.float32)[:, :, None] * rate[:, None]  # [B, L, N/2]
+        scale = jnp.where(long, rope.turned_long, rope.turned).reshape(-1, *(1,) * (x.ndim - 1))  # [B, 1.., 1, 1]
+    else:
+        angle = jnp.einsum("bl,n->bln", positions.astype(jnp.float32), rate)  # [B, L, N/2]
     angle = angle.reshape(x.shape[0], *(1,) * (x.ndim - 3), *angle.shape[1:])  # [B, 1.., L, N/2]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    if rope is not None and rope.turned != 1.0:
-        sin, cos = sin * rope.turned, cos * rope.turned
+    if isinstance(scale, jax.Array) or scale != 1.0:
+        sin, cos = sin * scale, cos * scale
     a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
     return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], -1)
