@@ -42,6 +42,8 @@ def _check_latent(m: ModelConfig, no: Refuse) -> None:
         if value := getattr(m, name):
             shown = "true" if value is True else repr(value)
             no(name, f"is {shown}, and latent attention has norms of its own and no biases", f"set model.{name}=false")
+    if m.qkv_clip is not None:
+        no("qkv_clip", f"is {m.qkv_clip:g}, and latent attention keeps no keys and values to hold", "take it out")
 
 
 ROPE_KEYS = {  # what each kind reads, and has to be given

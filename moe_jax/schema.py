@@ -281,6 +281,9 @@ class ModelConfig:
     qk_norm: bool | Literal["all"] = key(
         False, "an RMSNorm over the head width of each query and key (Qwen3); all: over all heads of a token (OLMoE)"
     )
+    qkv_clip: Positive | None = key(
+        None, "queries, keys and values are held within -c and c, behind their norms (OLMoE: clip_qkv); unset: not held"
+    )
     biases: bool | Literal["attention", "qkv"] = key(
         False,
         "biases in attention, feed-forward layers and experts; never in routers and the head; attention: in its four "

@@ -112,7 +112,7 @@ CASES = {
         DEEPSEEK | {"rope_parameters": LATENT_YARN | FAST, "qk_rope_head_dim": 8},
     ],
     "olmoe": [
-        OLMOE | {"num_experts_per_tok": 3},
+        OLMOE | {"num_experts_per_tok": 3, "clip_qkv": 0.8},
         OLMOE | {"num_experts_per_tok": 2, "norm_topk_prob": True, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
         OLMOE | {"num_experts_per_tok": 8, "num_key_value_heads": 4, "attention_bias": True, "num_hidden_layers": 1},
     ],

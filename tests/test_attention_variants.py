@@ -39,6 +39,7 @@ VARIANTS = {
     "biases of queries, keys and values": {"biases": "qkv"},
     "biases of attention": {"biases": "attention", "window": 5},
     "a norm over all heads": {"qk_norm": "all", "biases": "qkv"},
+    "held queries, keys and values": {"qkv_clip": 0.7, "qk_norm": True},
     "a scale": {"attention_scale": 0.9},
     "YaRN of a part": {"rope": RopeConfig("yarn", factor=4.0, original_length=32, fraction=1 / 3), "head_dim": 12},
     "LongRoPE": {"rope": replace(LONG, original_length=40)},  # of the rows the second is a long one
@@ -72,7 +73,10 @@ def attended(p, x, positions, segments, m, window):
         np.einsum("ld,dhn->hln", x, f64(p[f"w_{n}"])) + (f64(p[f"b_{n}"])[:, None] if f"b_{n}" in p else 0.0)
         for n in ("query", "key", "value")
     )
-    q, k = (turn(normed(a, p.get(f"{n}_norm"), m), positions, m) for n, a in (("query", q), ("key", k)))
+    q, k = (normed(a, p.get(f"{n}_norm"), m) for n, a in (("query", q), ("key", k)))
+    if m.qkv_clip is not None:
+        q, k, v = (np.clip(a, -m.qkv_clip, m.qkv_clip) for a in (q, k, v))
+    q, k = (turn(a, positions, m) for a in (q, k))
     scale = m.attention_scale or 1 / math.sqrt(q.shape[-1])
     out = np.zeros_like(q)
     for h in range(len(q)):
@@ -247,6 +251,7 @@ STRETCHED = {"kind": "yarn", "factor": 4.0, "original_length": 32, "truncate": F
 IDLE = {"positions": "learned", "rope": STRETCHED}
 REFUSED = [
     ({"biases": "qkv", "latent": {}}, "biases", "is 'qkv', and latent attention has norms of its own"),
+    ({"qkv_clip": 1.0, "latent": {}}, "qkv_clip", "is 1, and latent attention keeps no keys"),
     ({"biases": "qvk"}, "biases", "did you mean 'qkv'? use one of attention, qkv"),
     ({"sinks": True, "latent": {}}, "latent", "such attention has no sinks"),
     ({"sinks": True, "encoder": {}}, "encoder", "such attention has no sinks"),
@@ -338,7 +343,7 @@ SPARSE = replace(SMALL, vocab=14, layers=2, moe=MOE)
 YARN = RopeConfig("yarn", factor=4.0, original_length=16, beta_fast=4.0, mscale=1.0, mscale_all_dim=0.7)
 FAMILIES = {  # what is decoded, and trained, on meshes: several variants in one program
     "grouped queries": {"biases": "qkv"},
-    "all heads": {"kv_heads": None, "qk_norm": "all", "attention_scale": 0.3},
+    "all heads": {"kv_heads": None, "qk_norm": "all", "attention_scale": 0.3, "qkv_clip": 1.1},
     "windows and sinks": {"window": 3, "full_every": 2, "sinks": True, "biases": "attention", "rope": LONG},
     "latent": {"kv_heads": None, "latent": LatentConfig(6, 8, 4), "rope": YARN},
 }

@@ -202,6 +202,8 @@ SAME = [
     ("mixtral", "attention_scale", 0.5),  # 1 over the root of 4
     ("mixtral", "rope", RopeConfig()),
     ("mixtral", "moe.layers", (0, 1)),
+    ("phimoe", "moe.router.margin", None),
+    ("phimoe", "rope.long_attention_factor", None),  # as in short rows
     ("qwen2_moe", "moe.router.normalize", None),
     ("olmoe", "moe.router.normalize", None),
     ("deepseek_v3", "moe.router.normalize", None),
@@ -215,6 +217,7 @@ OTHER = [
     ("mixtral", "attention_scale", 0.5 + 1e-9),
     ("mixtral", "rope", RopeConfig(fraction=0.5)),
     ("mixtral", "moe.layers", (1,)),
+    ("mixtral", "qkv_clip", 0.8),
     ("olmoe", "head_dim", 6),
     ("deepseek_v3", "moe.router.normalize", "after"),
     ("deepseek_v3", "moe.router.group_score", "max"),

@@ -17,6 +17,7 @@ MIXTRAL = {  # keys whose defaults are as in Mixtral, by what holds them
         "encoder",
         "biases",
         "qk_norm",
+        "qkv_clip",
         "attention_scale",
         "window",
         "full_every",

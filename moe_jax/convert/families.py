@@ -121,6 +121,7 @@ def phimoe_fields(m: ModelConfig) -> dict[str, Any]:
         "attention_bias": m.biases == "attention",
         "lm_head_bias": m.head_bias,
         "num_local_experts": m.moe.experts,
+        "num_experts_per_tok": 2,
         "router_jitter_noise": (0.02 if m.moe.router.margin is None else m.moe.router.margin) / 2,
     }
 

@@ -72,10 +72,11 @@ def qwen2_names(m: ModelConfig) -> Sequence[Rule]:
 
 
 def olmoe_keys(f: Fields) -> Tree:
-    """Norms of queries and keys over all heads of a token; softmax, and the best of it."""
-    f.off(["clip_qkv"], "queries, keys and values are clipped in no model here")
-    moe = experts(f) | best_of_softmax(f)
-    return decoder(f, eps=1e-5) | grouped(f) | attention_bias(f) | {"qk_norm": "all", "moe": moe}
+    """Norms of queries and keys over all heads of a token, which are clipped, as values are; softmax, and the best of
+    it."""
+    clip = {} if f.config.get("clip_qkv") is None else {"qkv_clip": f.number("clip_qkv")}
+    more = clip | {"qk_norm": "all", "moe": experts(f) | best_of_softmax(f)}
+    return decoder(f, eps=1e-5) | grouped(f) | attention_bias(f) | more
 
 
 def olmoe_fields(m: ModelConfig) -> dict[str, Any]:
@@ -84,6 +85,7 @@ def olmoe_fields(m: ModelConfig) -> dict[str, Any]:
     return base_fields(m) | {
         "architectures": ["OlmoeForCausalLM"],
         "attention_bias": m.biases == "attention",
+        "clip_qkv": m.qkv_clip,
         "num_experts": m.moe.experts,
         "norm_topk_prob": m.moe.router.normalize == "before",
     }

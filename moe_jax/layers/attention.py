@@ -213,13 +213,17 @@ class Attention(nnx.Module):
     def queries(self, x: jax.Array) -> jax.Array:
         """x [B, L, D] -> [B, H, L, N]."""
         q = to_heads(x, self.w_query[...], "act_heads", self.rules, self.b_query)
-        return q if self.query_norm is None else self.normed(self.query_norm, q)
+        return self.held(q if self.query_norm is None else self.normed(self.query_norm, q))
 
     def keys_and_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [B, M, D] -> twice [B, J, M, N]."""
         k = to_heads(x, self.w_key[...], "kv_heads", self.rules, self.b_key)
         v = to_heads(x, self.w_value[...], "kv_heads", self.rules, self.b_value)
-        return (k if self.key_norm is None else self.normed(self.key_norm, k)), v
+        return self.held(k if self.key_norm is None else self.normed(self.key_norm, k)), self.held(v)
+
+    def held(self, h: jax.Array) -> jax.Array:
+        """h within `qkv_clip` of 0 (Muennighoff et al. 2024, OLMoE)."""
+        return h if self.m.qkv_clip is None else jnp.clip(h, -self.m.qkv_clip, self.m.qkv_clip)
 
     def normed(self, norm: Norm, h: jax.Array) -> jax.Array:
         """h [B, heads, L, N], each head of a token for itself or all together."""
