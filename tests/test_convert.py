@@ -84,11 +84,38 @@ def test_the_long_factors_that_transformers_forgets(tmp_path):
     compare(ours(tmp_path, f"model.rope.long_factors={factors['short_factor']}"), published.answers(model))
 
 
+def logits(found, devices, weights, prompt=None):
+    """Of four rows [4, 12] in one call, or of a cache that takes so many tokens first and then one after another."""
+    tokens = jnp.asarray(np.concatenate([TOKENS, TOKENS[:, ::-1]]), jnp.int32)
+
+    def run(weights):
+        module = found.model.module(*weights)
+        if prompt is None:
+            return module(tokens).logits
+
+        def step(cache, token):
+            out = module(token[:, None], cache=cache)
+            return out.cache, out.logits[:, 0]
+
+        first = module(tokens[:, :prompt], cache=module.empty_cache(*tokens.shape))
+        _, rest = jax.lax.scan(step, first.cache, tokens[:, prompt:].T)
+        return jnp.concatenate([first.logits, rest.swapaxes(0, 1)], 1)
+
+    with jax.set_mesh(devices):
+        return np.asarray(jax.jit(run)(weights))
+
+
 @pytest.mark.parametrize("family", CASES)
 def test_meshes(family):
-    """Experts over four devices, matrices over two: each holds its part, and together they hold what one does."""
-    _, _, one = read(GOLDEN / family)
-    found, _, many = read(GOLDEN / family, *SPLIT)
+    """Experts over four devices, matrices over two: each holds its part, together they hold what one does, and they
+    say the same, also when they go on from a prompt."""
+    alone = read(GOLDEN / family)
+    found, devices, many = read(GOLDEN / family, *SPLIT)
+    want = logits(*alone)
+    for prompt in (None, 8):
+        got = logits(found, devices, many, prompt)
+        assert np.abs(got - want).max() < 1e-5 * np.abs(want).max(), prompt
+    one = alone[2]
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), one, many))
     leaves = {load.path_of(path): x for path, x in jax.tree_util.tree_flatten_with_path(many)[0]}
     experts = next(x for name, x in leaves.items() if name.endswith("experts.w_up"))
