@@ -318,9 +318,10 @@ class Transformer(nnx.Module):
     def with_lengths(self, context: Context, cache: Cache | None = None) -> Context:
         """The context of layers whose positions are LongRoPE's, which has other rates in long rows.
 
-        A row is long where one of its tokens stands behind the first `original_length` places of its sequence, as in
-        transformers for a row alone: what shares its batch has no say, padding neither. With a cache a row is long
-        where the cache has room for that, from the row's first token on: the prompt and the new tokens asked for.
+        A row is long, with all that is packed in it, where one of its tokens stands behind the first `original_length`
+        places of its sequence, as in transformers for a row alone: what shares its batch has no say, padding neither.
+        With a cache it is long where the cache has room for that, from the row's first token on: the prompt and the
+        new tokens asked for.
         Keys that are kept cannot be turned again, nor what later layers made of them, so that a row has one kind of
         rates from its first token to its last, and decoding past `original_length` changes nothing on the way.
         (`generate` of transformers begins with the short rates and reads the whole row again when it gets long.)

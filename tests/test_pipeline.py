@@ -110,6 +110,8 @@ def test_what_stages_pass_on(name):
 
 TWO = ["mesh.stage=2", "mesh.expert=2", "train.microbatches=2"]
 EACH = ["model.layers=4", "model.moe.every=1"]
+LONG = ["model.head_dim=4", "model.rope.kind=longrope", "model.rope.original_length=10", "model.rope.factor=4"]
+LONG += ["model.rope.short_factors=[1,1.5]", "model.rope.long_factors=[2,8]"]  # of the rows some are long ones
 TRAINED = {  # rows, the mesh, and what both runs have beside tiny_gshard
     "the issue's mesh": (8, [*TWO, "mesh.tensor=2"], []),
     "rows that stages cannot share": (
@@ -120,7 +122,7 @@ TRAINED = {  # rows, the mesh, and what both runs have beside tiny_gshard
     "muon": (8, [*TWO, "train.rounds=2"], [*EACH, "train.optimizer.kind=muon"]),
     "balanced over sequences": (8, TWO, [*EACH, "model.moe.balance_over=sequence", "model.moe.balance_loss=1.0"]),
     "positions by distance": (8, TWO, [*EACH, "model.positions=relative"]),
-    "dropout inside experts": (8, TWO, [*EACH, "model.moe.expert_dropout=0.4", "model.moe.shared_experts=1"]),
+    "dropout inside experts": (8, TWO, [*EACH, *LONG, "model.moe.expert_dropout=0.4", "model.moe.shared_experts=1"]),
 }
 
 
@@ -143,7 +145,8 @@ def test_training_is_that_of_one_device(name):
                 tokens = rng.integers(0, 64, (rows, 17)).astype(np.int32)
                 ones = np.ones((rows, 16), np.int32)
                 batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": ones}
-                batch |= {"positions": np.cumsum(ones, 1) - 1, "weights": ones.astype(np.float32)}
+                again = np.where(np.arange(rows) % 3 == 1, 16, 8)[:, None]  # where positions begin anew
+                batch |= {"positions": (np.cumsum(ones, 1) - 1) % again, "weights": ones.astype(np.float32)}
                 state, metrics = step(state, jax.tree.map(jnp.asarray, batch), seed)
                 run.append((float(metrics["total_loss"]), float(metrics["grad_norm"]), int(metrics["kept"].sum())))
         losses.append(np.asarray(run, np.float64))
