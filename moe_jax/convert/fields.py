@@ -78,6 +78,11 @@ class Fields:
             return 1.0
         return float(value)
 
+    def amount(self, name: str, default: float) -> float:
+        """A number of 0 or more."""
+        value = self.config.get(name)
+        return 0.0 if value == 0 and not isinstance(value, bool) else self.positive(name, value, default)
+
     def truth(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self.config.get(name)
