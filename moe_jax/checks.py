@@ -242,15 +242,24 @@ def _check_encoder(cfg: Config) -> list[Problem]:
 
 def _check_list(m: ModelConfig, moe: MoEConfig) -> list[Problem]:
     """MoE layers by number: some, of those that there are, once each."""
-    listed, key = moe.layers or (), "model.moe.layers"
-    out = idle(moe, "model.moe", ["every", "first_dense"], "moe.layers lists the layers", f"take {key} out")
-    if m.encoder is not None:
-        why = "numbers the layers of one stack, and an encoder is another"
-        out.append(Problem(key, why, "use model.moe.every and first_dense"))
-    if not listed or max(listed) >= m.layers or len(set(listed)) < len(listed):
-        why = f"is {list(listed)}, and the layers are numbered from 0 to {m.layers - 1}"
-        out.append(Problem(key, why, "name one of them or more, each once"))
+    key, out = "model.moe.layers", []
+    if moe.layers is not None:
+        out += idle(moe, "model.moe", ["every", "first_dense"], "moe.layers lists the layers", f"take {key} out")
+        out += _check_numbers(key, moe.layers, m.layers, least=m.encoder is None)
+    if moe.layers is not None and m.encoder is not None and m.encoder.moe_layers is None:
+        why = "is unset, and model.moe.layers numbers the layers of the decoder alone"
+        out.append(Problem("model.encoder.moe_layers", why, "set it, or use model.moe.every and first_dense"))
+    if m.encoder is not None and m.encoder.moe_layers is not None:
+        out += _check_numbers("model.encoder.moe_layers", m.encoder.moe_layers, m.encoder.layers, least=False)
     return out
+
+
+def _check_numbers(key: str, listed: tuple[int, ...], layers: int, *, least: bool) -> list[Problem]:
+    """Numbers of layers, once each; `least`: one of them or more, as a stack without another one beside it needs."""
+    if (listed or not least) and all(i < layers for i in listed) and len(set(listed)) == len(listed):
+        return []
+    why = f"is {list(listed)}, and the layers are numbered from 0 to {layers - 1}"
+    return [Problem(key, why, f"name {'one of them or more' if least else 'some of them'}, each once")]
 
 
 def check_model(m: ModelConfig) -> list[Problem]:
@@ -269,9 +278,14 @@ def check_model(m: ModelConfig) -> list[Problem]:
         no("head_dim", f"{m.resolved_head_dim} is odd, and rotary positions turn pairs", "use an even head_dim")
     if m.positions == "sinusoidal" and m.d_model % 2:
         no("d_model", f"{m.d_model} is odd, and sinusoidal positions come in pairs", "use an even d_model")
+    if m.positions != "relative":
+        why = f"{m.positions} positions are no distances"
+        out += idle(m, "model", ["distance_buckets", "distance_limit"], why, "set model.positions=relative")
     if m.positions != "rotary":
         why = f"{m.positions} positions do not turn"
         out += idle(m, "model", ["rope_theta", "rope"], why, "set model.positions=rotary")
+    if m.encoder is not None and m.encoder.start is not None and m.encoder.start >= m.vocab:
+        no("encoder.start", f"is {m.encoder.start}, and the vocabulary has ids 0 to {m.vocab - 1}", "use one of them")
     if m.moe is not None:
         out += check_moe(m.moe)
         if m.moe.router.kind == "expert_choice" and not m.moe.router.lookahead:
@@ -279,12 +293,17 @@ def check_model(m: ModelConfig) -> list[Problem]:
             no("moe.router.kind", why, "use another router, or permit it with model.moe.router.lookahead=true")
         elif m.moe.router.lookahead and m.moe.router.kind != "expert_choice":
             no("moe.router.lookahead", f"has no effect on the {m.moe.router.kind} router", "leave it out")
-        if m.moe.layers is not None:
-            out += _check_list(m, m.moe)
-        elif "moe" not in m.layer_kinds + m.encoder_kinds:
+        wrong = _check_list(m, m.moe)
+        out += wrong
+        if not wrong and "moe" not in m.layer_kinds + m.encoder_kinds:
             of = f"{m.layers}" + (f", and {m.encoder.layers} of the encoder" if m.encoder else "")
             why = f"first_dense={m.moe.first_dense}, every={m.moe.every} leave no MoE layer among {of}"
-            no("moe.every", why, "lower model.moe.every or first_dense, or raise model.layers")
+            if m.moe.layers is not None:
+                why = f"model.moe.layers and model.encoder.moe_layers name no MoE layer among {of}"
+            key = "moe.every" if m.moe.layers is None else "moe.layers"
+            no(key, why, "lower model.moe.every or first_dense, raise model.layers, or name a layer")
+    elif m.encoder is not None and m.encoder.moe_layers is not None:
+        no("encoder.moe_layers", f"is {list(m.encoder.moe_layers)} in a dense model", "take it out, or set model.moe")
     return out
 
 

@@ -154,8 +154,21 @@ def _check_window(m: ModelConfig, no: Refuse) -> None:
             no(name, f"is {value}, and such attention has no window (model.window={m.window})", "take one of them out")
 
 
+def _check_distances(m: ModelConfig, no: Refuse) -> None:
+    """Buckets of distances: half of them hold one distance each, and the limit lies beyond those."""
+    halves = 1 if m.encoder is None else 2  # an encoder's keys ahead have buckets of their own
+    if m.distance_buckets % halves or m.distance_buckets < 2 * halves:
+        why = f"is {m.distance_buckets}, and half of those {'of each direction ' * (halves - 1)}hold one distance each"
+        no("distance_buckets", why, f"use {'an even number of 4' if halves == 2 else '2'} or more")
+    if m.distance_limit <= m.distance_buckets // 2:
+        why = f"is {m.distance_limit}, and of {m.distance_buckets} buckets half hold one distance each"
+        no("distance_limit", why, f"set it above {m.distance_buckets // 2}")
+
+
 def check_attention(m: ModelConfig, no: Refuse) -> None:
     """Kinds of attention that contradict one another, or positions."""
+    if m.positions == "relative":
+        _check_distances(m, no)
     if m.latent is not None:
         _check_latent(m, no)
     if m.rope is not None and m.positions == "rotary":

@@ -317,20 +317,22 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     if trained.other is not None:
         raise Refused(Problem("data.path", "is another one than the run's, and no text is read here", "take it out"))
     tokenizer, stops = trained.corpus.tokenizer, {trained.corpus.tokenizer.eos}
-    prompts = [trained.corpus.prompt(text) if text else np.zeros(0, np.int32) for text in args.prompt]
+    whole = trained.cfg.model.answers
+    prompts = [trained.corpus.prompt(text, whole) if text else np.zeros(0, np.int32) for text in args.prompt]
     if args.chat:
         chat = Chat(trained.cfg.data.tokenizer, tokenizer)
         prompts = [chat.prompt(text, args.system) for text in args.prompt]
         stops |= chat.stops
-    contexts = [*(p.tolist() for p in prompts), *([[]] if args.chat else [])]  # an answer begins a text
+    alone = args.chat or whole  # an answer begins a text
+    contexts = [*(p.tolist() for p in prompts), *([[]] if alone else [])]
     stops |= {i for text in args.stop for i in exactly(tokenizer, text, contexts)}
     sampling = Sampling(args.temperature, args.top_k, args.seed, args.top_p)
     generator = Generator(trained.model, trained.mesh, tokenizer.size, sorted(stops), sampling)
     out = generator(trained.weights, prompts, args.tokens)
     texts = []
     for text, prompt, new in zip(args.prompt, prompts, out.tokens, strict=True):
-        answer = tokenizer.decode(new) if args.chat else continued(tokenizer, prompt.tolist(), new)
-        texts.append(("" if args.chat else text) + before(answer, args.stop))
+        answer = tokenizer.decode(new) if alone else continued(tokenizer, prompt.tolist(), new)
+        texts.append(("" if alone else text) + before(answer, args.stop))
     if not args.json:
         print("\n\n".join(texts))
     speeds = out._asdict()

@@ -1,6 +1,7 @@
 """Text from a model: prefill once, then one compiled loop of decoding steps with a key/value cache, dropless.
 
-An encoder reads all of a prompt but its last token, from which the decoder goes on.
+An encoder reads all of a prompt but its last token, from which the decoder goes on; or, where `model.encoder.start`
+names the token that a decoder begins with, all of it.
 """
 
 import dataclasses
@@ -100,7 +101,9 @@ class Generator:
         """tokens [B, L], right-aligned prompts of so many tokens -> next tokens [B] and a cache with room for `new`."""
         module = self.model.module(*weights)
         before = {}
-        if self.model.cfg.model.encoder is not None:
+        if (encoder := self.model.cfg.model.encoder) is not None:
+            if encoder.start is not None:  # one more token, which is not the prompt's
+                tokens, lengths = jnp.pad(tokens, ((0, 0), (0, 1)), constant_values=encoder.start), lengths + 1
             place = jnp.arange(tokens.shape[1] - 1)[None] + (lengths[:, None] - tokens.shape[1])
             before = {"inputs": tokens[:, :-1], "input_segments": (place >= 0).astype(jnp.int32)}
             before |= {"input_positions": jnp.maximum(place, 0)}
@@ -141,8 +144,9 @@ class Generator:
             Refused: an empty prompt, or prompt and new tokens longer than model.max_length.
         """
         longest, limit = max(len(p) for p in prompts), self.model.cfg.model.max_length
-        reads = self.model.cfg.model.encoder is not None
-        most = limit + 1 if reads else limit - 1  # tokens of a prompt
+        m = self.model.cfg.model
+        reads, last = m.encoder is not None, 0 if m.answers else 1  # tokens of a prompt that an encoder leaves out
+        most = limit + last if reads else limit - 1  # tokens of a prompt
         room = limit - 1 if reads else limit - longest  # new ones
         if min(len(p) for p in prompts) == 0:
             raise Refused(Problem("--prompt", "is empty", "give at least one character"))
@@ -151,10 +155,11 @@ class Generator:
             why = f"the longest prompt has {longest} tokens, and {takes}"
             raise Refused(Problem("--prompt", why, f"shorten it to at most {most} tokens (model.max_length={limit})"))
         if new_tokens > room:
-            why = f"{1 if reads else longest} prompt tokens and {new_tokens} new ones exceed model.max_length={limit}"
+            read = "the first token" if reads else f"{longest} prompt tokens"
+            why = f"{read} and {new_tokens} new ones exceed model.max_length={limit}"
             remedy = f"ask for at most {room}" + ("" if reads else ", or shorten the prompt")
             raise Refused(Problem("--tokens", why, remedy))
-        longest = max(longest, 1 + reads)  # an encoder reads a place of padding where there is nothing else
+        longest = max(longest, reads + last)  # an encoder reads a place of padding where there is nothing else
         shards = self.model.cfg.mesh.over(self.model.cfg.rules.batch)
         rows = -(-len(prompts) // shards) * shards  # rows that fill the last shard repeat a prompt and are not returned
         tokens, lengths = np.zeros((rows, longest), np.int32), np.zeros(rows, np.int32)

@@ -24,7 +24,6 @@ from moe_jax.layers.norm import Norm
 from moe_jax.pattern import Schedule
 from moe_jax.pipeline import of_round, pipelined, shared, split
 from moe_jax.rules import any_axes, current_mesh, spec
-from moe_jax.schema import BUCKETS
 
 ENCODER = 2**16  # what its random keys are folded with: more than a model has runs of layers
 REMAT = {
@@ -40,7 +39,8 @@ class Output(NamedTuple):
     logits: jax.Array  # [B, L, V] float32
     stats: Stats | None  # leading axis: MoE layers, bottom first; None for a dense model
     cache: Cache | None
-    record: Record | None = None  # leading axis as in stats; where every token went, if it was asked for
+    record: Record | None = None  # leading axis: the decoder's MoE layers; where every token went, if it was asked for
+    input_record: Record | None = None  # the same of an encoder's tokens and layers
 
 
 Run = tuple[tuple[str, ...], int]
@@ -88,6 +88,11 @@ def in_order(routed: tuple[Routed, ...]) -> Routed:
     return jax.tree.map(lambda *s: jnp.stack(s, 1).reshape(-1, *s[0].shape[1:]), *routed)
 
 
+def joined(parts: Sequence[Any]) -> Any:
+    """Trees of arrays along their first axis, the layers; None without any."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts) if parts else None
+
+
 def walk(part: "Transformer | Encoder", done: int) -> Iterator[tuple[int, Period, Run, slice]]:
     """The stacks of a decoder or encoder, each with its number, its run, and the places of its MoE layers, of which
     `done` came before."""
@@ -103,7 +108,8 @@ def typed(model: "Transformer", *_: Any, cache: Cache | None = None, record: boo
     if rules is None:
         return none
     logits, rows = spec(rules.layout("batch", "length", "act_vocab")), spec(((), rules.batch, rules.length))
-    return Output._make((logits, none, None if cache is None else cached(model), rows if record else None))
+    inputs = rows if record and model.encoder is not None else None
+    return Output._make((logits, none, None if cache is None else cached(model), rows if record else None, inputs))
 
 
 def cached(model: "Transformer", *_: Any, **__: Any) -> Any:
@@ -131,7 +137,9 @@ class Encoder(nnx.Module):
 
 def distance_biases(m: ModelConfig, rngs: nnx.Rngs) -> nnx.Param | None:
     """The biases of distances of all layers."""
-    return param(rngs, (BUCKETS, m.heads), ("bias", "heads"), fan_in(m.d_model)) if m.positions == "relative" else None
+    if m.positions != "relative":
+        return None
+    return param(rngs, (m.distance_buckets, m.heads), ("bias", "heads"), fan_in(m.d_model))
 
 
 class Transformer(nnx.Module):
@@ -207,8 +215,8 @@ class Transformer(nnx.Module):
             raise ValueError("a pipeline keeps no record, replay or cache: call without a schedule")
         if cache is not None and positions is not None:
             raise ValueError("positions cannot be given with a cache, which counts them: leave them out")
-        if self.encoder is not None and (schedule is not None or record or replay is not None):
-            raise ValueError("a model with an encoder has no record, replay or schedule: leave them out")
+        if self.encoder is not None and (schedule is not None or replay is not None):
+            raise ValueError("a model with an encoder has no replay or schedule: leave them out")
         if self.encoder is None and inputs is not None:
             raise ValueError("inputs are given, and a model without an encoder reads none: leave them out")
         has_read = cache is not None and cache.source is not None
@@ -231,14 +239,14 @@ class Transformer(nnx.Module):
             context = self.cached_context(cache, segments, tokens)
         keys = row_keys(key if train else None, B)
         options = self.options(capacity_factor, top_k, record)
-        routed, layers, done = [], [], 0
+        routed, layers, done, read = [], [], 0, []
         if self.encoder is not None:
             done = self.m.encoder_kinds.count("moe")
             if inputs is not None:
                 if cache is not None and input_segments is not None:
                     input_segments = (input_segments > 0).astype(jnp.int32)
                 given = inputs, input_segments, input_positions
-                source, routed = self.encode(*given, fold(keys, ENCODER), train, options[:done])
+                source, read = self.encode(*given, fold(keys, ENCODER), train, options[:done])
             else:
                 assert cache is not None and cache.source is not None
                 source = Source(cache.source, None)
@@ -264,15 +272,15 @@ class Transformer(nnx.Module):
         with jax.named_scope("head"):
             x = x if self.final_norm is None else self.final_norm(x)
             logits = self.embedding.logits(x, outside)
-        merged = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
-        stats, past = (None, None) if merged is None else merged
+        stats = joined([r.stats for r in (*read, *routed)])
+        past, behind = (joined([r.record for r in part]) for part in (routed, read))
         if cache is not None:
             # A write past the last place would overwrite it in silence: such a call returns no numbers.
             logits = jnp.where(cache.filled + L <= places(cache), logits, jnp.nan)
-            read = cache.source if context.source is None else context.source.segments
-            cache = Cache(tuple(layers), cache.start, cache.filled + L, read)
+            seen = cache.source if context.source is None else context.source.segments
+            cache = Cache(tuple(layers), cache.start, cache.filled + L, seen)
         past = jax.tree.map(lambda a: sequence.restored(a, turned, 2), past)
-        return Output(sequence.restored(logits, turned), stats, cache, past)
+        return Output(sequence.restored(logits, turned), stats, cache, past, behind)
 
     def encode(
         self,
@@ -312,7 +320,8 @@ class Transformer(nnx.Module):
         if table is None:
             return context
         queries = jnp.arange(context.tokens.shape[1]) + (0 if cache is None else cache.filled)
-        buckets = bucket(queries[:, None] - jnp.arange(keys)[None], both_ways)
+        behind = queries[:, None] - jnp.arange(keys)[None]  # [L, M]
+        buckets = bucket(behind, both_ways, self.m.distance_buckets, self.m.distance_limit)
         return context._replace(distances=Distances(table[...], buckets, self.rules))
 
     def with_lengths(self, context: Context, cache: Cache | None = None) -> Context:

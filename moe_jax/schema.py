@@ -27,7 +27,6 @@ Share = Annotated[float, Limit(gt=0, le=1)]
 
 GATED = ("swiglu", "geglu", "clamped_swiglu")  # feed-forward networks of three matrices, the first of them a gate's
 BIASED_PARTS = {False: (), "qkv": ("qkv",), "attention": ("qkv", "out"), True: ("qkv", "out", "ffn")}  # model.biases
-BUCKETS = 32  # of distances, each with a bias for every head: model.positions=relative
 
 
 def turning(width: int, fraction: float) -> int:
@@ -160,7 +159,9 @@ class MoEConfig:
     every: Count = key(1, "every n-th layer is MoE (the n-th, 2n-th, ...), after the first dense ones")
     first_dense: Whole = key(0, "number of dense layers before the first MoE layer")
     layers: tuple[Whole, ...] | None = key(
-        None, "the numbers of the MoE layers, the bottom one 0, where no period tells them; unset: every, first_dense"
+        None,
+        "the numbers of the MoE layers, the bottom one 0, where no period tells them, of a decoder beside "
+        "encoder.moe_layers; unset: every, first_dense",
     )
     shared_experts: Whole = key(0, "experts that every token passes, added to the routed sum")
     shared_d_ff: Count | None = key(None, "hidden width of a shared expert; unset: as a routed one (Qwen2-MoE: 5632)")
@@ -253,9 +254,18 @@ class EncoderConfig:
     """The encoder that a decoder reads (Vaswani et al. 2017, section 3.1): layers like its own that see both ways."""
 
     __pydantic_config__ = STRICT
-    layers: Depth = key(4, "number of layers, dense and MoE by the same pattern as the decoder's")
+    layers: Depth = key(4, "number of layers")
+    moe_layers: tuple[Whole, ...] | None = key(
+        None, "the numbers of its MoE layers, the bottom one 0; unset: by moe.every and first_dense, as the decoder's"
+    )
     length: Count | None = key(None, "tokens M that it reads beside each sequence; unset: data.length")
     vocab: Count | None = key(None, "vocabulary of an embedding of its own; unset: it shares the decoder's")
+    start: Whole | None = key(
+        None,
+        "generation: the encoder reads all of a prompt, and the decoder begins a text of its own with this token id "
+        "(T5: 0, its padding); unset: the decoder goes on from the last token of a prompt, of which the encoder reads "
+        "the others, as a sequence here goes on from what stands before it",
+    )
 
 
 @dataclass(frozen=True)
@@ -300,6 +310,8 @@ class ModelConfig:
     positions: Literal["learned", "sinusoidal", "rotary", "relative"] = key(
         "rotary", "positional encoding; relative: T5's biases of the scores by distance, for encoder and decoder"
     )
+    distance_buckets: Count = key(32, "relative: buckets of distances, each with a bias for every head")
+    distance_limit: Count = key(128, "relative: distances from here on share the last bucket")
     rope_theta: Positive = key(10000.0, "base of the rotary frequencies")
     rope: RopeConfig | None = key(None, "rotary positions of another kind, or of a part of each head; unset: plain")
     max_length: Count = key(2048, "longest sequence the model accepts")
@@ -378,18 +390,23 @@ class ModelConfig:
     @property
     def layer_kinds(self) -> tuple[str, ...]:
         """`dense` or `moe` for each layer, bottom first."""
-        return self._kinds(self.layers)
+        return self._kinds(self.layers, self.moe.layers if self.moe else None)
 
     @property
     def encoder_kinds(self) -> tuple[str, ...]:
         """The same of the encoder."""
-        return self._kinds(self.encoder.layers) if self.encoder else ()
+        return self._kinds(self.encoder.layers, self.encoder.moe_layers) if self.encoder else ()
 
-    def _kinds(self, layers: int) -> tuple[str, ...]:
+    @property
+    def answers(self) -> bool:
+        """Whether a decoder writes a text of its own about a prompt that its encoder reads, in place of going on."""
+        return self.encoder is not None and self.encoder.start is not None
+
+    def _kinds(self, layers: int, listed: tuple[int, ...] | None) -> tuple[str, ...]:
         if self.moe is None:
             return ("dense",) * layers
-        if self.moe.layers is not None:
-            return tuple("moe" if i in self.moe.layers else "dense" for i in range(layers))
+        if listed is not None:
+            return tuple("moe" if i in listed else "dense" for i in range(layers))
         first, every = self.moe.first_dense, self.moe.every
         return tuple("moe" if i >= first and (i - first + 1) % every == 0 else "dense" for i in range(layers))
 

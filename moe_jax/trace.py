@@ -61,7 +61,7 @@ def check(cfg: Any, tokens: int, capacity: bool) -> None:
     if m.moe is None:
         raise Refused(Problem("DIR", f"{cfg.name} is a dense model: no layer has experts", "name a run of an MoE"))
     if m.encoder is not None:
-        why = f"{cfg.name} has an encoder, and such models keep no record of where tokens go"
+        why = f"{cfg.name} has an encoder, whose text is another one than the decoder's, and one text is traced here"
         raise Refused(Problem("DIR", why, "name a run without model.encoder"))
     if not 0 < tokens <= m.max_length:
         why = f"makes {tokens} tokens, and the model reads 1 to model.max_length={m.max_length}"

@@ -14,6 +14,7 @@ import pytest
 
 GOLDEN = Path(__file__).parent / "golden" / "published"
 TOKENS = np.random.default_rng(5).integers(0, 40, (2, 12))
+INPUTS = np.random.default_rng(6).integers(0, 40, (2, 37))  # what an encoder reads
 
 BASE = {
     "vocab_size": 40,
@@ -53,6 +54,20 @@ GRANITE = MIXTRAL | {
     "residual_multiplier": 0.22,
     "logits_scaling": 6.0,
 }
+SWITCH = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "d_kv": 6,
+    "d_ff": 12,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 1,
+    "num_heads": 4,
+    "num_experts": 4,
+    "n_positions": 64,
+    "decoder_start_token_id": 0,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 FACTORS = {"short_factor": [1.1, 1.3], "long_factor": [2.0, 5.0], "original_max_position_embeddings": 12}
@@ -74,7 +89,9 @@ CLASSES = {
     "gpt_oss": "GptOss",
     "granitemoe": "GraniteMoe",
     "granitemoeshared": "GraniteMoeShared",
+    "switch_transformers": "SwitchTransformers",
 }
+HEADS = {"switch_transformers": "ForConditionalGeneration"}  # others: ForCausalLM
 CASES = {
     "mixtral": [
         MIXTRAL | {"num_experts_per_tok": 2},
@@ -131,7 +148,17 @@ CASES = {
         GRANITE | {"shared_intermediate_size": 12, "tie_word_embeddings": True},
         GRANITE | {"shared_intermediate_size": 0, "rope_parameters": LONG | {"factor": 3.0}},
     ],
+    "switch_transformers": [
+        SWITCH | {"num_layers": 4, "num_sparse_encoder_layers": 2},
+        SWITCH | {"tie_word_embeddings": False, "num_experts": 8, "num_decoder_layers": 5, "router_bias": True},
+        SWITCH | {"num_layers": 6, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2, "d_kv": 4},
+        SWITCH
+        | {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "dense_act_fn": "gelu_new"}
+        | {"num_sparse_encoder_layers": 3, "layer_norm_epsilon": 1e-5},
+        SWITCH | {"expert_capacity": 2, "num_experts": 3, "num_sparse_encoder_layers": 2},
+    ],
 }
+FULL = [("switch_transformers", 4)]  # cases whose experts come to be full, and drop
 
 
 FORGETFUL = ("phimoe", 1)  # has to be `repaired`
@@ -150,7 +177,8 @@ def build(family, number, folder, dtype="float32"):
 
     transformers.logging.disable_progress_bar()
     config = getattr(transformers, f"{CLASSES[family]}Config")(**CASES[family][number])
-    model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config).eval()
+    kind = CLASSES[family] + HEADS.get(family, "ForCausalLM")
+    model = getattr(transformers, kind)(config).eval()
     draw = torch.Generator().manual_seed(number)
     with torch.no_grad():
         for name, p in [*model.named_parameters(), *model.named_buffers()]:
@@ -163,7 +191,8 @@ def build(family, number, folder, dtype="float32"):
                 p.copy_(noise)
             elif p.ndim > 1:
                 wide = 5 if family == "gpt_oss" and "gate_up" in name else 1  # so that some numbers reach the bounds
-                p.copy_(noise if "embed_tokens" in name else wide * noise / p.shape[-1] ** 0.5)
+                long = any(word in name for word in ("embed_tokens", "shared.weight", "attention_bias"))
+                p.copy_(noise if long else wide * noise / p.shape[-1] ** 0.5)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     return model
 
@@ -179,29 +208,44 @@ def repaired(model):
 
 
 def answers(model):
-    """Logits [B, L, V], experts in order and their gates [layers, B, L, K], loss, and norm of the gradient."""
+    """Logits [B, L, V], experts in order and their gates [layers, B, L, K], also `read_` those of an encoder, loss, and
+    norm of the gradient."""
     import torch
 
-    seen = []
-    for module in model.modules():
+    seen = {"read_": [], "": []}
+    for name, module in model.named_modules():
         if type(module).__name__.endswith("Router"):
-            module.register_forward_hook(lambda _, __, out: seen.append(out))
+            part = seen["read_" if name.startswith("encoder.") else ""]
+            module.register_forward_hook(lambda module, _, out, part=part: part.append(chosen(module, *out)))
     tokens = torch.tensor(TOKENS)
-    out = model(tokens, labels=tokens)
+    if model.config.is_encoder_decoder:
+        after = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)  # no target after the last one
+        out = model(torch.tensor(INPUTS), decoder_input_ids=tokens, labels=after)
+    else:
+        out = model(tokens, labels=tokens)
     out.loss.backward()
     square = sum(float((p.grad.double() ** 2).sum()) for p in model.parameters() if p.grad is not None)
-    experts, gates = [], []
-    for _, gate, expert in seen:
-        order = expert.argsort(-1)
-        experts.append(expert.gather(-1, order).reshape(*TOKENS.shape, -1).numpy())
-        gates.append(gate.gather(-1, order).detach().reshape(*TOKENS.shape, -1).numpy())
-    return {
+    routes = {}
+    for part, layers in seen.items():
+        shape = INPUTS.shape if part else TOKENS.shape
+        if layers:
+            routes[part + "experts"] = np.stack([e.reshape(*shape, -1) for e, _ in layers]).astype(np.int32)
+            routes[part + "gates"] = np.stack([g.reshape(*shape, -1) for _, g in layers])
+    return routes | {
         "logits": out.logits.detach().numpy(),
-        "experts": np.stack(experts).astype(np.int32),
-        "gates": np.stack(gates),
         "loss": np.asarray(out.loss.item()),
         "norm": np.asarray(square**0.5),
     }
+
+
+def chosen(module, first, gate, last):
+    """Experts in order, and their gates, of what a router returns; a full expert's gate is 0."""
+    if hasattr(module, "classifier"):  # Switch: which experts with room, the largest share, logits
+        expert, gate = last.argmax(-1, keepdim=True), gate * first.sum(-1, keepdim=True)
+    else:
+        expert = last
+    order = expert.argsort(-1)
+    return expert.gather(-1, order).numpy(), gate.gather(-1, order).detach().numpy()
 
 
 def loads(folder, family):
@@ -210,10 +254,14 @@ def loads(folder, family):
     import torch
     import transformers
 
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    kind = transformers.AutoModelForSeq2SeqLM if family in HEADS else transformers.AutoModelForCausalLM
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
+    given = {"input_ids": torch.tensor(TOKENS)}
+    if family in HEADS:
+        given = {"input_ids": torch.tensor(INPUTS), "decoder_input_ids": torch.tensor(TOKENS)}
     with torch.no_grad():
-        logits = model.eval()(torch.tensor(TOKENS)).logits.numpy()
+        logits = model.eval()(**given).logits.numpy()
     want = np.load(GOLDEN / f"{family}.npz")["logits"]
     assert np.abs(logits - want).max() < 1e-6 * np.abs(want).max()
 

@@ -190,7 +190,7 @@ def test_the_folder_cut_in_two_is_the_same(folder):
 PHI_LONG = published.LONG | published.SCALES
 DENSE = {"mlp_only_layers": [1], "num_hidden_layers": 4}
 EXPERTS = dict.fromkeys(published.CASES, "num_local_experts")
-EXPERTS |= dict.fromkeys(("qwen2_moe", "olmoe"), "num_experts")
+EXPERTS |= dict.fromkeys(("qwen2_moe", "olmoe", "switch_transformers"), "num_experts")
 EXPERTS |= dict.fromkeys(("deepseek_v2", "deepseek_v3"), "n_routed_experts")
 FAMILY_DAMAGE = [
     ("qwen3_moe", DENSE, ["mlp_only_layers", "the layers 1 of 4 dense"]),

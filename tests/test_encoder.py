@@ -81,6 +81,18 @@ def test_buckets_are_those_of_t5(both_ways):
     assert set(want) == (set(range(32)) - {16} if both_ways else set(range(32)))
 
 
+@pytest.mark.parametrize("buckets, limit", [(32, 128), (16, 40), (8, 20), (32, 512)])
+def test_buckets_are_those_of_transformers(buckets, limit, transformers):
+    """Also of other numbers than T5's."""
+    import torch
+
+    theirs = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket
+    distances = np.arange(-700, 701)
+    for both_ways in (True, False):
+        want = theirs(torch.tensor(-distances), both_ways, buckets, limit)
+        np.testing.assert_array_equal(bucket(jnp.asarray(distances), both_ways, buckets, limit), want)
+
+
 def test_examples_of_buckets():
     """Keys ahead are in the second half of an encoder's buckets: by hand from the formula."""
     distances = jnp.asarray([0, 1, 7, 8, 15, 16, 31, 32, 64, 127, 128, 1000])
@@ -244,6 +256,17 @@ def test_the_gradient_of_distances():
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("read, written", [((0, 2), (1,)), ((), (0, 1)), ((1,), ())])
+def test_layers_by_number_in_both_stacks(read, written):
+    """Each with its own MoE layers, also none; a record of each, by their tokens."""
+    moe, encoder = replace(MOE, every=1, layers=written), replace(T5.encoder, moe_layers=read)
+    model = transformer(replace(T5, moe=moe, encoder=encoder))
+    out = model(TOKENS, inputs=INPUTS, record=True)
+    assert out.stats.routed.tolist() == [450] * len(read) + [27] * len(written)
+    records = [r and r.expert.shape for r in (out.input_record, out.record)]
+    assert records == [(len(n), *shape, 1) if n else None for n, shape in ((read, (3, 150)), (written, (3, 9)))]
+
+
 def test_statistics_are_of_the_encoder_first():
     """By their tokens: 150 inputs a row, 9 tokens; and each stack's MoE layers by the same pattern."""
     model = transformer(replace(T5, moe=MOE, layers=4))
@@ -255,7 +278,7 @@ def test_statistics_are_of_the_encoder_first():
 
 WRONG = {
     "inputs are missing, which the encoder reads: pass": {},
-    "no record, replay or schedule": {"inputs": INPUTS, "record": True},
+    "no replay or schedule": {"inputs": INPUTS, "replay": np.zeros((1, 3, 9, 1), np.int32)},
     "161 inputs: give 1 to model.max_length=160": {"inputs": np.zeros((3, 161), np.int32)},
     "0 inputs: give 1": {"inputs": np.zeros((3, 0), np.int32)},
 }
@@ -287,7 +310,12 @@ def test_decoding_equals_the_full_forward_pass(more):
     shown = {"segments": jnp.asarray(place >= 0).astype(jnp.int32)}
     out = model(jnp.asarray(prompt), cache=cache, capacity_factor=None, **shown, **before)
     got = [out.logits[:, -1]]
-    step = jax.jit(lambda token, cache: model(token, cache=cache, capacity_factor=None)[::2])
+
+    @jax.jit
+    def step(token, cache):
+        out = model(token, cache=cache, capacity_factor=None)
+        return out.logits, out.cache
+
     for i in range(5):
         token = np.take_along_axis(TOKENS, lengths[:, None] + i, 1)
         logits, cache = step(token, out.cache if i == 0 else cache)
@@ -318,8 +346,9 @@ TEXT = replace(T5, vocab=14, moe=MOE)
 
 
 @functools.cache
-def continued():
-    """Six more tokens of each prompt, by the whole forward pass of it alone again and again."""
+def continued(start=None):
+    """Six more tokens of each prompt, by the whole forward pass of it alone again and again; `start`: the token that a
+    decoder begins with when its encoder reads all of a prompt."""
     model = Model.of(config_of(TEXT))
     run = jax.jit(lambda numbers, tokens, **given: model.module(numbers)(tokens, capacity_factor=None, **given).logits)
 
@@ -329,8 +358,8 @@ def continued():
     numbers, out = made(model), []
     with jax.set_mesh(meshes.build_mesh(MeshConfig())):
         for prompt in PROMPTS:
-            inputs, input_segments = row(prompt[:-1], 9)
-            text = prompt[-1:]
+            inputs, input_segments = row(prompt if start is not None else prompt[:-1], 10)
+            text = prompt[-1:] if start is None else [start]
             for _ in range(6):
                 tokens, segments = row(text, 7)
                 logits = run(numbers, tokens, segments=segments, inputs=inputs, input_segments=input_segments)
@@ -353,6 +382,19 @@ def test_text_goes_on_from_the_last_token(mesh):
     for length, new_tokens, says in ((162, 1, "at most 161 tokens"), (2, 160, "ask for at most 159")):
         with pytest.raises(Refused, match=says):
             text(weights, [np.zeros(length, int)], new_tokens)
+
+
+def test_a_text_of_its_own():
+    """The encoder reads all of a prompt, and the decoder begins with the token that the config names."""
+    cfg = config_of(replace(TEXT, encoder=replace(T5.encoder, start=4)), expert=2, tensor=2, data=2)
+    model, built = Model.of(cfg), meshes.build_mesh(cfg.mesh)
+    weights = Weights(jax.device_put(made(model), model.weight_shardings(built).params), None)
+    text = Generator(model, built, 14, 14, Sampling(temperature=0.0))
+    assert text(weights, [np.array(p) for p in PROMPTS], 6).tokens == continued(4) != continued()
+    with pytest.raises(Refused, match="at most 160 tokens"):
+        text(weights, [np.zeros(161, int)], 1)
+    with pytest.raises(Refused, match=r"the first token and 160 new ones exceed .*\n.*ask for at most 159"):
+        text(weights, [np.zeros(160, int)], 160)
 
 
 @pytest.mark.parametrize("layers, every, first", [(2, 1, 0), (5, 2, 1)], ids=str)
@@ -412,14 +454,35 @@ REFUSED = {
     "model.encoder.layers": ["model.encoder.layers=0"],
     "rules.residual": ["mesh.tensor=2", 'rules.residual=["tensor"]', "model.encoder.length=33"],
     "model.moe.every": ["model.layers=1", "model.encoder.layers=1"],
+    "model.encoder.moe_layers": ["model.moe.every=1", "model.moe.layers=[0]"],
+    "model.moe.layers": ["model.moe.every=1", "model.moe.layers=[]", "model.encoder.moe_layers=[]"],
+    "model.encoder.start": ["model.encoder.start=512"],
+    "model.distance_buckets": ["model.distance_buckets=7"],
+    "model.distance_limit": ["model.distance_limit=16"],
 }
 
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_refused_settings(key):
+    """Also what has no effect, and layers that are not there."""
     with pytest.raises(ConfigError) as e:
         load("tiny_t5", ["mesh.data=1", *REFUSED[key]])
     assert key in {p.key for p in e.value.problems} and all(p.remedy for p in e.value.problems)
+
+
+NUMBERS = {
+    "is [2], and the layers are numbered from 0 to 1": ["model.encoder.moe_layers=[2]"],
+    "is [1, 1], and": ["model.encoder.moe_layers=[1, 1]"],
+    "is [0] in a dense model": ["model.moe=", "mesh.expert=1", "model.encoder.moe_layers=[0]"],
+    "rotary positions are no distances": ["model.positions=rotary", "model.distance_limit=64"],
+}
+
+
+@pytest.mark.parametrize("says", NUMBERS)
+def test_numbers_of_layers_and_distances(says):
+    with pytest.raises(ConfigError) as e:
+        load("tiny_t5", ["mesh.data=1", *NUMBERS[says]])
+    assert says in str(e.value)
 
 
 def test_latent_attention_has_no_encoder():

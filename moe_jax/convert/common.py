@@ -45,6 +45,8 @@ class Family(NamedTuple):
     fields: Callable[[ModelConfig], dict[str, Any]]  # its inverse, without what transformers gives by itself
     names: Callable[[ModelConfig], Sequence[Rule]]
     ignored: Callable[[dict[str, Any]], Sequence[str]] = lambda config: TURNS  # patterns of names that nobody reads
+    unread: Callable[[ModelConfig], dict[str, str]] = lambda m: {}  # such names that an export has; they are as another
+    copies: Callable[[ModelConfig], dict[str, str]] = lambda m: {}  # further names of a tensor, which may be there
 
 
 def decoder(f: Fields, eps: float, kinds: Kinds = ROPE) -> Tree:

@@ -35,6 +35,7 @@ from moe_jax.convert.common import (
 from moe_jax.convert.fields import Fields
 from moe_jax.convert.names import Part, Rule, Take
 from moe_jax.convert.others import OTHERS
+from moe_jax.convert.switch import SWITCH
 
 MOST_NEXT = 8  # layers that predict further tokens; V3 has one
 LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever rms_norm_eps is
@@ -308,4 +309,5 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family(v2_keys, v2_fields, deepseek_names),
     "deepseek_v3": Family(v3_keys, v3_fields, deepseek_names, v3_ignored),
     **OTHERS,
+    "switch_transformers": SWITCH,
 }

@@ -86,6 +86,11 @@ class Fields:
             return []
         return [self.positive(f"{name}[{i}]", x) for i, x in enumerate(value)]
 
+    def amount(self, name: str, default: float) -> float:
+        """A number of 0 or more."""
+        value = self.config.get(name)
+        return 0.0 if value == 0 and not isinstance(value, bool) else self.positive(name, value, default)
+
     def truth(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self.config.get(name)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import resource
 import shutil
 import time
@@ -23,11 +24,12 @@ import numpy as np
 from moe_jax import config
 from moe_jax import mesh as meshes
 from moe_jax.checkpoint import MARKER, Checkpoints, claim_workdir
-from moe_jax.config import Config, DataConfig, LatentConfig, MoEConfig, Refused, RopeConfig
+from moe_jax.config import Config, DataConfig, EncoderConfig, LatentConfig, MoEConfig, Problem, Refused, RopeConfig
 from moe_jax.convert.families import family_of, model_keys
 from moe_jax.convert.folder import INDEX, Folder
 from moe_jax.convert.names import NameMap, Piece, path_of
 from moe_jax.convert.progress import Bar
+from moe_jax.convert.tensors import Writing, write
 from moe_jax.data import ByteTokenizer, Corpus, TokenFile, load_tokenizer, prepare
 from moe_jax.train.loop import RSS_UNIT
 from moe_jax.train.resume import checkpoint_info, locked
@@ -36,7 +38,8 @@ from moe_jax.train.upcycling import check_new
 
 PUBLISHED = "published"  # the folder of a workdir with the small files of the source
 DTYPES = "dtypes.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # the first one present is taken
+UNREAD = "unread.safetensors"  # tensors that no parameter is read from, for the export
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model")  # the first one present is taken
 SMALL = 100_000_000  # bytes of a file that is kept beside the weights
 EMPTY = TokenFile(np.zeros(0, np.int32), np.zeros(0, np.int64))
 NO_TEXT = Corpus(EMPTY, EMPTY, ByteTokenizer(), 0.0, 0, 0, "")
@@ -171,7 +174,8 @@ def drop(folders: Sequence[Path]) -> None:
             path.rmdir()
 
 
-TABLES = {"moe": MoEConfig(), "latent": LatentConfig(), "rope": RopeConfig()}  # which a config may lack
+# Tables that a config may lack
+TABLES = {"moe": MoEConfig(), "latent": LatentConfig(), "rope": RopeConfig(), "encoder": EncoderConfig()}
 
 
 def own(tree: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
@@ -200,8 +204,9 @@ def toml(tree: dict[str, Any], path: tuple[str, ...] = ()) -> str:
     return "\n".join([text, *tables])
 
 
-def keep(source: Folder, workdir: Path) -> None:
-    """The small files of the source, for the tokenizer and for export, and the types of its numbers."""
+def keep(source: Folder, workdir: Path, unread: Sequence[str]) -> None:
+    """The small files of the source, for the tokenizer and for export, the types of its numbers, and what is `unread`
+    of them."""
     folder = workdir / PUBLISHED
     folder.mkdir(exist_ok=True)
     for path in sorted(source.path.iterdir()):
@@ -212,6 +217,9 @@ def keep(source: Folder, workdir: Path) -> None:
     most = Counter(dtypes.values()).most_common(1)[0][0]
     record = {"dtype": most, "others": {name: dtype for name, dtype in dtypes.items() if dtype != most}}
     (folder / DTYPES).write_text(json.dumps(record, indent=1), "utf-8")
+    if unread:
+        found = [Writing(name, source.tensors[name].dtype, source.tensors[name].shape) for name in unread]
+        write(folder / UNREAD, found, (source.tensors[name].view() for name in unread))
 
 
 def text_of(cfg: Config, workdir: Path) -> Corpus | None:
@@ -222,18 +230,19 @@ def text_of(cfg: Config, workdir: Path) -> Corpus | None:
 
 
 class Opened(NamedTuple):
-    """A folder of published weights, and the model that it fills; all of it is checked, and nothing is read yet."""
+    """A folder of published weights, and the model that it fills; all of it is checked, and no parameter read yet."""
 
     source: Folder
     family: str
     cfg: Config
     model: Model
     names: NameMap
+    unread: list[str]  # tensors of the map that no parameter is read from
     unused: list[str]  # tensors that are known to be of no use
 
 
 def opened(path: Path, workdir: Path, overrides: Sequence[str] = ()) -> Opened:
-    """The folder `path`, for an import into `workdir`. Asks JAX for no device.
+    """The folder `path`, for an import into `workdir`. Asks JAX for no device, and reads only what may be a copy.
 
     Raises:
         Refused: files or a config.json that cannot be used, tensors that are not those of the model.
@@ -243,8 +252,20 @@ def opened(path: Path, workdir: Path, overrides: Sequence[str] = ()) -> Opened:
     cfg = settings(source, workdir, overrides)
     model = Model.of(cfg)
     model.validate()
-    names = NameMap(model, family.names(cfg.model))
-    return Opened(source, kind, cfg, model, names, source.match(names.tensors, family.ignored(source.config)))
+    unread, copies = family.unread(cfg.model), family.copies(cfg.model)
+    names = NameMap(model, family.names(cfg.model), unread)
+    unused = source.match(names.tensors, [*family.ignored(source.config), *map(re.escape, copies)])
+    check_copies(source, copies)
+    return Opened(source, kind, cfg, model, names, list(unread), unused)
+
+
+def check_copies(source: Folder, copies: dict[str, str]) -> None:
+    """Further names of a tensor hold the same numbers. Raises `Refused`."""
+    for name, of in copies.items():
+        if name in source.tensors and not np.array_equal(source.values(name), source.values(of)):
+            file, both = source.tensors[name].file, f"{name} {source.tensors[name]} and {of} {source.tensors[of]}"
+            why = f"{both} differ, and config.json makes them one by tie_word_embeddings"
+            raise Refused(Problem(str(file), why, "set it to false, or mend one of them"))
 
 
 def run(
@@ -259,12 +280,12 @@ def run(
     """
     started = time.perf_counter()
     new(workdir)
-    source, kind, cfg, model, names, unused = opened(path, workdir, overrides)
+    source, kind, cfg, model, names, unread, unused = opened(path, workdir, overrides)
     meshes.prepare_devices(cfg.mesh, fake_devices)
     targets = model.weight_targets(meshes.build_mesh(cfg.mesh))
     total = shard_bytes(targets)
     with fresh(workdir) as checkpoints:
-        keep(source, workdir)
+        keep(source, workdir, unread)
         corpus = text_of(cfg, workdir)
         (workdir / "config.toml").write_text(toml(own(config.to_dict(cfg), config.to_dict(Config()))), "utf-8")
         with Bar(total, "importing", quiet=quiet) as bar:

@@ -27,11 +27,15 @@ class Take(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a tensor is to one parameter: a path in a layer, or in the model where the name has no {layer}."""
+    """What a tensor is to one parameter: a path in a layer, of the encoder's where it begins with `encoder.`, or in the
+    model where the name has no {layer}."""
 
     target: str
     turn: str  # axes of the tensor -> axes of the parameter; (h n) are two axes in one
     take: Take | None = None
+
+
+ENCODER = "encoder."  # what the paths of its parameters begin with
 
 
 class Rule:
@@ -40,6 +44,7 @@ class Rule:
     def __init__(self, source: str, *parts: Part):
         self.source, self.parts = source, parts
         self.layered, self.expert = "{layer}" in source, "{expert}" in source
+        self.stack = ENCODER if self.layered and parts[0].target.startswith(ENCODER) else ""
 
 
 class Piece(NamedTuple):
@@ -123,40 +128,45 @@ def path_of(path: tuple) -> str:
     return jax.tree_util.keystr(path[1:], simple=True, separator=".")
 
 
-def layer_places(runs: Sequence[tuple[tuple[str, ...], int]]) -> list[tuple[str, int]]:
-    """Of each layer, bottom first: where its leaves are, and its place in their first axis."""
+def layer_places(runs: Sequence[tuple[tuple[str, ...], int]], prefix: str) -> list[tuple[str, int]]:
+    """Of each layer of a stack, bottom first: where its leaves are, and its place in their first axis."""
     out: list[tuple[str, int]] = []
     for i, (kinds, repeats) in enumerate(runs):
-        out += [(f"stacks.{i}.blocks.{j}.", r) for r in range(repeats) for j in range(len(kinds))]
+        out += [(f"{prefix}stacks.{i}.blocks.{j}.", r) for r in range(repeats) for j in range(len(kinds))]
     return out
 
 
 class NameMap:
     """The rules of a family laid over a model: `tensors` with their shapes, `pieces` by tensor, `parts` by leaf.
 
+    Args:
+        unread: tensors that no parameter is read from, each with one that it is written like.
     Raises:
         Refused: parameters that no rule fills, or two do.
     """
 
-    def __init__(self, model: Model, rules: Sequence[Rule]):
+    def __init__(self, model: Model, rules: Sequence[Rule], unread: dict[str, str] | None = None):
         self.leaves = leaves(model)
         self.pieces: dict[str, list[Piece]] = {}
-        where = layer_places(model.cfg.model.runs)
+        m = model.cfg.model
+        where = {"": layer_places(m.runs, ""), ENCODER: layer_places(m.encoder_runs, ENCODER)}
         for rule in rules:
-            places = [(n, *place) for n, place in enumerate(where)] if rule.layered else [(0, "", None)]
+            places = [(n, *place) for n, place in enumerate(where[rule.stack])] if rule.layered else [(0, "", None)]
             for n, prefix, row in places:
                 self.add(rule, n, prefix, () if row is None else (row,))
-        self.tensors = {name: pieces[0].shape for name, pieces in self.pieces.items()}
         self.parts: dict[str, list[Piece]] = {leaf: [] for leaf in self.leaves}
         for pieces in self.pieces.values():
             for piece in pieces:
                 self.parts[piece.leaf].append(piece)
         self.check()
+        self.pieces |= {name: self.pieces[like] for name, like in (unread or {}).items()}
+        self.tensors = {name: pieces[0].shape for name, pieces in self.pieces.items()}
 
     def add(self, rule: Rule, layer: int, prefix: str, at: tuple[int, ...]) -> None:
         """The pieces of a rule in one layer, where the layer has its parameters."""
         for part in rule.parts:
-            shape = self.leaves.get(prefix + part.target)
+            leaf = prefix + part.target.removeprefix(rule.stack)
+            shape = self.leaves.get(leaf)
             if shape is None:
                 continue
             numbers = range(shape[len(at)]) if rule.expert else [None]
@@ -165,7 +175,7 @@ class NameMap:
             for expert in numbers:
                 name = rule.source.format(layer=layer, expert=expert)
                 own = at if expert is None else (*at, expert)
-                self.pieces.setdefault(name, []).append(Piece(name, part, prefix + part.target, own, sizes))
+                self.pieces.setdefault(name, []).append(Piece(name, part, leaf, own, sizes))
 
     def check(self) -> None:
         """Every place of every leaf has one piece."""

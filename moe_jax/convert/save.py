@@ -21,11 +21,11 @@ from moe_jax.checkpoint import Checkpoints, open_workdir
 from moe_jax.config import MeshConfig, ModelConfig, Problem, Refused
 from moe_jax.convert.families import FAMILIES, family_of, model_keys
 from moe_jax.convert.folder import CONFIG, INDEX, ONE, read_json
-from moe_jax.convert.load import DTYPES, PUBLISHED
+from moe_jax.convert.load import DTYPES, PUBLISHED, UNREAD, widened
 from moe_jax.convert.names import NameMap, Piece, path_of
 from moe_jax.convert.progress import Bar
 from moe_jax.convert.tensors import DTYPES as KINDS
-from moe_jax.convert.tensors import Writing, write
+from moe_jax.convert.tensors import Stored, Writing, read_header, write
 from moe_jax.train.resume import differences
 from moe_jax.train.state import Model, Weights, placed
 
@@ -57,9 +57,11 @@ FREE = (
     "scan",
     "remat",
     "max_length",
+    "encoder.length",
+    "encoder.start",
 )
 """Keys of a model that another library does not ask for: how it is trained, and how it computes."""
-PATTERN = ("moe.every", "moe.first_dense", "moe.layers")  # which layers are MoE
+PATTERN = ("moe.every", "moe.first_dense", "moe.layers", "encoder.moe_layers")  # which layers are MoE
 UNSET = {
     "softmax_topk": {"normalize": "none"},
     "sparsemixer": {"margin": 0.02},
@@ -104,7 +106,8 @@ def unlike(m: ModelConfig, fields: dict[str, Any]) -> dict[str, tuple[Any, Any]]
     """Keys in which the model of a config.json differs from `m`."""
     found = config.from_dict({"model": model_keys(fields), "data": {"length": 1}}).model
     pairs = differences(resolved(m), resolved(found))
-    free = (*FREE, *(PATTERN if m.layer_kinds == found.layer_kinds else ()))
+    alike = (m.layer_kinds, m.encoder_kinds) == (found.layer_kinds, found.encoder_kinds)
+    free = (*FREE, *(PATTERN if alike else ()))
     return {k: pair for k, pair in pairs.items() if not k.startswith(free) and not close(*pair)}
 
 
@@ -260,18 +263,19 @@ def run(
     about = description(workdir, cfg.model, family)
     kind, row = family_of(about)
     model = Model.of(cfg)
-    names = NameMap(model, row.names(cfg.model))
+    names = NameMap(model, row.names(cfg.model), row.unread(cfg.model))
     bias_leaves = {path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path((model.bias_shapes,))[0]}
     types = kinds(workdir, names, bias_leaves, dtype)
     leaves = numbers(checkpoints, model, step)
     tensors = [Writing(name, types[name], shape) for name, shape in names.tensors.items()]
+    unread = read_header(file) if (file := workdir / PUBLISHED / UNREAD).exists() else {}
     parts = files(tensors, shard_gb * 1e9)
     most = Counter(types.values()).most_common(1)[0][0]
     total = sum(t.bytes for t in tensors)
     with whole(place) as draft:
         with Bar(total, "exporting", quiet=quiet) as bar:
             for file, part in parts.items():
-                write(draft / file, part, values(part, names, leaves, bar))
+                write(draft / file, part, values(part, names, leaves, unread, bar))
         if len(parts) > 1:
             chart = {t.name: file for file, part in parts.items() for t in part}
             index = {"metadata": {"total_size": total}, "weight_map": chart}
@@ -297,10 +301,15 @@ def numbers(checkpoints: Checkpoints, model: Model, step: int) -> dict[str, np.n
     return {path_of(path): np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def values(part: Sequence[Writing], names: NameMap, leaves: dict[str, np.ndarray], bar: Bar) -> Iterator[np.ndarray]:
-    """The numbers of a file, tensor by tensor."""
+def values(
+    part: Sequence[Writing], names: NameMap, leaves: dict[str, np.ndarray], unread: dict[str, Stored], bar: Bar
+) -> Iterator[np.ndarray]:
+    """The numbers of a file, tensor by tensor; those that were not read, as the import left them."""
     for t in part:
-        yield made(names.pieces[t.name], leaves, t.dtype)
+        if t.name in unread:
+            yield narrowed(t.name, widened(unread[t.name].view()), t.dtype)
+        else:
+            yield made(names.pieces[t.name], leaves, t.dtype)
         bar(t.bytes)
 
 
@@ -308,7 +317,7 @@ def accompany(workdir: Path, draft: Path, about: dict[str, Any], dtype: str | No
     """config.json and the other small files; `dtype` is that of the numbers where it is another one than imported."""
     if (workdir / PUBLISHED).is_dir():
         for path in sorted((workdir / PUBLISHED).iterdir()):
-            if path.name not in (CONFIG, DTYPES):
+            if path.name not in (CONFIG, DTYPES, UNREAD):
                 shutil.copyfile(path, draft / path.name)
     if dtype is not None:
         about = {k: v for k, v in about.items() if k != "quantization_config"}

@@ -58,9 +58,11 @@ class Corpus:
     fingerprint: str
     first: tuple[int, ...] = ()
 
-    def prompt(self, text: str) -> np.ndarray:
-        """The ids [T] int32 of the beginning of a document."""
-        return np.concatenate([self.first, self.tokenizer.encode(text)]).astype(np.int32)
+    def prompt(self, text: str, whole: bool = False) -> np.ndarray:
+        """The ids [T] int32 of the beginning of a document; `whole`: of all of a text for an encoder, with the special
+        tokens that it names, such as T5's <extra_id_0>, and what the tokenizer puts after it."""
+        ids = self.tokenizer.encode(text, marked=whole)
+        return np.concatenate([self.first, ids, self.tokenizer.back if whole else ()]).astype(np.int32)
 
 
 def prepare(cfg: DataConfig, folder: Path) -> Corpus:

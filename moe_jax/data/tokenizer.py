@@ -30,12 +30,14 @@ class Tokenizer(Protocol):
     Attributes:
         eos: the id that ends a document. size: one more than the greatest id.
         front: the ids that it puts before a document, such as BOS; models begin with them if `data.bos` says so.
+        back: the ids that it puts after a text that is whole, as T5's puts its eos after what an encoder reads.
         special: the tokens that stand for something else than their text, by name.
     """
 
     eos: int
     size: int
     front: tuple[int, ...]
+    back: tuple[int, ...]
     special: dict[str, int]
 
     def encode(self, text: str, marked: bool = False) -> np.ndarray:
@@ -58,6 +60,7 @@ class ByteTokenizer:
     eos = 256
     size = 257
     front: tuple[int, ...] = ()
+    back: tuple[int, ...] = (eos,)
     special: dict[str, int] = {}  # noqa: RUF012  # nothing is ever added
 
     def encode(self, text: str, marked: bool = False) -> np.ndarray:
@@ -104,8 +107,9 @@ class HFTokenizer:
             token.content: id for id, token in self._rust.get_added_tokens_decoder().items() if token.special
         }
         plain, whole = (self._rust.encode("a", add_special_tokens=added).ids for added in (False, True))
-        begin = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-        self.front: tuple[int, ...] = tuple(whole[:begin])
+        begins = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
+        self.front: tuple[int, ...] = tuple(whole[: begins[0]]) if begins else ()
+        self.back: tuple[int, ...] = tuple(whole[begins[0] + len(plain) :]) if begins else ()
         self._fingerprint = f"tokenizer.json sha256 {hashlib.sha256(raw).hexdigest()}"
 
     def encode(self, text: str, marked: bool = False) -> np.ndarray:
@@ -146,6 +150,7 @@ class PieceTokenizer:
             raise _refusal(f"{path!r} has no token that ends a document", "train it again with an eos_id")
         self.size = len(names)
         self.front: tuple[int, ...] = (self._model.bos_id(),) if self._model.bos_id() >= 0 else ()
+        self.back: tuple[int, ...] = (self.eos,)  # such a model says nothing of it; T5's are used so
         self.special = {name: i for i, name in enumerate(names) if self._model.IsControl(i)}
         self._fingerprint = f"tokenizer.model sha256 {hashlib.sha256(raw).hexdigest()}"
 

@@ -9,7 +9,7 @@ from math import prod
 from typing import NamedTuple
 
 from moe_jax.axes import WIDTHS, Rules, is_matrix
-from moe_jax.schema import BUCKETS, GATED, LatentConfig, MeshConfig, ModelConfig, MoEConfig
+from moe_jax.schema import GATED, LatentConfig, MeshConfig, ModelConfig, MoEConfig
 
 COMPONENTS = {  # component -> what it is called in tables
     "embed": "embedding",
@@ -198,7 +198,7 @@ def stack(m: ModelConfig, runs: Runs, prefix: str = "", reads: bool = False) -> 
     if m.final_norm:
         yield from (Leaf(*part) for part in norm(m, f"{prefix}final_norm"))
     if m.positions == "relative":
-        yield Leaf(f"{prefix}relative", (BUCKETS, m.heads), ("bias", "heads"), "rel_bias")
+        yield Leaf(f"{prefix}relative", (m.distance_buckets, m.heads), ("bias", "heads"), "rel_bias")
     for i, (kinds, repeats) in enumerate(runs):
         for j, kind in enumerate(kinds):
             for name, shape, axes, component in block(m, kind, reads):

@@ -59,6 +59,8 @@ class Step:
         if m.encoder is None:
             return None
         alone = replace(m, layers=m.encoder.layers, encoder=None)
+        if m.moe is not None and m.encoder.moe_layers is not None:
+            alone = replace(alone, moe=replace(m.moe, layers=m.encoder.moe_layers))
         cfg = replace(self.cfg, model=alone, data=replace(self.cfg.data, length=self.cfg.inputs))
         return Step(cfg, self.platform, both_ways=True)
 

@@ -151,8 +151,8 @@ class Run:
             self.cfg.train.sample,
             self.cfg.model.max_length,
         )
-        first = len(opening(tokenizer, self.cfg.data.bos))
-        count = 0 if not prompt else first + len(tokenizer.encode(prompt))
+        more = len(opening(tokenizer, self.cfg.data.bos)) + (len(tokenizer.back) if self.cfg.model.answers else 0)
+        count = 0 if not prompt else more + len(tokenizer.encode(prompt))
         if prompt is not None and not 0 < count < limit:
             why = f"makes {count} tokens"
             raise Refused(Problem("train.sample", why, f"give a text of 1 to {limit - 1} tokens, or take the key out"))
@@ -314,14 +314,15 @@ class Run:
         self.say(f"picture {path}")
 
     def sample(self, state: State, prompt: str) -> str:
-        """The prompt and how the model continues it. Every process computes a part."""
+        """The prompt and how the model continues it, or what it answers. Every process computes a part."""
         tokenizer = self.corpus.tokenizer
         generator = Generator(self.model, self.mesh, tokenizer.size, tokenizer.eos)
-        ids = self.corpus.prompt(prompt)
+        whole = self.cfg.model.answers
+        ids = self.corpus.prompt(prompt, whole)
         read = 1 if self.cfg.model.encoder else len(ids)  # by the decoder
         room = self.cfg.model.max_length - read
         new = generator(state.weights, [ids], min(self.cfg.train.sample_tokens, room))
-        return prompt + continued(tokenizer, ids.tolist(), new.tokens[0])
+        return tokenizer.decode(new.tokens[0]) if whole else prompt + continued(tokenizer, ids.tolist(), new.tokens[0])
 
     def say(self, text: str) -> None:
         if not self.quiet:
