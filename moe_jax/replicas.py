@@ -66,8 +66,7 @@ class Wish:
             problems.append(Problem("--slots", why, f"give a multiple of {n} from {least} to {most}"))
         elif self.slots % n:
             why = f"{self.slots} slots do not divide over {n} devices ({axes})"
-            remedy = f"give {self.slots // n * n} or {-(-self.slots // n) * n}, of multiples of {n} from {E} on"
-            problems.append(Problem("--slots", why, remedy))
+            problems.append(Problem("--slots", why, f"give {self.slots // n * n} or {-(-self.slots // n) * n}"))
         if self.nodes < 1 or n % self.nodes:
             why = f"{n} devices ({axes}) do not divide over {self.nodes} nodes"
             problems.append(Problem("--nodes", why, f"give a divisor of {n}"))
