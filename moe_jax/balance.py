@@ -36,6 +36,7 @@ class Stats(NamedTuple):
     sent: jax.Array | None = None  # [devices] int32, tokens with at least one expert in each group of experts
     importance: jax.Array | None = None  # [E] float32, sum of gates
     chance: jax.Array | None = None  # [E] float32, sum of the probabilities of being chosen (noisy_topk)
+    rows: jax.Array | None = None  # [slots] int32, kept choices in each slot, where a placement has put the experts
 
 
 def hits(expert: jax.Array, valid: jax.Array, experts: int) -> jax.Array:

@@ -33,6 +33,7 @@ class Cache(NamedTuple):
     start: jax.Array  # [B] int32, first place that holds a token of the row
     filled: jax.Array  # [] int32, places filled so far
     source: jax.Array | None = None  # [B, M] int32, segments of what an encoder read: 1, and 0 for padding
+    rows: jax.Array | None = None  # [MoE layers, slots] int32, of each slot of a placement (`replicas`) so far
 
 
 class Cached(NamedTuple):

@@ -100,6 +100,17 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--chat", action="store_true", help=help)
     generate.add_argument("--system", metavar="TEXT", help="with --chat: what the system says first")
     generate.add_argument("--seed", type=int, default=0)
+    help = (
+        "hold the experts in N slots of all devices together, the busiest several times, placed by their loads (EPLB)"
+    )
+    generate.add_argument("--slots", type=int, metavar="N", help=help)
+    help = (
+        "with --slots: loads that `moe-jax eval DIR --json` wrote, of any text (default: counted now on as much of the "
+    )
+    help += "run's held-out text as train.eval_batches says)"
+    generate.add_argument("--loads", type=folder, metavar="FILE", help=help)
+    help = "with --slots: each group of experts that the router knows stays within one of N nodes (default 1)"
+    generate.add_argument("--nodes", type=int, metavar="N", help=help)
     generate.set_defaults(run=run_generate)
 
     upcycle = add("upcycle", "make a mixture of experts out of a trained dense model; `train` goes on in its workdir")
@@ -281,7 +292,8 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
             f"{report['dropped']:,} of {report['routed']:,} choices dropped"
         )
     result(args, *lines, f"{report['tokens']:,} tokens, step {trained.step}")
-    return {"workdir": str(args.workdir), "step": trained.step, "text": trained.cfg.data.path, **report}
+    about = {"workdir": str(args.workdir), "config": trained.cfg.name, "step": trained.step}
+    return about | {"text": trained.cfg.data.path, **report}
 
 
 def run_generate(args: argparse.Namespace) -> dict[str, Any]:
@@ -299,6 +311,10 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     if args.system is not None and not args.chat:
         problems.append(Problem("--system", "belongs to a chat", "add --chat, or put the text into --prompt"))
     problems += [Problem("--stop", "is empty", "give at least one character") for text in args.stop if not text]
+    options = [("--loads", args.loads), ("--nodes", args.nodes)] if args.slots is None else []
+    problems += [
+        Problem(name, "belongs to --slots", "add --slots N, or leave it out") for name, v in options if v is not None
+    ]
     texts = [("--prompt", text) for text in args.prompt] + [("--stop", text) for text in args.stop]
     for flag, text in [*texts, ("--system", args.system or "")]:
         if any("\ud800" <= c <= "\udfff" for c in text):  # how Python passes on bytes that are no text
@@ -307,7 +323,13 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
         raise Refused(*problems)
     from moe_jax.trained import Trained
 
-    trained = Trained(args.workdir, args.overrides, args.fake_devices, decodes=True)
+    wish = None
+    if args.slots is not None:
+        from moe_jax.replicas import Wish
+
+        wish = Wish(args.slots, 1 if args.nodes is None else args.nodes, args.loads)
+    check = None if wish is None else wish.check
+    trained = Trained(args.workdir, args.overrides, args.fake_devices, decodes=True, check=check)
     import numpy as np
 
     from moe_jax.data import continued
@@ -327,6 +349,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     contexts = [*(p.tolist() for p in prompts), *([[]] if alone else [])]
     stops |= {i for text in args.stop for i in exactly(tokenizer, text, contexts)}
     sampling = Sampling(args.temperature, args.top_k, args.seed, args.top_p)
+    placed = None if wish is None else wish.apply(trained)
     generator = Generator(trained.model, trained.mesh, tokenizer.size, sorted(stops), sampling)
     out = generator(trained.weights, prompts, args.tokens)
     texts = []
@@ -336,9 +359,17 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print("\n\n".join(texts))
     speeds = out._asdict()
-    del speeds["tokens"]
+    del speeds["tokens"], speeds["rows"]
     say(args, ", ".join(f"{name.split('_')[0]} {value:,.0f} tokens/s" for name, value in speeds.items()))
-    return {"workdir": str(args.workdir), "step": trained.step, "text": texts[0], "texts": texts, **speeds}
+    report = {"workdir": str(args.workdir), "step": trained.step, "text": texts[0], "texts": texts, **speeds}
+    if placed is not None:
+        from moe_jax.replicas import lines
+        from moe_jax.replicas import report as balance
+
+        assert out.rows is not None
+        report["placement"] = balance(placed, out.rows)
+        say(args, *lines(report["placement"]))
+    return report
 
 
 def run_upcycle(args: argparse.Namespace) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Generated(NamedTuple):
     tokens: list[list[int]]
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    rows: np.ndarray | None = None  # [MoE layers, slots], of each slot in all steps, where experts are placed
 
 
 def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling, known: int) -> jax.Array:
@@ -115,8 +116,9 @@ class Generator:
 
     def decode(
         self, weights: Weights, first: jax.Array, cache: Cache, number: jax.Array, steps: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """At most `steps` more tokens after `first` [B] -> [steps, B], and how many steps it took to end all texts."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """At most `steps` more tokens after `first` [B] -> [steps, B], how many steps it took to end all texts, and the
+        rows of the slots of a placement."""
         module, stops = self.model.module(*weights), jnp.asarray(self.stops, jnp.int32)
 
         def ended(token: jax.Array) -> jax.Array:
@@ -134,8 +136,8 @@ class Generator:
 
         blank = jnp.full((steps, first.shape[0]), self.stops[0], jnp.int32)
         begin = (jnp.zeros((), jnp.int32), first, ended(first), cache, blank)
-        step, *_, tokens = jax.lax.while_loop(going, one, begin)
-        return tokens, step
+        step, _, _, cache, tokens = jax.lax.while_loop(going, one, begin)
+        return tokens, step, cache.rows
 
     def __call__(self, weights: Weights, prompts: Sequence[np.ndarray], new_tokens: int) -> Generated:
         """Continue prompts of token ids by at most `new_tokens`; speeds are measured after compiling.
@@ -174,13 +176,14 @@ class Generator:
             start = time.perf_counter()
             first, cache = jax.block_until_ready(prefill(weights, tokens, lengths, number))
             filled = time.perf_counter()
-            rest, steps = (fetch(a) for a in decode(weights, first, cache, number))
+            rest, steps, by_slot = jax.tree.map(fetch, decode(weights, first, cache, number))
             end = time.perf_counter()
         new = np.concatenate([fetch(first)[None], rest]).T[: len(prompts)]  # [prompts, new_tokens]
         return Generated(
             [self.cut(row) for row in new],
             sum(len(p) for p in prompts) / (filled - start),
             int(steps) * len(prompts) / (end - filled),
+            by_slot,
         )
 
     def compiled(self, weights: Weights, tokens: jax.Array, lengths: jax.Array, number: jax.Array, new: int) -> Any:

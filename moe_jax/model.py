@@ -102,6 +102,25 @@ def walk(part: "Transformer | Encoder", done: int) -> Iterator[tuple[int, Period
         done = mine.stop
 
 
+def moe_layers(m: ModelConfig) -> Iterator[tuple[str, slice]]:
+    """The path of each MoE layer of a period in the module, and which of all MoE layers its repeats are."""
+    done = 0
+    for part, runs in (("encoder.", m.encoder_runs), ("", m.runs)):
+        for i, (kinds, repeats) in enumerate(runs):
+            blocks = [b for b, kind in enumerate(kinds) if kind == "moe"]
+            end = done + len(blocks) * repeats
+            for j, b in enumerate(blocks):
+                yield f"{part}stacks.{i}.blocks.{b}.ffn", slice(done + j, end, len(blocks))
+            done = end
+
+
+def rows_so_far(before: jax.Array | None, stats: Stats | None) -> jax.Array | None:
+    """Rows of the slots of a placement [layers, slots], with those of a call of the decoder, or of all layers."""
+    if stats is None or stats.rows is None or before is None:
+        return before if stats is None or stats.rows is None else stats.rows
+    return before.at[-len(stats.rows) :].add(stats.rows)  # an encoder's layers come first, and ran once
+
+
 def typed(model: "Transformer", *_: Any, cache: Cache | None = None, record: bool = False, **__: Any) -> Any:
     """Partition specs of what a call of a model returns; without rules it is on one device."""
     rules, none = model.rules, PartitionSpec()
@@ -118,7 +137,7 @@ def cached(model: "Transformer", *_: Any, **__: Any) -> Any:
     if model.rules is None:
         return none
     layers, rows = model.rules.layout(*cached_axes(model.m)), (model.rules.batch, ())
-    return Cache._make((spec(layers), none, none, spec(rows)))
+    return Cache._make((spec(layers), none, none, spec(rows), none))
 
 
 class Encoder(nnx.Module):
@@ -278,7 +297,7 @@ class Transformer(nnx.Module):
             # A write past the last place would overwrite it in silence: such a call returns no numbers.
             logits = jnp.where(cache.filled + L <= places(cache), logits, jnp.nan)
             seen = cache.source if context.source is None else context.source.segments
-            cache = Cache(tuple(layers), cache.start, cache.filled + L, seen)
+            cache = Cache(tuple(layers), cache.start, cache.filled + L, seen, rows_so_far(cache.rows, stats))
         past = jax.tree.map(lambda a: sequence.restored(a, turned, 2), past)
         return Output(sequence.restored(logits, turned), stats, cache, past, behind)
 

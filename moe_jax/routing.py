@@ -411,3 +411,20 @@ def recorded(routing: Routing) -> jax.Array:
     Which one that was counts for gshard, where a second expert that is not kept still shares in the first one's gate.
     """
     return jnp.where(routing.valid, routing.expert, ~routing.expert)
+
+
+def in_slots(routing: Routing, replicas: jax.Array, turn: jax.Array, slots: int) -> Routing:
+    """The same routing with the slots that hold the chosen experts in place of their numbers.
+
+    An expert's replicas take its tokens in turn, so that they share its load wherever those come from.
+
+    Args:
+        replicas: [E, most] int32, the slots of each expert, padded with -1.
+        turn: [..., S] int32, from 0, of each token; tokens that follow one another differ by 1.
+    Returns:
+        `expert` [..., S, K] counts slots, which differ within a token as experts do. `prob` [..., S, slots] is empty:
+        dispatchers take no more than its last dimension.
+    """
+    count = (replicas >= 0).sum(-1, dtype=jnp.int32)  # [E]
+    slot = replicas[routing.expert, turn[..., None] % count[routing.expert]]
+    return routing._replace(expert=slot, prob=jnp.zeros((*routing.prob.shape[:-1], slots), jnp.float32))

@@ -1,7 +1,7 @@
 """A finished run, opened for reading: `Trained("runs/mine")` holds its config, model, weights and text."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 
@@ -25,6 +25,7 @@ class Trained:
         keep_batch: refuse a mesh that data.batch does not divide over; else the batch is rounded up, which changes no
             result of a whole text.
         decodes: refuse a model that cannot make text token by token, before its weights are read.
+        check: refuses what else the config does not admit, before that too.
         processes: how many of them JAX has joined; each holds a part of the weights.
     Attributes:
         cfg: the config with the overrides. mesh: of its devices. step: of the checkpoint.
@@ -42,6 +43,7 @@ class Trained:
         *,
         keep_batch: bool = False,
         decodes: bool = False,
+        check: Callable[[Config], None] | None = None,
         processes: int = 1,
     ):
         self.workdir = Path(workdir)
@@ -56,6 +58,8 @@ class Trained:
         self.cfg: Config = config.from_dict(tree)
         if decodes:
             config.require_decoding(self.cfg.model)
+        if check is not None:
+            check(self.cfg)
         saved_cfg = config.from_dict(saved)
         self.other = None if self.cfg.data.path == saved_cfg.data.path else self.cfg.data.path
         mesh.prepare_devices(self.cfg.mesh, fake_devices, processes)

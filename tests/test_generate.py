@@ -119,7 +119,7 @@ def test_any_stop_ends_a_text_and_the_last_one_the_loop(small):
         row[5 - len(p) :] = p
     with jax.set_mesh(mesh):
         first, cache = generator.prefill(weights, tokens, lengths, numbers(PROMPTS), 24)
-        _, steps = generator.decode(weights, first, cache, numbers(PROMPTS), 23)
+        _, steps, _ = generator.decode(weights, first, cache, numbers(PROMPTS), 23)
     assert int(steps) == max(cuts) < 23
 
 

@@ -97,7 +97,8 @@ class Block(nnx.Module):
             if isinstance(self.ffn, MoELayer):
                 mask, key = context.mask, fold(keys, 2)
                 options |= {"train": train, "balanced": context.places is not None}
-                h, *rest = self.ffn(h, mask=mask, key=key, tokens=context.tokens, **options)
+                ids = {"tokens": context.tokens, "places": context.positions}
+                h, *rest = self.ffn(h, mask=mask, key=key, **ids, **options)
                 routed = Routed(*rest)
             else:
                 h = self.ffn(h)

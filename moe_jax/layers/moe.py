@@ -22,7 +22,7 @@ from moe_jax.grouped import Weights
 from moe_jax.layers.common import ACTIVATIONS, Keys, along_last, constant, dropout, fan_in, fold, lay, param, row_keys
 from moe_jax.layers.ffn import FFN
 from moe_jax.layers.ragged import over_mesh, ragged_experts
-from moe_jax.routing import QUIET, Noise, Routing, check_mask, draw, jittered, recorded, route
+from moe_jax.routing import QUIET, Noise, Routing, check_mask, draw, in_slots, jittered, recorded, route
 from moe_jax.rules import any_axes, by_hand, current_mesh, platform, spec
 from moe_jax.schema import GATED
 from moe_jax.sequence import Cut, shards
@@ -42,6 +42,10 @@ def group_keys(rows: Keys, L: int, S: int) -> Keys:
 
 class SelectionBias(nnx.Variable):
     """Biases [E] on the scores that choose experts: no parameter, moved by `balance.updated_bias` after each step."""
+
+
+class Replicas(nnx.Variable):
+    """The slots [E, most] int32 that hold each expert, padded with -1: no parameter, set by `replicas.Placed`."""
 
 
 class Draws(NamedTuple):
@@ -209,6 +213,7 @@ class MoELayer(nnx.Module):
         biased = moe.bias_rate is not None
         self.bias = SelectionBias(jnp.zeros(moe.experts), axes=("router_experts",)) if biased else None
         self.experts = Experts(moe, ffn, d_model, width, rules, rngs, biases=biases)
+        self.replicas: Replicas | None = None
         shared = moe.shared_width(width)
         self.shared = FFN(ffn, d_model, shared, rules, rngs, biases=biases) if shared else None
         gate = moe.shared_gate
@@ -223,6 +228,7 @@ class MoELayer(nnx.Module):
         train: bool = False,
         key: jax.Array | None = None,
         tokens: jax.Array | None = None,
+        places: jax.Array | None = None,
         capacity_factor: float | None = FROM_CONFIG,
         top_k: int | None = None,
         replay: jax.Array | None = None,
@@ -236,6 +242,8 @@ class MoELayer(nnx.Module):
             train: use the training capacity, noise and dropout; needs `key` where the config asks for noise.
             key: random key of this layer and step, or one key a row, [B].
             tokens: [B, L] int32, token ids, for the hash router.
+            places: [B, L] int32, of the tokens in their rows, by which they take the replicas of an expert in turn;
+                default 0, 1, 2, ...
             capacity_factor: overrides the config's; None is dropless. What overflows is dropped and counted: the
                 statistics' `routed - kept`; `overflow="error"` is enforced by the train loop, not here.
             top_k: overrides the config's number of experts per token.
@@ -290,12 +298,18 @@ class MoELayer(nnx.Module):
                     shared = gated(shared, x, self.shared_gate[...])
                 if self.shared.b_down is not None:  # which padding would come out as
                     shared = jnp.where(cut.whole(mask)[..., None], shared, jnp.zeros((), shared.dtype))
+        sent = routing
+        if self.replicas is not None:
+            with jax.named_scope("replicas"):
+                sent = self.in_slots(routing, cut, places)
+                rows_of = balance.count_experts(sent.expert, slots.kept, sent.prob.shape[-1])
+                stats = stats._replace(rows=rows_of)
         if fallback:
-            y = self.with_fallback(h, routing, limited, slots, C, dispatch)
+            y = self.with_fallback(h, sent, limited, slots, C, dispatch)
         elif dispatch == "ragged":
-            y = self.ragged(h, routing, slots, C)
+            y = self.ragged(h, sent, slots, C)
         else:
-            y = self.buffered(h, routing, slots, C, dispatch, fold(draws.groups, 1))
+            y = self.buffered(h, sent, slots, C, dispatch, fold(draws.groups, 1))
         y = cut.whole(self.lay_groups(y), self.width)  # [B,L,D]
         y = y if self.shared is None else y + shared
         y = lay(y, self.rules, names=("batch", "length", "act_embed"))
@@ -406,6 +420,17 @@ class MoELayer(nnx.Module):
 
         bias = None if self.bias is None else self.bias[...]
         return self.per_group(local, shared=1)(bias, logits, mask, draws.noise, spread, ids, chosen)
+
+    def in_slots(self, routing: Routing, cut: Cut, places: jax.Array | None) -> Routing:
+        """Slots in place of experts. Neighbours in a row take turns, and so do rows at the same place, as in a step of
+        decoding."""
+        assert self.replicas is not None
+        row = jnp.arange(cut.rows, dtype=jnp.int32)[:, None]
+        place = jnp.arange(cut.length, dtype=jnp.int32)[None] if places is None else places.astype(jnp.int32)
+        turn, slots = cut.groups(row + place), self.experts.w_down.shape[0]
+        return self.per_group(lambda table, r, t: in_slots(r, table, t, slots), shared=1)(
+            self.replicas[...], routing, turn
+        )
 
     def draws(self, moe: MoEConfig, rows: Keys, cut: Cut, S: int) -> Draws:
         """The random numbers of a call from keys of its rows [B]: those of one device, whatever the mesh.

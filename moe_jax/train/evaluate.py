@@ -59,7 +59,8 @@ class Evaluator:
 
         Args:
             at_capacity: also `eval_loss_at_capacity` at the evaluation's capacity factor, or else the training's; the
-                counts are then of that pass. Without experts they are 0 and both losses equal.
+                counts are then of that pass. Without experts they are 0 and both losses equal. And `load` of the
+                dropless pass, choices of each expert [MoE layers][E].
         """
         exact = self.sums(weights, count, None)
         loss = float(exact.nats / exact.targets)
@@ -70,6 +71,7 @@ class Evaluator:
             factor = None if moe is None else moe.eval_capacity_factor or moe.capacity_factor
             counted = exact if factor is None else self.sums(weights, count, factor)
             out |= {"eval_loss_at_capacity": float(counted.nats / counted.targets), "capacity_factor": factor}
+            out["load"] = [] if exact.stats is None else exact.stats.load.tolist()
         stats = counted.stats
         routed, kept = (0, 0) if stats is None else (int(stats.routed.sum()), int(stats.kept.sum()))
         out |= {"routed": routed, "kept": kept, "dropped": routed - kept}
