@@ -35,6 +35,13 @@ STYLE: Any = {
 }
 
 
+def styled() -> Any:
+    """A context in which pictures look the same whatever a notebook or a user's settings of matplotlib ask for."""
+    from matplotlib import style
+
+    return style.context(["default", STYLE])
+
+
 def _series(records: Sequence[Record], name: str) -> np.ndarray:
     """A field over the records; NaN, which draws as a gap, where it is absent or not finite."""
     values = np.array([np.nan if r.get(name) is None else r[name] for r in records], float)
@@ -217,7 +224,6 @@ def draw_run(
     Raises:
         ValueError: there is no train record.
     """
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -226,7 +232,7 @@ def draw_run(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     shares, steps = final_shares(train_records), _series(train_records, "step")
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=INCHES, dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
         figure.text(0.024, 0.962, title, fontsize=19, fontweight="bold", va="center", parse_math=False)
@@ -315,7 +321,6 @@ def draw_trace(report: Record, path: str | Path, *, title: str) -> Path:
     Args:
         report: the JSON of `moe-jax trace`.
     """
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -327,7 +332,7 @@ def draw_trace(report: Record, path: str | Path, *, title: str) -> Path:
     how, factor = "dropless", report["capacity_factor"]
     if factor is not None:
         how = f"capacity factor {factor:g}: {report['dropped']} choices without a slot, in brackets"
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(INCHES[0], min(tall, 200.0)), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
         figure.text(0.024, 1 - 0.4 / tall, title, fontsize=19, fontweight="bold", va="center", parse_math=False)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.metrics import Record
-from moe_jax.picture import BLUE, DPI, FAINT, GREY, INCHES, INK, ORANGE, STYLE, load_map, save
+from moe_jax.picture import BLUE, DPI, FAINT, GREY, INCHES, INK, ORANGE, load_map, save, styled
 
 ACROSS = 3  # layers side by side
 
@@ -68,7 +68,6 @@ def draw_likes(report: Record, path: str | Path, *, title: str) -> Path:
     Args:
         report: the JSON of `moe-jax trace --file`.
     """
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -81,7 +80,7 @@ def draw_likes(report: Record, path: str | Path, *, title: str) -> Path:
     tall = 1.9 + top + rows * panel
     how = "dropless" if report["capacity_factor"] is None else f"{report['dropped']:,} choices dropped"
     told = f"{report['tokens']:,} tokens, {n} MoE layers, {report['experts']} experts, {how}"
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(INCHES[0], tall), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
         figure.text(0.024, 1 - 0.4 / tall, title, fontsize=19, fontweight="bold", va="center", parse_math=False)

@@ -216,6 +216,16 @@ def test_the_picture_of_likes_is_drawn(tmp_path, layers, E):
     assert imread(path).shape[1] == 1500 and [p.name for p in tmp_path.iterdir()] == ["likes.png"]
 
 
+def test_pictures_do_not_follow_settings_of_matplotlib(tmp_path):
+    """Those of a notebook, where text would lie on the panels."""
+    import matplotlib
+
+    for draw, made in ((draw_trace, report()), (draw_likes, likings())):
+        plain = draw(made, tmp_path / "plain.png", title="a").read_bytes()
+        with matplotlib.rc_context({"figure.constrained_layout.use": True, "xtick.labelsize": 20, "figure.dpi": 50}):
+            assert draw(made, tmp_path / "other.png", title="a").read_bytes() == plain
+
+
 @pytest.mark.parametrize(
     "content,words",
     [
