@@ -88,7 +88,7 @@ E, K, LENGTH = 8, 2, 64
 SETTINGS = f"""
 mesh.data=1 mesh.expert=1 model.layers=2 model.d_model=64 model.d_ff=128 model.moe.d_ff=64
 model.moe.dispatch=gather model.moe.capacity_factor=4 model.moe.group_size=1024 model.moe.balance_loss=1e-3
-data.length={LENGTH} data.batch=16 train.steps=400 train.eval_batches=8 train.tensorboard=false train.sample=unset
+data.length={LENGTH} data.batch=16 train.steps=250 train.eval_batches=8 train.tensorboard=false train.sample=unset
 """.split()
 report = Run(config.load("tiny_mixtral", SETTINGS), FOLDER / "run", started=time.perf_counter(), quiet=True)()
 run = Trained(FOLDER / "run")
