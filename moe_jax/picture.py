@@ -35,6 +35,13 @@ STYLE: Any = {
 }
 
 
+def styled() -> Any:
+    """A context in which pictures look the same whatever a notebook or a user's settings of matplotlib ask for."""
+    from matplotlib import style
+
+    return style.context(["default", STYLE])
+
+
 def _series(records: Sequence[Record], name: str) -> np.ndarray:
     """A field over the records; NaN, which draws as a gap, where it is absent or not finite."""
     values = np.array([np.nan if r.get(name) is None else r[name] for r in records], float)
@@ -125,7 +132,8 @@ def _loss(ax: Any, train: Sequence[Record], evals: Sequence[Record], bigram: flo
     ax.legend(loc="lower right", bbox_to_anchor=(1, 0.995), ncols=2, borderpad=0.2, handlelength=1.6, columnspacing=1.6)
 
 
-def _load(ax: Any, shares: np.ndarray) -> None:
+def load_map(ax: Any, shares: np.ndarray, title: str) -> None:
+    """The share of each expert in the choices of its layer, [layers, E]; NaN, which draws grey, for none."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator
 
@@ -135,7 +143,7 @@ def _load(ax: Any, shares: np.ndarray) -> None:
     # One scale for every run: white is the fair share, so that a healthy run looks pale and a collapsed one does not.
     relative = shares * experts
     image = ax.imshow(relative, aspect="auto", cmap=colours, vmin=0, vmax=2, interpolation="nearest")
-    ax.set_title("Expert load at the end of training")
+    ax.set_title(title)
     ax.set_xlabel("expert")
     ax.set_ylabel("MoE layer")
     ax.xaxis.set_major_locator(MaxNLocator(16, steps=[1, 2, 4, 8, 10], integer=True, min_n_ticks=1))
@@ -216,7 +224,6 @@ def draw_run(
     Raises:
         ValueError: there is no train record.
     """
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -225,7 +232,7 @@ def draw_run(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     shares, steps = final_shares(train_records), _series(train_records, "step")
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=INCHES, dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
         figure.text(0.024, 0.962, title, fontsize=19, fontweight="bold", va="center", parse_math=False)
@@ -236,14 +243,15 @@ def draw_run(
         else:
             _loss(figure.add_gridspec(1, 1, right=0.5, **area).subplots(), train_records, eval_records, bigram)
             right = {"left": 0.57, "right": 0.975}
-            _load(figure.add_gridspec(1, 1, top=0.85, bottom=0.535, **right).subplots(), shares)
+            ax = figure.add_gridspec(1, 1, top=0.85, bottom=0.535, **right).subplots()
+            load_map(ax, shares, "Expert load at the end of training")
             below = figure.add_gridspec(2, 1, top=0.425, bottom=0.075, hspace=0.5, **right).subplots(squeeze=False)
             _balance(below[0, 0], steps, train_records)
             _dropped(below[1, 0], steps, train_records)
-        return _save(figure, path)
+        return save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     """The PNG, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
@@ -313,7 +321,6 @@ def draw_trace(report: Record, path: str | Path, *, title: str) -> Path:
     Args:
         report: the JSON of `moe-jax trace`.
     """
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -325,7 +332,7 @@ def draw_trace(report: Record, path: str | Path, *, title: str) -> Path:
     how, factor = "dropless", report["capacity_factor"]
     if factor is not None:
         how = f"capacity factor {factor:g}: {report['dropped']} choices without a slot, in brackets"
-    with matplotlib.rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(INCHES[0], min(tall, 200.0)), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
         figure.text(0.024, 1 - 0.4 / tall, title, fontsize=19, fontweight="bold", va="center", parse_math=False)
@@ -337,4 +344,4 @@ def draw_trace(report: Record, path: str | Path, *, title: str) -> Path:
         for ax, part in zip(grid.subplots(squeeze=False)[:, 0], parts, strict=True):
             names = [shown(t) for t in report["tokens"][part]]
             _routes(ax, expert[:, :, part], colours[:, :, part], names, numbers)
-        return _save(figure, path)
+        return save(figure, path)

@@ -1,16 +1,24 @@
-"""`moe-jax trace`: which token of a text goes to which experts in which layer, with what weight."""
+"""`moe-jax trace`: which token of a text goes to which experts in which layer, with what weight.
+
+Of a short text, `--text`, every token is told. A long one, `--file`, is told by what each expert gets: `likes`.
+"""
 
 import argparse
 import dataclasses
 import io
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_jax.terminal import folder, result, say, shown
+
+if TYPE_CHECKING:
+    import numpy as np
 
 COLOURS = ("blue", "red", "green", "magenta", "cyan", "yellow", "bright_blue", "bright_red")  # by expert, in turn
 CONTEXT = 8  # ids before one that its text is told by: more than a character has bytes
 PLAIN = 100  # columns of a table that is not for a terminal
+MOST_BYTES = 2**20  # of a file: what 200 shuffles of its bytes take is seconds
 
 
 def add_trace(trace: argparse.ArgumentParser) -> None:
@@ -18,9 +26,14 @@ def add_trace(trace: argparse.ArgumentParser) -> None:
     trace.add_argument("workdir", type=folder, metavar="DIR")
     help = "for example mesh.expert=2"
     trace.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=help)
-    trace.add_argument("--text", required=True, metavar="TEXT")
-    trace.add_argument("--png", type=folder, metavar="F", help="draw token x layer coloured by expert into the file F")
-    help = "at the training capacity, with the text for a group: what finds no slot has gate 0 (default: dropless)"
+    source = trace.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", metavar="TEXT", help="a short text: where each of its tokens goes")
+    help = "a long text of up to 1 MiB: the load of each expert, and the tokens and classes of tokens that it likes"
+    source.add_argument("--file", type=folder, metavar="FILE", help=help)
+    help = "draw into the file F: of --text token x layer coloured by expert; of --file loads and likes"
+    trace.add_argument("--png", type=folder, metavar="F", help=help)
+    help = "at the training capacity, with the text, or each data.length tokens of a file, for a group: what finds no "
+    help += "slot has gate 0 (default: dropless)"
     trace.add_argument("--capacity", action="store_true", help=help)
     trace.add_argument("--json", action="store_true", help="print one JSON object last on standard output")
     trace.add_argument("--quiet", action="store_true", help="results only: no progress on standard error")
@@ -33,24 +46,65 @@ def run_trace(args: argparse.Namespace) -> dict[str, Any]:
     """`moe-jax trace`."""
     from moe_jax.schema import Problem, Refused
 
-    if any("\ud800" <= c <= "\udfff" for c in args.text):  # how Python passes on bytes that are no text
+    if any("\ud800" <= c <= "\udfff" for c in args.text or ""):  # how Python passes on bytes that are no text
         raise Refused(Problem("--text", f"is not UTF-8: {args.text[:40]!a}", "convert it to UTF-8"))
     if args.png is not None and (args.png.is_dir() or not args.png.absolute().parent.is_dir()):
         raise Refused(Problem("--png", f"{args.png} is no file of a folder that exists", "name a file"))
+    text = args.text if args.file is None else read(args.file)
     from moe_jax.trained import Trained
 
     trained = Trained(args.workdir, args.overrides, args.fake_devices)
     if trained.other is not None:
         raise Refused(Problem("data.path", "is another one than the run's, and no text is read here", "take it out"))
-    report = {"workdir": str(args.workdir), "step": trained.step} | trace(trained, args.text, capacity=args.capacity)
-    result(args, *lines(report))
-    if args.png is not None:
-        from moe_jax.picture import draw_trace
+    head = {"workdir": str(args.workdir), "config": trained.cfg.name, "step": trained.step}
+    title = f"{trained.cfg.name}, step {trained.step}"
+    if args.file is None:
+        from moe_jax.picture import draw_trace as draw
 
-        title = f"{trained.cfg.name}, step {trained.step}"
-        report["picture"] = str(draw_trace(report, args.png, title=title))
+        report = head | trace(trained, text, capacity=args.capacity)
+        result(args, *lines(report))
+    else:
+        from moe_jax import likes
+        from moe_jax.picture_likes import draw_likes as draw
+
+        ids = trained.corpus.prompt(text)
+        report = head | {"file": str(args.file)} | likes.likes(trained, ids, capacity=args.capacity)
+        result(args, *likes.lines(report))
+    if args.png is not None:
+        report["picture"] = str(draw(report, args.png, title=title))
         say(args, f"picture {args.png}")
     return report
+
+
+def read(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        Refused: no such file, one that is too long or not UTF-8, or no text in it.
+    """
+    from moe_jax.schema import Problem, Refused
+
+    def no(why: str, remedy: str) -> Refused:
+        return Refused(Problem("--file", f"{path} {why}", remedy))
+
+    if not path.is_file():
+        raise no("is no file" if path.exists() else "does not exist", "name a file of text")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+    except OSError as e:
+        raise no(f"cannot be read: {e.strerror}", "make it readable") from None
+    if len(raw) > MOST_BYTES:
+        why = f"has {path.stat().st_size:,} bytes, and at most {MOST_BYTES:,} are read"
+        raise no(why, f"give a part of it, for example with head -c {MOST_BYTES}")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        why = f"is not UTF-8: byte 0x{raw[e.start]:02x} at offset {e.start}"
+        raise no(why, "convert it to UTF-8 (iconv -t UTF-8)") from None
+    if not text.strip():
+        raise no(f"holds no text: {len(raw):,} bytes without a visible character", "give a file with text in it")
+    return text
 
 
 def check(cfg: Any, tokens: int, capacity: bool) -> None:
@@ -82,18 +136,33 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     return out
 
 
-def trace(trained: Any, text: str, *, capacity: bool = False) -> dict[str, Any]:
-    """Where each of T tokens goes: the JSON of `moe-jax trace`.
+class Routes(NamedTuple):
+    """Where each token went in each MoE layer, bottom first."""
+
+    expert: "np.ndarray"  # [layers, T, K] int32, best first; negative where there was no choice (`routing.recorded`)
+    gate: "np.ndarray"  # [layers, T, K] float32, 0 where there was no slot
+    kept: "np.ndarray"  # [layers, T, K] bool, the choices that were made and found a slot
+    factor: float | None  # capacity factor, None: dropless
+    slots: int | None  # of an expert in each group
+
+    def counts(self, cfg: Any) -> dict[str, Any]:
+        """What the report of a text and that of a file share. `load` [layers][E] counts the dropped choices too."""
+        from moe_jax.specialise import loads
+
+        made, kept = int((self.expert >= 0).sum()), int(self.kept.sum())
+        counts = {"routed": made, "dropped": made - kept, "load": loads(self.expert, cfg.model.moe.experts).tolist()}
+        return {"experts": cfg.model.moe.experts, "capacity_factor": self.factor, "slots": self.slots} | counts
+
+
+def routes(trained: Any, ids: "np.ndarray", length: int, *, capacity: bool = False) -> Routes:
+    """Runs the model on T tokens, in sequences of `length` that do not see one another, the last one shorter.
 
     Args:
         trained: a `Trained` run, on any mesh.
-        capacity: at the training capacity of a group of these T tokens, of which overflow is dropped.
-    Returns:
-        `tokens` [T] texts (`pieces`), `ids` [T], what `data.bos` puts in front first, and `layers`, bottom first, each
-        with `expert` and `gate` [T][K], best first. A negative expert was not chosen after all (`routing.recorded`);
-        one with gate 0 was dropped.
+        ids: [T] integers.
+        capacity: at the training capacity of groups of `length` tokens, of which overflow is dropped.
     Raises:
-        Refused: a dense model, one with an encoder, or a text that does not fit.
+        Refused: a dense model, one with an encoder, or tokens that do not fit.
     """
     import jax
     import numpy as np
@@ -103,38 +172,58 @@ def trace(trained: Any, text: str, *, capacity: bool = False) -> dict[str, Any]:
     from moe_jax.rules import sharding
     from moe_jax.train.state import Model
 
-    tokenizer, cfg = trained.corpus.tokenizer, trained.cfg
-    ids = trained.corpus.prompt(text)
-    check(cfg, len(ids), capacity)
-    # The text is a group by itself, in a row by itself on one shard; rows of padding fill the other shards
+    cfg, T = trained.cfg, len(ids)
+    check(cfg, min(T, length), capacity)
+    # Each sequence is a group by itself, in a row by itself on one shard; rows of padding fill the other shards
     moe = dataclasses.replace(cfg.model.moe, group_size=None)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe), rules=cfg.rules.by_rows())
     model, factor = Model.of(cfg), moe.capacity_factor if capacity else None
-    tokens, segments = (np.zeros((cfg.mesh.over(cfg.rules.batch), len(ids)), np.int32) for _ in range(2))
-    tokens[0], segments[0] = ids, 1
+    shards, wanted = cfg.mesh.over(cfg.rules.batch), -(-T // length)
+    B = -(-min(wanted, cfg.data.batch) // shards) * shards
+    N = -(-wanted // B) * B * length
+    tokens, segments = (np.pad(a.astype(np.int32), (0, N - T)).reshape(-1, B, length) for a in (ids, np.ones(T)))
 
+    @jax.jit
     def run(weights: Any, tokens: jax.Array, segments: jax.Array) -> Any:
         return model.module(*weights)(tokens, segments=segments, capacity_factor=factor, record=True).record
 
+    parts = []
     with jax.set_mesh(trained.mesh):
         wide = sharding(trained.mesh, (cfg.rules.batch,))
-        record = jax.jit(run)(trained.weights, *(jax.device_put(a, wide) for a in (tokens, segments)))
-    expert, gate = (fetch(x)[:, 0] for x in record)  # [layers, T, K]
-    blocks = [i for i, kind in enumerate(cfg.model.layer_kinds) if kind == "moe"]
-    return {
-        "text": text,
-        "ids": ids.tolist(),
-        "tokens": pieces(tokenizer, ids.tolist()),
-        "experts": moe.experts,
-        "capacity_factor": factor,
-        "slots": None if factor is None else slots(moe, len(ids), factor),
-        "routed": int((expert >= 0).sum()),
-        "dropped": 0 if factor is None else int(((expert >= 0) & (gate == 0)).sum()),
-        "layers": [
-            {"layer": i, "block": block, "expert": e.tolist(), "gate": g.tolist()}
-            for i, (block, e, g) in enumerate(zip(blocks, expert, gate, strict=True))
-        ],
-    }
+        for batch in zip(tokens, segments, strict=True):
+            parts.append([fetch(x) for x in run(trained.weights, *(jax.device_put(a, wide) for a in batch))])
+    whole = (np.concatenate(p, 1) for p in zip(*parts, strict=True))  # [layers, rows, length, K]
+    expert, gate = (x.reshape(len(x), N, -1)[:, :T] for x in whole)
+    kept = (expert >= 0) & (True if factor is None else gate != 0)
+    return Routes(expert, gate, kept, factor, None if factor is None else slots(moe, length, factor))
+
+
+def trace(trained: Any, text: str, *, capacity: bool = False) -> dict[str, Any]:
+    """Where each of T tokens goes: the JSON of `moe-jax trace --text`.
+
+    Args:
+        trained: a `Trained` run, on any mesh.
+        capacity: at the training capacity of a group of these T tokens, of which overflow is dropped.
+    Returns:
+        `tokens` [T] texts (`pieces`), `ids` [T], what `data.bos` puts in front first, `load` [layers][E], and `layers`,
+        bottom first, each with `expert` and `gate` [T][K], best first. A negative expert was not chosen after all
+        (`routing.recorded`); one with gate 0 was dropped.
+    Raises:
+        Refused: a dense model, one with an encoder, or a text that does not fit.
+    """
+    ids = trained.corpus.prompt(text)
+    found = routes(trained, ids, len(ids), capacity=capacity)
+    told = {"text": text, "ids": ids.tolist(), "tokens": pieces(trained.corpus.tokenizer, ids.tolist())}
+    layers = [
+        {"layer": i, "block": block, "expert": e.tolist(), "gate": g.tolist()}
+        for i, (block, e, g) in enumerate(zip(blocks(trained.cfg), found.expert, found.gate, strict=True))
+    ]
+    return told | found.counts(trained.cfg) | {"layers": layers}
+
+
+def blocks(cfg: Any) -> list[int]:
+    """The MoE layers by their place among all layers of the model."""
+    return [i for i, kind in enumerate(cfg.model.layer_kinds) if kind == "moe"]
 
 
 def lines(report: dict[str, Any]) -> list[str]:

@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import TINY, check_refusal, write_text
+from commands import TINY, check_refusal, words, write_text
 
 from moe_jax import config
 from moe_jax.config import Refused
+from moe_jax.likes import likes
 from moe_jax.picture import draw_trace, strips
+from moe_jax.picture_likes import draw_likes
+from moe_jax.specialise import information, specialise
 from moe_jax.terminal import shown
-from moe_jax.trace import check, lines
+from moe_jax.trace import MOST_BYTES, check, lines, routes
 from moe_jax.trained import Trained
 
 TEXT = "abc é fgh\tij"
@@ -54,6 +57,7 @@ def test_it_is_what_the_model_records(run, call, mesh):
     assert [x["expert"] for x in found["layers"]] == expert.tolist()
     np.testing.assert_allclose([x["gate"] for x in found["layers"]], gate, atol=1e-6)
     assert found["dropped"] == 0 and found["routed"] == (expert >= 0).sum() == (gate > 0).sum()
+    assert found["load"] == [np.bincount(e[e >= 0], minlength=8).tolist() for e in expert]
     assert "abc"[0] in err and "dropless, 0 dropped" in err  # the table stands beside the JSON
 
 
@@ -125,3 +129,125 @@ def test_refusals_of_the_command(run, call, tmp_path):
     check_refusal(*call("trace", run, "--text", "\udcff"), "trace", "is not UTF-8")
     check_refusal(*call("trace", run, "--text", "a", "--png", tmp_path), "trace", "--png")
     check_refusal(*call("trace", tmp_path, "--text", "a"), "trace", "DIR")
+
+
+LONG = f"{words(3, 60)} É 12,\n\n"  # a byte each but for one letter, and not a multiple of data.length=16
+FINE = ["mesh.data=2", "mesh.expert=4"]
+
+
+@pytest.fixture(scope="module")
+def long(run):
+    """Ids of LONG, and experts [layers, T, K] that the module records of its full sequences and of the last one."""
+    ids = np.frombuffer(LONG.encode(), np.uint8).astype(np.int32)
+    trained, full, parts = Trained(run, ONE), len(ids) // 16 * 16, []
+    with jax.set_mesh(trained.mesh):
+        for rows in (ids[:full].reshape(-1, 16), ids[None, full:]):
+            record = trained.module()(jnp.asarray(rows), capacity_factor=None, record=True).record
+            parts.append(np.asarray(record.expert).reshape(2, rows.size, 2))
+    assert full < len(ids)
+    return ids, np.concatenate(parts, 1)
+
+
+@pytest.mark.parametrize("mesh", [ONE, FINE, WIDE], ids=" ".join)
+def test_a_file_is_read_in_sequences(run, call, long, tmp_path, mesh):
+    """What the module records of them, one after the other; padding, in rows and of rows, counts nowhere."""
+    (tmp_path / "long.txt").write_text(LONG, "utf-8")
+    code, found, err = call("trace", run, *mesh, "--file", tmp_path / "long.txt", "--json")
+    assert code == 0, err
+    ids, expert = long
+    assert found["load"] == [np.bincount(e[e >= 0], minlength=8).tolist() for e in expert]
+    assert found["routed"] == (expert >= 0).sum() and found["dropped"] == 0
+    assert found["tokens"] == len(ids) == sum(found["class_tokens"]) and found["length"] == 16
+    per_class = dict(zip(found["classes"], found["class_tokens"], strict=True))
+    assert per_class["digit"] == 2 and per_class["newline"] == 2 and per_class["part"] == 1
+    assert per_class["space"] == LONG.count(" ") and per_class["lower_start"] == 60
+    for x, e in zip(found["layers"], expert, strict=True):
+        for name, row in zip(found["classes"], x["choices"], strict=True):
+            assert sum(row) <= 2 * per_class[name]
+        np.testing.assert_array_equal(np.sum(x["choices"], 0), np.bincount(e[e >= 0], minlength=8))
+        assert x["bits"] == pytest.approx(float(information(np.array(x["choices"]))), rel=1e-12)
+        np.testing.assert_allclose(np.sum(x["expert_given_class"], 1), 1)
+        assert len(x["experts"]) == 8 and any(set(one["tokens"]) & set("abcdefghij") for one in x["experts"])
+    assert "more than chance" in err and "60 lower_start" in err
+
+
+def test_a_file_at_capacity(run):
+    """Each sequence is a group with slots of its own; what is dropped counts as load, and not as liked."""
+    trained = Trained(run, [*TIGHT, *ONE])
+    ids = trained.corpus.prompt(LONG[:64])
+    found, own = likes(trained, ids, capacity=True), routes(trained, ids, 16, capacity=True)
+    assert found["slots"] == -(-2 * 16 // 16) == own.slots  # ceil(K S f / E)
+    kept = np.zeros_like(own.expert, bool)
+    for i in range(0, 64, 16):
+        part = routes(trained, ids[i : i + 16], 16, capacity=True)
+        np.testing.assert_array_equal(own.expert[:, i : i + 16], part.expert)
+        kept[:, i : i + 16] = part.kept
+        for e, k in zip(part.expert, part.kept, strict=True):
+            np.testing.assert_array_equal(
+                np.bincount(e[k], minlength=8), np.minimum(np.bincount(e[e >= 0], minlength=8), 2)
+            )
+    np.testing.assert_array_equal(own.kept, kept)
+    assert found["dropped"] == (own.expert >= 0).sum() - kept.sum() > 0 and np.sum(found["load"]) == found["routed"]
+    assert sum(np.sum(x["choices"]) for x in found["layers"]) == found["routed"] - found["dropped"]
+
+
+def likings(T=200, layers=5, E=6, K=2):
+    """A made-up report of a file, of experts that know the class."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 3, T)
+    expert = np.stack([(2 * label[:, None] + np.arange(K)) % E] * layers)
+    found = specialise(label, expert, np.ones_like(expert, bool), E, shuffles=5)
+    own = [
+        {name: float(getattr(found, name)[i]) for name in ("bits", "most", "chance_mean", "chance_95")}
+        | {"layer": i, "expert_given_class": np.full((3, E), 1 / E).tolist()}
+        for i in range(layers)
+    ]
+    load = np.ones((layers, E), int)
+    load[0] = 0  # a layer without a choice
+    head = {"tokens": T, "experts": E, "capacity_factor": None, "dropped": 0, "classes": ["space", "digit", "part"]}
+    return head | {"layers": own, "load": load.tolist()}
+
+
+@pytest.mark.parametrize("layers,E", [(1, 4), (5, 6), (20, 64)])
+def test_the_picture_of_likes_is_drawn(tmp_path, layers, E):
+    from matplotlib.image import imread
+
+    path = draw_likes(likings(layers=layers, E=E), tmp_path / "likes.png", title="a $title")
+    assert imread(path).shape[1] == 1500 and [p.name for p in tmp_path.iterdir()] == ["likes.png"]
+
+
+def test_pictures_do_not_follow_settings_of_matplotlib(tmp_path):
+    """Those of a notebook, where text would lie on the panels."""
+    import matplotlib
+
+    for draw, made in ((draw_trace, report()), (draw_likes, likings())):
+        plain = draw(made, tmp_path / "plain.png", title="a").read_bytes()
+        with matplotlib.rc_context({"figure.constrained_layout.use": True, "xtick.labelsize": 20, "figure.dpi": 50}):
+            assert draw(made, tmp_path / "other.png", title="a").read_bytes() == plain
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        (b"", "holds no text: 0 bytes"),
+        (b" \n\n", "holds no text: 3 bytes"),
+        (b"abc\xff", "is not UTF-8: byte 0xff at offset 3"),
+        (b"a" * (MOST_BYTES + 1), "has 1,048,577 bytes, and at most 1,048,576 are read"),
+        (None, "does not exist"),
+    ],
+    ids=["empty", "blank", "not UTF-8", "too long", "absent"],
+)
+def test_a_file_that_cannot_be_read_is_refused(run, call, tmp_path, content, words):
+    path, picture = tmp_path / "a.txt", tmp_path / "a.png"
+    if content is not None:
+        path.write_bytes(content)
+    check_refusal(*call("trace", run, "--file", path, "--png", picture), "trace", "--file", words)
+    assert not picture.exists()
+
+
+def test_a_folder_is_no_file_and_one_text_is_read(run, call, tmp_path, capfd):
+    check_refusal(*call("trace", run, "--file", tmp_path), "trace", "--file", "is no file")
+    for both in (["--file", "a", "--text", "a"], []):
+        with pytest.raises(SystemExit, match="2"):
+            call("trace", run, *both)
+        assert re.search("not allowed with|one of the arguments --text --file is required", capfd.readouterr().err)
