@@ -13,7 +13,7 @@ OTHERS = sorted([*Path(__file__).parent.glob("*.py"), *(PACKAGE.parent / "tools"
 FLOORS = [
     ("words", {"terminal", "schema", "checks", "checks_attention", "config", "files", "axes", "pattern", "conflicts"}),
     ("where things live", {"mesh", "topology", "rules", "sequence", "exchange", "collectives", "hlo"}),
-    ("mathematics", {"routing", "capacity", "balance", "dispatch", "rows", "grouped", "cost", "placement"}),
+    ("mathematics", {"routing", "capacity", "balance", "dispatch", "rows", "grouped", "cost", "placement", "kernels"}),
     ("layers", {"layers", "model", "pipeline", "cache"}),
 ]
 MATHEMATICS = FLOORS[2][1]
