@@ -81,7 +81,7 @@ def lacking(platform: str, c: Case) -> str | None:
 def lacking_on_gpu(c: Case) -> str | None:
     """What the kernel for GPUs cannot do beside that."""
     for there, what in {
-        f"no window, of {c.window} tokens or any": c.window is not None,
+        f"no windows, and this is one of {c.window} tokens": c.window is not None,
         "no sinks": c.sinks,
         "one row alone, and none to read": c.kind == "reading",
         f"one width of heads, and not {c.key_dim} and {c.value_dim}": c.key_dim != c.value_dim,

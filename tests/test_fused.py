@@ -253,7 +253,7 @@ REASONS = [  # platform, keys, length, what is chosen, of which a report says
     ("tpu", ["mesh.tensor=2", "model.heads=6", "model.kv_heads=2"], 1024, "fused", ""),
     ("tpu", ["mesh.tensor=6", "model.heads=6", "model.kv_heads=2"], 1024, "xla", "unequal parts"),
     ("tpu", ["model.window=99", "model.sinks=true"], 1024, "fused", ""),
-    ("gpu", ["model.window=99"], 1024, "xla", "no window, of 99"),
+    ("gpu", ["model.window=99"], 1024, "xla", "no windows, and this is one of 99"),
     ("gpu", ["model.sinks=true"], 1024, "xla", "no sinks"),
     ("tpu", ["model.latent.key_value=8", "model.latent.rotary=32"], 1024, "fused", ""),
     ("gpu", ["model.latent.key_value=8", "model.latent.rotary=32"], 1024, "xla", "not 128 and 96"),
