@@ -1,6 +1,6 @@
 """The text of a compiled program as a graph: computations, who calls them and how often, where a value comes from.
 
-Only what reading collectives needs. XLA prints one instruction a line,
+Only what reading collectives needs. XLA prints one instruction a line, but for those of some kernels,
 `%name = type opcode(%operand, ...), attribute=..., metadata={op_name="..."}`, inside computations. A form that is not
 known raises `Unreadable`: nothing is guessed.
 """
@@ -18,6 +18,7 @@ APPLIED = re.compile(r"\bto_apply=%([\w.\-]+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 INDEX = re.compile(r"\bindex=(\d+)")
 OP_NAME = re.compile(r'\bop_name="((?:[^"\\]|\\.)*)"')
+CONTINUED = re.compile(r'\n(?="|}})')  # attributes of a kernel, which hold ends of lines
 # What hands on the value of its first operand, in another place, shape or type.
 MOVES = {"copy", "copy-start", "copy-done", "bitcast", "convert", "transpose", "reshape", "slice", "dynamic-slice"}
 
@@ -126,7 +127,7 @@ class Program:
         entry = name = None
         lines: dict[str, Instruction] = {}
         last: Instruction | None = None
-        for line in text.splitlines():
+        for line in CONTINUED.sub("", text).splitlines():
             if name is None:
                 if m := HEAD.match(line):
                     name, lines, last = m["name"], {}, None

@@ -72,13 +72,16 @@ mapped_over: ContextVar[str | None] = ContextVar("mapped_over", default=None)
 """The mesh axis over which what is traced is mapped by `jax.vmap`; set by `pipeline.pipelined`."""
 
 
-def by_hand(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def by_hand(f: Callable, in_specs: Any, out_specs: Any, checked: bool = True) -> Callable:
     """`jax.shard_map` over the current mesh. The only caller of it for what a layer does.
 
     Mapped over the stages of a pipeline, `f` is traced again for one stage's arrays: JAX would map what it has traced,
     where constants do not vary over the stages and their operands do, which its checks refuse.
+
+    Args:
+        checked: JAX follows which arrays vary over which axes; the kernels that it ships do not say that of theirs.
     """
-    run = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs)
+    run = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=checked)
     axis = mapped_over.get()
     if axis is None:
         return run
@@ -97,7 +100,7 @@ def by_hand(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
         leaf = lambda s: isinstance(s, PartitionSpec)  # noqa: E731
         specs = jax.tree.map(wide, jax.tree.broadcast(given, args, is_leaf=leaf), tuple(batched), is_leaf=leaf)
         outs = jax.tree.map(lambda s: wide(s, True), out_specs, is_leaf=leaf)
-        out = jax.shard_map(local, in_specs=specs, out_specs=outs)(*args)
+        out = jax.shard_map(local, in_specs=specs, out_specs=outs, check_vma=checked)(*args)
         return out, jax.tree.map(lambda _: True, out)
 
     return mapped

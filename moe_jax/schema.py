@@ -334,6 +334,11 @@ class ModelConfig:
     attention_exchange: Literal["gather", "ring"] = key(
         "gather", "mesh.context > 1: keys and values are gathered, or passed round a ring of shards"
     )
+    attention_kernel: Literal["auto", "xla", "fused"] = key(
+        "auto",
+        "attention of whole rows by products of XLA, or on TPU and GPU by a kernel that never holds the scores; fused: "
+        "refused where none can; auto: fused where it can be, as `plan` and `inspect` say",
+    )
     dropout: Rate = key(0.0, "dropout on the output of each sub-layer and of the embedding, in training")
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and router stay float32")
     stack_above: Whole = key(

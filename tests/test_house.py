@@ -15,7 +15,7 @@ FLOORS = [
     ("where things live", {"mesh", "topology", "rules", "sequence", "exchange", "collectives", "hlo"}),
     (
         "mathematics",
-        {"routing", "capacity", "balance", "dispatch", "rows", "grouped", "cost", "placement", "specialise"},
+        {"routing", "capacity", "balance", "dispatch", "rows", "grouped", "cost", "placement", "specialise", "kernels"},
     ),
     ("layers", {"layers", "model", "pipeline", "cache"}),
 ]

@@ -215,10 +215,12 @@ def test_a_table_that_one_side_lacks_is_one_change():
 def test_how_tokens_travel_may_change():
     """A run that began with one exchange goes on with another, as on another mesh: the numbers are the same."""
     before = config.load("tiny_gshard")
-    now = config.load("tiny_gshard", ["model.moe.exchange=shard_map", "model.attention_exchange=ring", "mesh.data=4"])
+    keys = ["model.moe.exchange=shard_map", "model.attention_exchange=ring", "model.attention_kernel=xla"]
+    now = config.load("tiny_gshard", [*keys, "mesh.data=4"])
     assert [line.split(":")[0] for line in changes(config.to_dict(before), now)] == [
         "mesh.data",
         "model.attention_exchange",
+        "model.attention_kernel",
         "model.moe.exchange",
     ]
 

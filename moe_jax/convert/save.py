@@ -51,6 +51,7 @@ FREE = (
     "moe.router.jitter",
     "moe.router.balance",
     "attention_exchange",
+    "attention_kernel",
     "dropout",
     "dtype",
     "stack_above",

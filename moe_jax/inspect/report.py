@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from moe_jax import kernels
 from moe_jax.collectives import Collective, read
 from moe_jax.config import Config
 from moe_jax.inspect.compile import compile_to_read
@@ -58,16 +59,17 @@ def inspect(cfg: Config, mesh: Mesh, *, forward: bool = False, topology: Topolog
         topology: what the mesh was built of, for its memory.
     Returns:
         JSON: collectives[] with op, axes, count, bytes (sent by a device in a step), phase, module; least, exchange,
-        encoder (whether there is one, so that `least` is a mean over its layers and the decoder's), flags[], peak_bytes
-        (memory of a device), compile_seconds.
+        encoder (whether there is one, so that `least` is a mean over its layers and the decoder's), attention (by kind
+        of layer, the kernel and why), flags[], peak_bytes (memory of a device), compile_seconds.
     Raises:
-        Refused: rules and mesh that do not fit.
+        Refused: rules and mesh that do not fit, or attention that no kernel computes and that is to be fused.
         TooLarge: a program that does not fit the memory of the topology.
         Unreadable: the compiler wrote what this library cannot read.
     """
     model = Model.of(cfg)
     model.validate()
     platform = mesh.devices.flat[0].platform
+    kernels.check(cfg, platform)
     compiled = compile_to_read((lower_forward if forward else lower_train_step)(model, mesh), mesh)
     found = read(compiled.text, mesh)
     least = least_exchange(cfg, platform, forward_only=forward)
@@ -85,6 +87,7 @@ def inspect(cfg: Config, mesh: Mesh, *, forward: bool = False, topology: Topolog
         "least": None if least is None else least.to_json(),
         "exchange": exchange_found(found, cfg, least),
         "encoder": cfg.inputs > 0,
+        "attention": {name: choice._asdict() for name, choice in kernels.choices(cfg, platform).items()},
         "flags": [flag._asdict() for flag in flagged],
         "peak_bytes": compiled.peak_bytes,
         "memory_bytes": None if topology is None else topology.memory,

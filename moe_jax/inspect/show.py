@@ -30,6 +30,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     out = [f"{report['config']}, {report['program']} on {where}, mesh {mesh}: what one device sends in a step"]
     out += collectives(report["collectives"])
     out += exchange_lines(report)
+    out += attention(report["attention"])
     out += [f"flag: {f['kind']}: {f['what']}\n    remedy: {f['remedy']}" for f in report["flags"]] or ["no flags"]
     memory = f"memory {size(report['peak_bytes'])} a device at the peak"
     if (available := report["memory_bytes"]) is not None:
@@ -37,6 +38,11 @@ def lines(report: dict[str, Any]) -> list[str]:
         whole = " (the whole card, of which driver and libraries take some)" if report["platform"] == "gpu" else ""
         memory += f" of {size(available)}{whole}: {fits}"
     return [*out, f"{memory}; compiled in {report['compile_seconds']:.1f} s"]
+
+
+def attention(found: dict[str, dict[str, str]]) -> list[str]:
+    """What computes the attention of each kind of layer, and why."""
+    return [f"  attention, {name}: {choice['kernel']}: {choice['reason']}" for name, choice in found.items()]
 
 
 def exchange_lines(report: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Multi-head and grouped-query attention (Vaswani et al. 2017, section 3.2; Ainslie et al. 2023): causal, of an encoder
 that sees both ways, and from a decoder to what its encoder read."""
 
+from math import prod
 from typing import NamedTuple
 
 import jax
@@ -9,13 +10,16 @@ from flax import nnx
 
 from moe_jax.axes import Rules
 from moe_jax.cache import Cached, LayerCache, write
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, Refused
+from moe_jax.kernels import Kind, case, choose, lacking, refusal
 from moe_jax.layers.common import along_last, constant, fan_in, lay, param, product
 from moe_jax.layers.context import split_attention
 from moe_jax.layers.distances import Distances
+from moe_jax.layers.fused import How, fused_attention
 from moe_jax.layers.norm import Norm
 from moe_jax.layers.positions import rotary
 from moe_jax.pattern import first_key, query_blocks
+from moe_jax.rules import current_mesh, platform
 from moe_jax.sequence import shards
 
 
@@ -119,6 +123,36 @@ def whole_attention(
     return jnp.where(mask.any(-1)[:, None, None, :, None], y, jnp.zeros((), y.dtype))
 
 
+def fused(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    seen: jax.Array,
+    kind: Kind,
+    scoring: Scoring,
+    m: ModelConfig,
+    rules: Rules | None,
+) -> jax.Array | None:
+    """The attention of whole rows by a kernel, where `model.attention_kernel` and the platform that the program is
+    traced for say so; else None.
+
+    Raises:
+        Refused: `fused` was asked for, and the kernel cannot do that.
+    """
+    where = platform()
+    if m.attention_kernel == "xla" or (m.attention_kernel == "auto" and where == "cpu"):
+        return None
+    heads = 1 if rules is None else prod(current_mesh().shape.get(a, 1) for a in rules.act_heads)
+    c = case(m, kind, q.shape[3], k.shape[2], scoring.window, heads, shards(rules))
+    if choose(m.attention_kernel, where, c).kernel == "fused":
+        how = How(kind, fan_in(q.shape[-1]) if scoring.scale is None else scoring.scale, scoring.window)
+        return fused_attention(q, k, v, segments, seen, scoring.sinks, how, where, rules)
+    if m.attention_kernel == "fused" and (why := lacking(where, c)):
+        raise Refused(refusal(where, c, why))
+    return None
+
+
 def over_rows(
     q: jax.Array,
     k: jax.Array,
@@ -128,7 +162,11 @@ def over_rows(
     m: ModelConfig,
     rules: Rules | None,
 ) -> jax.Array:
-    """`causal_attention` of whole rows, also of those that are split over the mesh, which take no distances."""
+    """`causal_attention` of rows, by a kernel or not, also of those that are split over the mesh, which take no
+    distances."""
+    y = fused(q, k, v, segments, segments, "causal", scoring, m, rules)
+    if y is not None:
+        return y
     if rules is None or shards(rules) == 1:
         return causal_attention(q, k, v, segments, scoring)
     if scoring.distances is not None:
@@ -205,7 +243,8 @@ class Attention(nnx.Module):
             cache = write(cache, k, v, context.cached.place)
             y = weighted_values(q, cache.k, cache.v, context.cached.within(self.window), scoring)
         elif self.both_ways:
-            y = whole_attention(q, k, v, segments, segments, scoring)
+            y = fused(q, k, v, segments, segments, "both ways", scoring, m, rules)
+            y = whole_attention(q, k, v, segments, segments, scoring) if y is None else y
         else:
             y = over_rows(q, k, v, segments, scoring, m, rules)
         return self.back(y), cache
@@ -266,5 +305,7 @@ class CrossAttention(Attention):
             assert cache is not None and cache.source_k is not None and cache.source_v is not None
             k, v = cache.source_k, cache.source_v
         q = groups(self.queries(x), k)
-        y = whole_attention(q, k, v, context.segments, source.segments, Scoring(self.m.score_scale))
-        return self.back(y), cache
+        given = q, k, v, context.segments, source.segments
+        scoring = Scoring(self.m.score_scale)
+        y = None if cache is not None else fused(*given, "reading", scoring, self.m, self.rules)
+        return self.back(whole_attention(*given, scoring) if y is None else y), cache

@@ -75,12 +75,13 @@ def settle(cfg: Any, args: argparse.Namespace) -> tuple[Any, Any, list | None]:
 def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     """`moe-jax plan`."""
     check_options(args)
-    from moe_jax import config
+    from moe_jax import config, kernels
     from moe_jax.plan import report, show
     from moe_jax.plan.estimate import Estimate
 
     asked = config.load(args.config, args.overrides)
     cfg, cluster, found = settle(asked, args)
+    kernels.check(cfg, "cpu" if cluster is None else cluster.platform)
     tokens = None if args.tokens is None else round(args.tokens)
     out = report.report(Estimate(cfg, cluster), tokens=tokens, price=args.price)
     if found is not None:

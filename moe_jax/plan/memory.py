@@ -16,6 +16,7 @@ from moe_jax.plan.leaves import ADDED, Leaf, expert_width
 from moe_jax.plan.work import Step
 from moe_jax.schema import MeshConfig
 
+LANES = 128  # numbers of a vector of a TPU
 FACTORED = 128  # optax.adafactor: least second-largest dimension of a parameter whose second moment is factored
 
 
@@ -73,8 +74,20 @@ def tiled(rows: int, columns: int, platform: str) -> int:
     return min(-(-rows // 8) * 8 * (-(-columns // 128) * 128), -(-rows // 128) * 128 * (-(-columns // 8) * 8))
 
 
+def summed(step: Step) -> int:
+    """Bytes that a kernel of attention writes beside its output: the logarithm of each query's sum, float32, which
+    splash attention repeats over a vector of a TPU; that of GPUs takes the keys and values of every query head."""
+    m, T = step.cfg.model, step.tokens
+    heads = m.heads // step.over("act_heads")
+    if step.platform == "tpu":
+        return T * heads * LANES * 4
+    return T * heads * (4 + (m.key_dim + m.value_dim) * step.width * (m.resolved_kv_heads < m.heads))
+
+
 def probabilities(step: Step) -> int:
-    """Elements of a layer's attention probabilities."""
+    """Elements of a layer's attention probabilities, which a kernel never holds."""
+    if step.attention().kernel == "fused":
+        return 0
     heads = step.cfg.model.heads // step.over("act_heads")
     L = step.cfg.data.length
     blocks = [(L, L)] if step.both_ways else seen_blocks(L, step.cfg.model.window)
@@ -92,7 +105,8 @@ def reading(step: Step) -> tuple[int, int]:
     m = step.cfg.model
     if step.encoder is None:
         return 0, 0
-    square = tiled(step.cfg.data.length, step.cfg.inputs, step.platform)
+    fused = step.attention("reading").kernel == "fused"
+    square = 0 if fused else tiled(step.cfg.data.length, step.cfg.inputs, step.platform)
     keys = step.encoder.tokens * step.key_heads * (m.key_dim + m.value_dim)
     return step.rows * m.heads // step.over("act_heads") * square, keys
 
@@ -156,7 +170,8 @@ def residuals(step: Step, kind: str) -> int:
     products = (w.tokens + w.latents + w.mixed) * b  # what the projections multiply
     L = step.cfg.data.length
     # Each block of queries keeps the keys and values that it sees.
-    slices = 1.0 if step.both_ways else sum(keys for _, keys in seen_blocks(L, step.cfg.model.window)) / L
+    whole = step.both_ways or step.attention().kernel == "fused"
+    slices = 1.0 if whole else sum(keys for _, keys in seen_blocks(L, step.cfg.model.window)) / L
     attention = (w.query + round(slices * (w.key + w.value))) * b + w.scores * (wide + b)
     if step.encoder is not None:
         scores, keys = reading(step)
@@ -199,7 +214,8 @@ def working(step: Step, kind: str) -> int:
     if step.cfg.model.remat == "none":
         return 2 * (w.hidden + w.expert_hidden) * b + w.rows * b + 8 * w.tokens * b + 2 * w.query * 4
     heads = w.query + w.key + w.value + w.mixed
-    shared = distances(step) + max(w.scores, reading(step)[0]) * 4 + heads * b + 7 * w.tokens * b + 3 * w.hidden * b
+    scores = max(w.scores, reading(step)[0]) * 4 or summed(step)
+    shared = distances(step) + scores + heads * b + 7 * w.tokens * b + 3 * w.hidden * b
     if w.rows and step.dispatch.dispatch == "ragged":  # both operands of each grouped product with zeros past the end
         return shared + (6 if nonlinear(step.cfg.model.ffn)[0] > 1 else 3) * w.expert_hidden * b + 3 * w.rows * b
     # The attention's probabilities in the compute type, or what the exchange brings back: one after the other.

@@ -3,6 +3,7 @@
 from typing import Any
 
 from moe_jax.cost import matrices
+from moe_jax.kernels import choices
 from moe_jax.plan import advice, claims, roofline
 from moe_jax.plan.estimate import Estimate
 from moe_jax.plan.search import Candidate, smallest
@@ -43,6 +44,7 @@ def report(e: Estimate, *, tokens: int | None = None, price: float | None = None
         "kv_cache_bytes": e.memory.cache,
         "kv_cache_bytes_per_token": m.layers * m.cached_width * e.step.width,
         "fits": e.fits,
+        "attention": {name: choice._asdict() for name, choice in choices(cfg, e.step.platform).items()},
         **mixture(e),
         "traffic": [
             {"what": v.what, "op": v.op, "axes": list(v.axes), "count": v.count, "bytes": v.bytes, "sent": v.sent}

@@ -3,7 +3,7 @@
 import textwrap
 from typing import Any
 
-from moe_jax.inspect.show import collectives
+from moe_jax.inspect.show import attention, collectives
 from moe_jax.plan.leaves import COMPONENTS
 from moe_jax.terminal import mesh_words, size, table
 from moe_jax.topology import GPUS
@@ -62,7 +62,8 @@ def memory(r: dict[str, Any]) -> list[str]:
     """Memory by kind."""
     rows = [(k, size(n)) for k, n in r["memory_per_device"].items() if n]
     lines = table((f"memory a device at the peak, {r['peak_moment']}", "size"), rows, numbers=True)
-    return [*lines, f"  keys and values of generation, same batch and length: {size(r['kv_cache_bytes'])}"]
+    lines += [f"  keys and values of generation, same batch and length: {size(r['kv_cache_bytes'])}"]
+    return lines + attention(r["attention"])
 
 
 def exchange(r: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from moe_jax import cost
+from moe_jax import cost, kernels
 from moe_jax.cost import matrices
 from moe_jax.pattern import Schedule, seen_blocks
 from moe_jax.plan.leaves import ADDED, LOOKED_UP, Count, Leaf, count, expert_width, leaves
@@ -82,6 +82,15 @@ class Step:
     def stacks(self) -> list["Step"]:
         """The decoder, and the encoder if there is one."""
         return [self] if self.encoder is None else [self, self.encoder]
+
+    def attention(self, kind: kernels.Kind | None = None) -> kernels.Choice:
+        """What computes the attention of layers that all see the window of the model, or, `reading`, that to an
+        encoder's tokens; and why."""
+        m, L = self.cfg.model, self.cfg.data.length
+        own: kernels.Kind = "both ways" if self.both_ways else "causal"
+        keys, window = (L, m.window) if kind is None else (self.cfg.inputs, None)
+        c = kernels.case(m, kind or own, L, keys, window, self.over("act_heads"), self.over("length"))
+        return kernels.choose(m.attention_kernel, self.platform, c)
 
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -240,6 +249,15 @@ class Step:
             again = 0.0
         return 1 + again + self.one_by_one
 
+    def backward(self, part: str) -> float:
+        """Forward passes that the gradient of a part is worth: two, but for the scores in a kernel. It makes them again
+        both for the queries and for keys and values, seven products where forward are two."""
+        windows = self.cfg.model.windows
+        if part != "scores":
+            return 2
+        fused = sum(self.seeing(w).attention().kernel == "fused" for w in windows) / len(windows)
+        return 2 + 1.5 * fused
+
     def executed(self) -> dict[str, float]:
         """FLOPs that a device executes in a step, by part; empty slots, recomputation and dispatch among them."""
         m, moe = self.cfg.model, self.cfg.model.moe
@@ -258,7 +276,7 @@ class Step:
         if moe is not None:
             each = 2 * matrices(m.ffn) * D * expert_width(m) / self.over("expert_mlp")
             once["experts"] = self.moe_layers * each * self.expert_rows
-        out = {c: n * (self.passes(c) + 2) for c, n in once.items()}
+        out = {c: n * (self.passes(c) + self.backward(c)) for c, n in once.items()}
         if (
             moe is not None and self.dispatch.dispatch == "einsum"
         ):  # the mask has no gradient: one product back, not two

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax import config
+from moe_jax import config, kernels
 from moe_jax import mesh as meshes
 from moe_jax.checkpoint import Checkpoints, check_workdir
 from moe_jax.config import Config, Problem, Refused
@@ -54,6 +54,7 @@ class Run:
         self.mesh: Mesh = meshes.build_mesh(cfg.mesh)
         self.model = Model.of(cfg)
         self.model.validate()
+        kernels.check(cfg, self.platform)
         check_workdir(workdir)
         self.checkpoints = Checkpoints(workdir / "checkpoints", cfg.train.keep)
         self.resumed_at = self.checkpoints.last()
@@ -178,6 +179,11 @@ class Run:
             return self.model.begin(weights, self.mesh)
         return self.checkpoints.restore(self.model.targets(self.mesh), self.resumed_at)[0]
 
+    @property
+    def platform(self) -> str:
+        """`cpu`, `gpu` or `tpu`."""
+        return self.mesh.devices.flat[0].platform
+
     def open_screen(self) -> Progress:
         return Progress(
             self.cfg.train.steps,
@@ -212,6 +218,8 @@ class Run:
             note(f"pipeline of {s.stages} stages: {s.ticks} ticks a step, bubble (S-1)/(R*M+S-1) = {s.bubble:.1%}")
         if self.cfg.model.moe is not None:
             note(self.dispatch())
+        for name, choice in kernels.choices(self.cfg, self.platform).items():
+            note(f"attention, {name}: {choice.kernel}: {choice.reason}")
         note(f"workdir {self.workdir}")
         note(f"text {self.cfg.data.path}: {len(self.corpus.train):,} tokens, {len(self.corpus.heldout):,} held out")
         if self.resumed_at is not None:
@@ -296,6 +304,7 @@ class Run:
             "params_active": active,
             "mesh": self.cfg.mesh.sizes,
             "dispatch": None if self.cfg.model.moe is None else self.dispatch(),
+            "attention": {name: c.kernel for name, c in kernels.choices(self.cfg, self.platform).items()},
             "alarms": self.alarms,
             "devices": jax.device_count(),
             "processes": jax.process_count(),

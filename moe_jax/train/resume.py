@@ -34,6 +34,7 @@ FREE = (
     "model.scan",
     "model.remat",
     "model.attention_exchange",
+    "model.attention_kernel",
     "model.moe.exchange",
     "model.moe.eval_capacity_factor",
 )

@@ -20,7 +20,7 @@ from moe_jax.train.resume import checkpoint_info, claimed, locked
 from moe_jax.train.state import Model, State, once
 from moe_jax.upcycle import Method, cut, upcycle
 
-FREE = ("moe", "scan", "remat", "dropout", "dtype")  # keys of the model that its parameters do not depend on
+FREE = ("moe", "scan", "remat", "dropout", "dtype", "attention_kernel")  # keys that its parameters do not depend on
 
 
 def open_dense(folder: Path) -> tuple[Checkpoints, Config]:
