@@ -10,6 +10,7 @@ them where they lie, while a loop copies each one first (`moe-jax bench decode`)
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
+from math import ceil
 from typing import Any, NamedTuple
 
 import jax
@@ -119,7 +120,7 @@ def turn_rows(R: int, E: int) -> int | None:
     """Rows of each expert in a turn of `in_turns`, such that one turn is mostly enough; None where blocks are faster:
     where most experts may have no row, and where rows are many."""
     mean = R / E
-    rows = -(-int(mean + 2 * mean**0.5) // 4) * 4  # loads of a random choice lie about their mean by its root
+    rows = 4 * ceil((mean + 2 * mean**0.5) / 4)  # loads of a random choice lie about their mean by its root
     return rows if R >= E and rows <= FEW else None
 
 

@@ -111,8 +111,8 @@ def cached(model: "Transformer", *_: Any, **__: Any) -> Any:
     none = PartitionSpec()
     if model.rules is None:
         return none
-    layers, rows = model.rules.layout(*cached_axes(model.m)), (model.rules.batch, ())
-    return Cache._make((spec(layers), none, none, spec(rows)))
+    layers = tuple(spec(model.rules.layout(*cached_axes(model.m, repeats))) for _, repeats in model.runs)
+    return Cache._make((layers, none, none, spec((model.rules.batch, ()))))
 
 
 class Encoder(nnx.Module):
@@ -377,6 +377,10 @@ class Transformer(nnx.Module):
         layers = (params, jnp.arange(repeats), caches, replay)
         if loop:
             x, (routed, caches) = jax.lax.scan(step(options[:m]), x, layers, length=repeats)
+        elif repeats == 1:  # caches as they are: through a leading axis they would be copied at every token
+            params, number, replay = jax.tree.map(lambda a: a[0], (params, layers[1], replay))
+            x, (routed, caches) = step(options)(x, (params, number, caches, replay))
+            routed = jax.tree.map(lambda a: a[None], routed)
         else:
             outs = []
             for n in range(repeats):
@@ -439,7 +443,8 @@ class Transformer(nnx.Module):
         layers = []
         for kinds, repeats in self.runs:
             one = empty_layer(self.m, batch, places, repeats)
-            one = jax.tree.map(lambda a: lay(a, self.rules, names=cached_axes(self.m)), one)
+            axes = cached_axes(self.m, repeats)
+            one = jax.tree.map(lambda a, axes=axes: lay(a, self.rules, names=axes), one)
             layers.append((one,) * len(kinds))
         return Cache(tuple(layers), start, jnp.zeros((), jnp.int32))
 
