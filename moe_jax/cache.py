@@ -39,11 +39,12 @@ class Cache(NamedTuple):
 class Cached(NamedTuple):
     """Where a call with a cache writes, and what its tokens see there."""
 
-    visible: jax.Array  # [B, L, M] bool
+    visible: jax.Array | None  # [B, L, M] bool; None where nothing lies there yet, and tokens see one another alone
     place: jax.Array  # [] int32, the first place written
 
     def within(self, window: int | None) -> jax.Array:
         """What is visible of the last `window` places, [B, L, M] bool."""
+        assert self.visible is not None
         if window is None:
             return self.visible
         queries, keys = (jnp.arange(n) for n in self.visible.shape[1:])

@@ -168,6 +168,7 @@ class Transformer(nnx.Module):
         train: bool = False,
         key: Keys = None,
         cache: Cache | None = None,
+        prefill: bool = False,
         capacity_factor: float | Sequence[float | None] | None = FROM_CONFIG,
         top_k: int | Sequence[int | None] | None = None,
         replay: jax.Array | None = None,
@@ -186,6 +187,7 @@ class Transformer(nnx.Module):
                 cannot be given; segments then only tell padding from tokens. Relative ones are always of the row.
             train: dropout, noise and the training capacity; needs `key`, one or [B], where the config asks for noise.
             cache: from `empty_cache`; the call appends its L tokens. Logits are NaN where its places do not suffice.
+            prefill: nothing lies in the cache yet, and the logits of the last token alone are asked for, [B, 1, V].
             capacity_factor: of every MoE layer, or a list with one for each; default the config's for training or
                 evaluation, None is dropless. With a list the layers are unrolled.
             top_k: experts per token, likewise; default the config's.
@@ -207,6 +209,8 @@ class Transformer(nnx.Module):
             raise ValueError("a pipeline keeps no record, replay or cache: call without a schedule")
         if cache is not None and positions is not None:
             raise ValueError("positions cannot be given with a cache, which counts them: leave them out")
+        if prefill and cache is None:
+            raise ValueError("prefill fills a cache, and none is given: pass cache=model.empty_cache(...)")
         if self.encoder is not None and (schedule is not None or record or replay is not None):
             raise ValueError("a model with an encoder has no record, replay or schedule: leave them out")
         if self.encoder is None and inputs is not None:
@@ -228,7 +232,7 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(order, (B, L)) if positions is None else positions
             context = Context(positions, segments, segments > 0, tokens, None, order if n > 1 else None)
         else:
-            context = self.cached_context(cache, segments, tokens)
+            context = self.cached_context(cache, segments, tokens, prefill)
         keys = row_keys(key if train else None, B)
         options = self.options(capacity_factor, top_k, record)
         routed, layers, done = [], [], 0
@@ -243,7 +247,8 @@ class Transformer(nnx.Module):
                 assert cache is not None and cache.source is not None
                 source = Source(cache.source, None)
             context = context._replace(source=source)
-        context = self.with_distances(context, self.relative, L if cache is None else places(cache), False, cache)
+        before = None if prefill else cache
+        context = self.with_distances(context, self.relative, L if before is None else places(before), False, before)
 
         outside = self.rules if self.rules is None or schedule is None else shared(self.rules, B)
         with jax.named_scope("embed"):
@@ -261,6 +266,7 @@ class Transformer(nnx.Module):
             routed += [] if r is None else [r]
             layers.append(c)
         with jax.named_scope("head"):
+            x = x[:, -1:] if prefill else x
             x = x if self.final_norm is None else self.final_norm(x)
             logits = self.embedding.logits(x, outside)
         merged = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routed) if routed else None
@@ -448,12 +454,12 @@ class Transformer(nnx.Module):
             layers.append((one,) * len(kinds))
         return Cache(tuple(layers), start, jnp.zeros((), jnp.int32))
 
-    def cached_context(self, cache: Cache, segments: jax.Array, tokens: jax.Array) -> Context:
+    def cached_context(self, cache: Cache, segments: jax.Array, tokens: jax.Array, prefill: bool) -> Context:
         """Positions count from each row's own start; a decoding step sees the places filled so far."""
         L = tokens.shape[1]
         place = (cache.filled + jnp.arange(L))[None]  # [1,L]
         start = cache.start[:, None]  # [B,1]
         segments = jnp.where((place >= start) & (segments > 0), 1, 0)  # [B,L]
         slot = jnp.arange(places(cache))[None, None]  # [1,1,M]
-        visible = (slot >= start[..., None]) & (slot <= place[..., None])  # [B,L,M]
+        visible = None if prefill else (slot >= start[..., None]) & (slot <= place[..., None])  # [B,L,M]
         return Context(jnp.maximum(place - start, 0), segments, segments > 0, tokens, Cached(visible, cache.filled))
