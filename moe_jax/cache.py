@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from moe_jax.config import ModelConfig
 
 
-def cached_axes(m: ModelConfig) -> tuple[str | None, ...]:
-    """Logical axes of the keys and values of a stack of layers: every stage of a pipeline decodes with all layers."""
-    return None, "batch", None if m.latent else "kv_heads", None, None
+def cached_axes(m: ModelConfig, repeats: int) -> tuple[str | None, ...]:
+    """Logical axes of the keys and values of a layer, or of a stack of so many: every stage of a pipeline decodes with
+    all layers."""
+    return (None,) * (repeats > 1) + ("batch", None if m.latent else "kv_heads", None, None)
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one attention layer; of a stack of layers, with a leading axis.
+    """Keys and values of one attention layer; of a stack of layers, with a leading axis, whose loop copies them.
 
     Latent attention keeps as its one key [B, 1, M, C + P] the vector of width C that keys and values of all heads are
     made from, with the part that turns; its values are empty, [B, 1, M, 0].
@@ -39,11 +40,12 @@ class Cache(NamedTuple):
 class Cached(NamedTuple):
     """Where a call with a cache writes, and what its tokens see there."""
 
-    visible: jax.Array  # [B, L, M] bool
+    visible: jax.Array | None  # [B, L, M] bool; None where nothing lies there yet, and tokens see one another alone
     place: jax.Array  # [] int32, the first place written
 
     def within(self, window: int | None) -> jax.Array:
         """What is visible of the last `window` places, [B, L, M] bool."""
+        assert self.visible is not None
         if window is None:
             return self.visible
         queries, keys = (jnp.arange(n) for n in self.visible.shape[1:])
@@ -51,10 +53,11 @@ class Cached(NamedTuple):
 
 
 def empty_layer(m: ModelConfig, batch: int, places: int, repeats: int) -> LayerCache:
-    """Zeros for `repeats` layers: k and v [repeats, B, J, M, N]."""
+    """Zeros: k and v [B, J, M, N] of one layer, [repeats, B, J, M, N] of several."""
 
     def zeros(width: int) -> jax.Array:
-        return jnp.zeros((repeats, batch, 1 if m.latent else m.resolved_kv_heads, places, width), m.dtype)
+        leading = (repeats,) * (repeats > 1)
+        return jnp.zeros((*leading, batch, 1 if m.latent else m.resolved_kv_heads, places, width), m.dtype)
 
     return LayerCache(*(zeros(n) for n in ((m.cached_width, 0) if m.latent else (m.key_dim, m.value_dim))))
 

@@ -111,7 +111,7 @@ class Generator:
             tokens, lengths = tokens[:, -1:], jnp.ones_like(lengths)
         B, L = tokens.shape
         cache = module.empty_cache(B, L + new, lengths, L)
-        out = module(tokens, cache=cache, capacity_factor=None, **before)
+        out = module(tokens, cache=cache, prefill=True, capacity_factor=None, **before)
         return choose(out.logits[:, -1], self.keys(number, 0), self.sampling, self.known), out.cache
 
     def decode(

@@ -3,17 +3,21 @@
 On TPU the products are `jax.lax.ragged_dot`. Elsewhere that primitive computes every row with every expert (5 to 6
 times the time at 8 experts on CPU: `moe-jax bench layer --ragged-dot`), so here blocks of rows run in a loop over the
 experts that have rows, each block through the whole network while it is in the processor's caches. Work follows the
-rows in use and temporaries do not grow with the number of experts.
+rows in use and temporaries do not grow with the number of experts. Where experts have few rows each, as when text is
+made token by token, all take their turn at once: reading the matrices is most of that work, and a batched product reads
+them where they lie, while a loop copies each one first (`moe-jax bench decode`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
+from math import ceil
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 BLOCK_LIMITS = 32, 160  # rows of one product: fewer run slower, more are wasted on the last block of each expert
+FEW = 32  # rows of each expert up to which all experts are multiplied at once
 
 # [R, K] x [R, N] -> [E, K, N]: the ragged dimension is contracted.
 WEIGHT_GRADIENT = jax.lax.RaggedDotDimensionNumbers(
@@ -112,6 +116,37 @@ def over_blocks(sizes: jax.Array, R: int, init: Any, expert: Callable) -> Any:
     return jax.lax.fori_loop(0, (sizes > 0).sum(dtype=jnp.int32), one, init)
 
 
+def turn_rows(R: int, E: int) -> int | None:
+    """Rows of each expert in a turn of `in_turns`, such that one turn is mostly enough; None where blocks are faster:
+    where most experts may have no row, and where rows are many."""
+    mean = R / E
+    rows = 4 * ceil((mean + 2 * mean**0.5) / 4)  # loads of a random choice lie about their mean by its root
+    return rows if R >= E and rows <= FEW else None
+
+
+def in_turns(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, rows: int) -> jax.Array:
+    """What `blocked` computes, so many rows of every expert in each turn: batched products over all experts."""
+    R, E = x.shape[0], sizes.shape[0]
+    ends = jnp.cumsum(sizes)
+    begins = ends - sizes
+    row = jnp.arange(R, dtype=jnp.int32)
+    expert = (row[:, None] >= ends[None]).sum(1, dtype=jnp.int32)  # [R], E after the last row in use
+    place = row - begins.at[expert].get(mode="fill", fill_value=0)  # [R], among the rows of its expert
+    *ups, down = (b[:, None] for b in weights.biases) if weights.biases else (None,) * (len(weights.up) + 1)
+
+    def turn(j: jax.Array, y: jax.Array) -> jax.Array:
+        lanes = begins[:, None] + (j * rows + jnp.arange(rows, dtype=jnp.int32))[None]  # [E,rows], of others at the end
+        mine = x.at[lanes].get(mode="clip")
+        hidden = act(*(plus(mine @ w, b) for w, b in zip(weights.up, ups, strict=True)))
+        new = plus(hidden @ weights.w_down, down)  # [E,rows,D]
+        lane = place - j * rows
+        own = (lane >= 0) & (lane < rows) & (expert < E)
+        back = new.at[jnp.minimum(expert, E - 1), jnp.clip(lane, 0, rows - 1)].get(mode="promise_in_bounds")
+        return jnp.where(own[:, None], back, y)
+
+    return jax.lax.fori_loop(0, (sizes.max() + rows - 1) // rows, turn, jnp.zeros_like(x))
+
+
 def wide(dtype) -> Any:
     """The type in which products are added up."""
     return jnp.float32 if dtype.itemsize < 4 else dtype
@@ -122,16 +157,22 @@ def times(x: jax.Array, w: jax.Array, transposed: bool = False, **options: Any) 
     return jax.lax.dot_general(x, w, (((1,), (1 if transposed else 0,)), ((), ())), **options)
 
 
-def blocked(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, widen: bool = False) -> tuple[Any, Products]:
+def blocked(
+    x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, widen: bool = False, keep: bool = True
+) -> tuple[jax.Array, Products]:
     """The networks in blocks of rows; rows of no expert come out zero.
 
     Args:
+        keep: return the products of the way up too, which the gradients need.
         widen: multiply and write in float32, for processors without shorter types: there each write of a block into
             a shorter array would convert the whole array.
     Returns:
-        [R, D], and the products of the way up, which the gradients need.
+        [R, D], and those products.
     """
     R, dtype, up = x.shape[0], wide(x.dtype) if widen else x.dtype, weights.up
+    rows = turn_rows(R, sizes.shape[0])
+    if rows is not None and not keep and dtype == x.dtype:  # a loop converts the matrices one by one
+        return in_turns(x, sizes, weights, act, rows), ()
 
     def expert(e: jax.Array, carry: Any, loop: Callable) -> Any:
         *mine, last = (w[e].astype(dtype) for w in weights.matrices)  # once for all blocks
@@ -142,11 +183,12 @@ def blocked(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, widen: b
             rows = block.take(x).astype(dtype)
             products = [plus(times(rows, w), b).astype(x.dtype) for w, b in zip(mine, ups, strict=True)]
             y = block.put(y, plus(times(act(*products).astype(dtype), last), down))
-            return y, tuple(block.put(k, p.astype(dtype)) for k, p in zip(kept, products, strict=True))
+            pairs = zip(kept, products, strict=True) if keep else ()
+            return y, tuple(block.put(k, p.astype(dtype)) for k, p in pairs)
 
         return loop(step, carry)
 
-    kept = tuple(jnp.zeros_like(x, dtype, shape=(R, w.shape[2])) for w in up)
+    kept = tuple(jnp.zeros_like(x, dtype, shape=(R, w.shape[2])) for w in up) if keep else ()
     y, kept = over_blocks(sizes, R, (jnp.zeros_like(x, dtype), kept), expert)
     return y.astype(x.dtype), tuple(k.astype(x.dtype) for k in kept)
 
@@ -211,11 +253,11 @@ def rows_of(bias: jax.Array, sizes: jax.Array, R: int) -> jax.Array:
     return bias.at[expert].get(mode="fill", fill_value=0)
 
 
-def ragged(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act) -> tuple[jax.Array, Products]:
+def ragged(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, keep: bool = True) -> tuple[jax.Array, Products]:
     """What `blocked` computes, by XLA's own grouped products."""
     biases = [rows_of(b, sizes, x.shape[0]) for b in weights.biases] or [None] * len(weights.matrices)
     kept = tuple(plus(ragged_dot(x, w, sizes), b) for w, b in zip(weights.up, biases[:-1], strict=True))
-    return plus(ragged_dot(act(*kept), weights.w_down, sizes), biases[-1]), kept
+    return plus(ragged_dot(act(*kept), weights.w_down, sizes), biases[-1]), kept if keep else ()
 
 
 def ragged_gradients(
@@ -235,13 +277,18 @@ def ragged_gradients(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def networks(act: Act, x: jax.Array, sizes: jax.Array, weights: Weights) -> jax.Array:
-    return forward(act, x, sizes, weights)[0]
+    return by_platform(act, x, sizes, weights, keep=False)[0]
+
+
+def by_platform(act: Act, x: jax.Array, sizes: jax.Array, weights: Weights, keep: bool) -> tuple[jax.Array, Products]:
+    """By the means of the platform that the program is compiled for."""
+    tpu, rest = partial(ragged, act=act, keep=keep), partial(blocked, act=act, keep=keep)
+    return jax.lax.platform_dependent(x, sizes, weights, tpu=tpu, cpu=partial(rest, widen=True), default=rest)
 
 
 def forward(act: Act, x: jax.Array, sizes: jax.Array, weights: Weights) -> tuple[jax.Array, Any]:
-    """By the means of the platform that the program is compiled for."""
-    tpu, cpu, rest = partial(ragged, act=act), partial(blocked, act=act, widen=True), partial(blocked, act=act)
-    y, kept = jax.lax.platform_dependent(x, sizes, weights, tpu=tpu, cpu=cpu, default=rest)
+    """`networks`, and what its gradients need."""
+    y, kept = by_platform(act, x, sizes, weights, keep=True)
     return y, (x, sizes, weights, kept)
 
 

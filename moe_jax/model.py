@@ -136,8 +136,8 @@ def cached(model: "Transformer", *_: Any, **__: Any) -> Any:
     none = PartitionSpec()
     if model.rules is None:
         return none
-    layers, rows = model.rules.layout(*cached_axes(model.m)), (model.rules.batch, ())
-    return Cache._make((spec(layers), none, none, spec(rows), none))
+    layers = tuple(spec(model.rules.layout(*cached_axes(model.m, repeats))) for _, repeats in model.runs)
+    return Cache._make((layers, none, none, spec((model.rules.batch, ())), none))
 
 
 class Encoder(nnx.Module):
@@ -195,6 +195,7 @@ class Transformer(nnx.Module):
         train: bool = False,
         key: Keys = None,
         cache: Cache | None = None,
+        prefill: bool = False,
         capacity_factor: float | Sequence[float | None] | None = FROM_CONFIG,
         top_k: int | Sequence[int | None] | None = None,
         replay: jax.Array | None = None,
@@ -213,6 +214,7 @@ class Transformer(nnx.Module):
                 cannot be given; segments then only tell padding from tokens. Relative ones are always of the row.
             train: dropout, noise and the training capacity; needs `key`, one or [B], where the config asks for noise.
             cache: from `empty_cache`; the call appends its L tokens. Logits are NaN where its places do not suffice.
+            prefill: nothing lies in the cache yet, and the logits of the last token alone are asked for, [B, 1, V].
             capacity_factor: of every MoE layer, or a list with one for each; default the config's for training or
                 evaluation, None is dropless. With a list the layers are unrolled.
             top_k: experts per token, likewise; default the config's.
@@ -234,6 +236,8 @@ class Transformer(nnx.Module):
             raise ValueError("a pipeline keeps no record, replay or cache: call without a schedule")
         if cache is not None and positions is not None:
             raise ValueError("positions cannot be given with a cache, which counts them: leave them out")
+        if prefill and cache is None:
+            raise ValueError("prefill fills a cache, and none is given: pass cache=model.empty_cache(...)")
         if self.encoder is not None and (schedule is not None or replay is not None):
             raise ValueError("a model with an encoder has no replay or schedule: leave them out")
         if self.encoder is None and inputs is not None:
@@ -255,7 +259,7 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(order, (B, L)) if positions is None else positions
             context = Context(positions, segments, segments > 0, tokens, None, order if n > 1 else None)
         else:
-            context = self.cached_context(cache, segments, tokens)
+            context = self.cached_context(cache, segments, tokens, prefill)
         keys = row_keys(key if train else None, B)
         options = self.options(capacity_factor, top_k, record)
         routed, layers, done, read = [], [], 0, []
@@ -270,7 +274,8 @@ class Transformer(nnx.Module):
                 assert cache is not None and cache.source is not None
                 source = Source(cache.source, None)
             context = context._replace(source=source)
-        context = self.with_distances(context, self.relative, L if cache is None else places(cache), False, cache)
+        before = None if prefill else cache
+        context = self.with_distances(context, self.relative, L if before is None else places(before), False, before)
         context = self.with_lengths(context, cache)
 
         outside = self.rules if self.rules is None or schedule is None else shared(self.rules, B)
@@ -289,6 +294,7 @@ class Transformer(nnx.Module):
             routed += [] if r is None else [r]
             layers.append(c)
         with jax.named_scope("head"):
+            x = x[:, -1:] if prefill else x
             x = x if self.final_norm is None else self.final_norm(x)
             logits = self.embedding.logits(x, outside)
         stats = joined([r.stats for r in (*read, *routed)])
@@ -427,6 +433,10 @@ class Transformer(nnx.Module):
         layers = (params, jnp.arange(repeats), caches, replay)
         if loop:
             x, (routed, caches) = jax.lax.scan(step(options[:m]), x, layers, length=repeats)
+        elif repeats == 1:  # caches as they are: through a leading axis they would be copied at every token
+            params, number, replay = jax.tree.map(lambda a: a[0], (params, layers[1], replay))
+            x, (routed, caches) = step(options)(x, (params, number, caches, replay))
+            routed = jax.tree.map(lambda a: a[None], routed)
         else:
             outs = []
             for n in range(repeats):
@@ -489,16 +499,17 @@ class Transformer(nnx.Module):
         layers = []
         for kinds, repeats in self.runs:
             one = empty_layer(self.m, batch, places, repeats)
-            one = jax.tree.map(lambda a: lay(a, self.rules, names=cached_axes(self.m)), one)
+            axes = cached_axes(self.m, repeats)
+            one = jax.tree.map(lambda a, axes=axes: lay(a, self.rules, names=axes), one)
             layers.append((one,) * len(kinds))
         return Cache(tuple(layers), start, jnp.zeros((), jnp.int32))
 
-    def cached_context(self, cache: Cache, segments: jax.Array, tokens: jax.Array) -> Context:
+    def cached_context(self, cache: Cache, segments: jax.Array, tokens: jax.Array, prefill: bool) -> Context:
         """Positions count from each row's own start; a decoding step sees the places filled so far."""
         L = tokens.shape[1]
         place = (cache.filled + jnp.arange(L))[None]  # [1,L]
         start = cache.start[:, None]  # [B,1]
         segments = jnp.where((place >= start) & (segments > 0), 1, 0)  # [B,L]
         slot = jnp.arange(places(cache))[None, None]  # [1,1,M]
-        visible = (slot >= start[..., None]) & (slot <= place[..., None])  # [B,L,M]
+        visible = None if prefill else (slot >= start[..., None]) & (slot <= place[..., None])  # [B,L,M]
         return Context(jnp.maximum(place - start, 0), segments, segments > 0, tokens, Cached(visible, cache.filled))

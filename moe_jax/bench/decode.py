@@ -32,11 +32,11 @@ def ours(spec: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
 
     from moe_jax.bench.timing import machine
     from moe_jax.generate import Generator, Sampling
-    from moe_jax.train.state import Model
+    from moe_jax.train.state import Model, unstack, unstacked
 
     model, built = Model.of(cfg), mesh.build_mesh(cfg.mesh)
-    weights, V = model.create(built).weights, cfg.model.vocab
-    generator = Generator(model, built, V, V, Sampling(temperature=0.0))  # no token ends a text
+    weights, V = unstack(model, model.create(built).weights, built), cfg.model.vocab
+    generator = Generator(unstacked(model), built, V, V, Sampling(temperature=0.0))  # no token ends a text
     draw = np.random.default_rng(0)
     prompts = [draw.integers(V, size=spec["prompt"]) for _ in range(spec["batch"])]
 

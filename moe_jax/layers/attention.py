@@ -230,7 +230,7 @@ class Attention(nnx.Module):
 
         Args:
             cache: k and v [B, J, M, N]; keys and values are written from `context.cached.place` on, and the tokens
-                attend to the places that `visible` shows there.
+                attend to the places that `visible` shows there, or, where those are empty, to one another.
         """
         m, rules, segments = self.m, self.rules, context.segments
         sinks = None if self.sinks is None else self.sinks[...]
@@ -239,9 +239,11 @@ class Attention(nnx.Module):
         if m.positions == "rotary":
             q, k = (rotary(a, context.positions, m.rope_theta, m.rope, context.long) for a in (q, k))
         q = groups(q, k)
-        if cache is not None and context.cached is not None:
-            cache = write(cache, k, v, context.cached.place)
-            y = weighted_values(q, cache.k, cache.v, context.cached.within(self.window), scoring)
+        cached = context.cached
+        if cache is not None and cached is not None:
+            cache = write(cache, k, v, cached.place)
+        if cache is not None and cached is not None and cached.visible is not None:
+            y = weighted_values(q, cache.k, cache.v, cached.within(self.window), scoring)
         elif self.both_ways:
             y = fused(q, k, v, segments, segments, "both ways", scoring, m, rules)
             y = whole_attention(q, k, v, segments, segments, scoring) if y is None else y

@@ -1,5 +1,6 @@
 """The train state: abstract first, then created directly in its shards, a plain pytree throughout."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -174,3 +175,48 @@ def once(mesh: Mesh) -> dict[str, Any] | None:
 def placed(shapes: Any, shardings: Any) -> Any:
     """Shape structs with their shardings."""
     return jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=h), shapes, shardings)
+
+
+def unstacked(model: Model) -> Model:
+    """The same model with every layer by itself, as decoding reads it best: a loop over stacked layers copies weights
+    and caches at each token. A pipeline's layers stay in the stacks that its stages share."""
+    m = model.cfg.model
+    if model.cfg.mesh.stage > 1:
+        return model
+    alone = dataclasses.replace(m, stack_above=max(len(m.layer_kinds), len(m.encoder_kinds)))
+    return Model.of(dataclasses.replace(model.cfg, model=alone))
+
+
+def unstack(model: Model, weights: Weights, mesh: Mesh) -> Weights:
+    """The weights of `unstacked(model)` on the mesh. Arrays that are taken apart are deleted one by one, so that memory
+    holds the largest of them twice and the others once."""
+    target = unstacked(model)
+    if target is model:
+        return weights
+    where, tree = jax.tree_util.tree_flatten_with_path(target.weight_shardings(mesh))
+    layout, stacks, found = dict(where), jax.tree_util.DictKey("stacks"), {}
+    m = model.cfg.model
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        if stacks not in path:
+            found[path] = leaf
+            continue
+        at = path.index(stacks) + 1  # then come the number of the stack, "blocks", and the layer in its period
+        runs = m.encoder_runs if jax.tree_util.DictKey("encoder") in path else m.runs
+        stack, layer = int(path[at].key), int(path[at + 2].key)
+        first = sum(len(kinds) * repeats for kinds, repeats in runs[:stack])
+        kinds, repeats = runs[stack]
+        names = [
+            (*path[:at], *map(jax.tree_util.DictKey, (str(first + r * len(kinds) + layer), "blocks", "0")))
+            + path[at + 3 :]
+            for r in range(repeats)
+        ]
+        rows = [leaf]
+        if repeats > 1:
+            with jax.set_mesh(mesh):
+                apart = jax.jit(
+                    lambda a: [a[r : r + 1] for r in range(a.shape[0])], out_shardings=[*map(layout.get, names)]
+                )
+                rows = jax.block_until_ready(apart(leaf))
+            leaf.delete()
+        found.update(zip(names, rows, strict=True))
+    return jax.tree.unflatten(tree, [found[path] for path, _ in where])
