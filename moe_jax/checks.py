@@ -7,16 +7,8 @@ Each check returns `Problem`s with the key, the reason and the remedy; `config` 
 from moe_jax.axes import Rules
 from moe_jax.checks_attention import Refuse, check_attention, idle
 from moe_jax.pattern import STAGE
-from moe_jax.schema import (
-    Config,
-    ConfigError,
-    MeshConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimizerConfig,
-    Problem,
-    RouterConfig,
-)
+from moe_jax.refused import ConfigError, Problem
+from moe_jax.schema import Config, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, RouterConfig
 
 TOP_K = {"switch": 1, "gshard": 2, "sparsemixer": 2}
 STEERING = ("balance_loss", "importance_loss", "load_loss", "device_loss", "communication_loss")  # towards equal loads

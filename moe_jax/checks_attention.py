@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_jax.schema import ModelConfig, Problem, RopeConfig, differing, turning, written
+from moe_jax.refused import Problem, written
+from moe_jax.schema import ModelConfig, RopeConfig, differing, turning
 
 Refuse = Callable[[str, str, str], None]  # key, reason, remedy
 

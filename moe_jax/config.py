@@ -17,9 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from moe_jax.checks import check, check_exchange, check_model, check_moe, require_decoding
 from moe_jax.files import File, chain, config_names, named_in, nearest, set_in
+from moe_jax.refused import ConfigError, Problem, Refused
 from moe_jax.schema import (
     Config,
-    ConfigError,
     DataConfig,
     EncoderConfig,
     LatentConfig,
@@ -27,8 +27,6 @@ from moe_jax.schema import (
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
-    Problem,
-    Refused,
     RopeConfig,
     RouterConfig,
     TrainConfig,

@@ -8,7 +8,8 @@ from dataclasses import fields
 from math import prod
 
 from moe_jax.axes import MESH_AXES, Rules
-from moe_jax.schema import ModelConfig, Problem
+from moe_jax.refused import Problem
+from moe_jax.schema import ModelConfig
 
 Leaf = tuple[str, tuple[int, ...], tuple[str, ...]]  # name, shape, logical axes
 

@@ -31,7 +31,7 @@ def opened(workdir: Path) -> tuple[Any, list[dict[str, Any]]]:
     """
     from moe_jax import config
     from moe_jax.metrics import CONFIG, read_metrics
-    from moe_jax.schema import Problem, Refused
+    from moe_jax.refused import Problem, Refused
 
     which = "name the folder of a training run, its --workdir"
     if not workdir.is_dir():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_jax.schema import ConfigError, Problem
+from moe_jax.refused import ConfigError, Problem
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

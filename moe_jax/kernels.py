@@ -8,7 +8,8 @@ by a mask of all pairs alone (`jax.nn.dot_product_attention`), and rows are pack
 
 from typing import Literal, NamedTuple
 
-from moe_jax.schema import Config, ModelConfig, Problem, Refused
+from moe_jax.refused import Problem, Refused
+from moe_jax.schema import Config, ModelConfig
 
 TILES = {"tpu": 128, "gpu": 64}  # least tokens of a tile, of which a row is a multiple
 WIDEST = {"tpu": 256, "gpu": 128}  # widest head: wider ones do not fit the memory beside a GPU's core

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from moe_jax.schema import Problem, Refused
+from moe_jax.refused import Problem, Refused
 from moe_jax.terminal import moves
 
 Record = dict[str, Any]

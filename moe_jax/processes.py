@@ -19,7 +19,7 @@ from typing import Any
 
 from moe_jax import config
 from moe_jax.checks import check_devices
-from moe_jax.schema import Problem, Refused
+from moe_jax.refused import Problem, Refused
 
 DETECT = "detect"
 JAX_SECONDS = 60  # for JAX to start and to connect what has come already, at the least

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_jax.processes import RETRY_SECONDS, Place
-from moe_jax.schema import Problem, Refused
+from moe_jax.refused import Problem, Refused
 
 CLOSE_SECONDS = 3.0  # for the other end to read what has been sent
 ANSWER_SECONDS = 30.0  # for process 0 to say who is missing when its own time is over

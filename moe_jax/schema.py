@@ -1,4 +1,4 @@
-"""What a config holds: frozen dataclasses with a documented, limited type for every key, and how input is refused."""
+"""What a config holds: frozen dataclasses with a documented, limited type for every key."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -581,40 +581,7 @@ class Config:
 setattr(Rules, "__pydantic_config__", STRICT)  # noqa: B010  # axes.py knows no pydantic
 
 
-def written(value: Any) -> str:
-    """A value as a config and the command line take it."""
-    if value is None or isinstance(value, bool):
-        return {None: "unset", True: "true", False: "false"}[value]
-    return f"{value}"
-
-
 def differing(table: Any, other: Any) -> dict[str, Any]:
     """The keys of a table whose values are not those of another one of its class."""
     pairs = {f.name: (getattr(table, f.name), getattr(other, f.name)) for f in fields(table)}
     return {name: mine for name, (mine, theirs) in pairs.items() if mine != theirs}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One reason to refuse an input: the key (or file), what is wrong, what to do."""
-
-    key: str
-    reason: str
-    remedy: str
-    origin: str = ""  # "in FILE", where that is known
-
-    def __str__(self) -> str:
-        origin = f" ({self.origin})" if self.origin else ""
-        return f"{self.key}: {self.reason}{origin}\n    remedy: {self.remedy}"
-
-
-class Refused(Exception):
-    """Input that cannot be used. One message, exit code 2 on the command line; nothing was written."""
-
-    def __init__(self, *problems: Problem):
-        self.problems = problems
-        super().__init__("\n".join(str(p) for p in problems))
-
-
-class ConfigError(Refused):
-    """A configuration that cannot be used."""

@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from moe_jax.processes import HEARTBEAT_SECONDS, Place
+from moe_jax.refused import Problem, Refused
 from moe_jax.rendezvous import Link, numbers
-from moe_jax.schema import Problem, Refused
 from moe_jax.terminal import STOPPED
 
 LOST, HUNG, LATE = 1000, 1001, 1002  # beside exit codes and minus the number of a signal: how a process can end

@@ -17,7 +17,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_jax.axes import MESH_AXES
-from moe_jax.schema import MeshConfig, Problem, Refused
+from moe_jax.refused import Problem, Refused
+from moe_jax.schema import MeshConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -44,7 +44,7 @@ def add_trace(trace: argparse.ArgumentParser) -> None:
 
 def run_trace(args: argparse.Namespace) -> dict[str, Any]:
     """`moe-jax trace`."""
-    from moe_jax.schema import Problem, Refused
+    from moe_jax.refused import Problem, Refused
 
     if any("\ud800" <= c <= "\udfff" for c in args.text or ""):  # how Python passes on bytes that are no text
         raise Refused(Problem("--text", f"is not UTF-8: {args.text[:40]!a}", "convert it to UTF-8"))
@@ -82,7 +82,7 @@ def read(path: Path) -> str:
     Raises:
         Refused: no such file, one that is too long or not UTF-8, or no text in it.
     """
-    from moe_jax.schema import Problem, Refused
+    from moe_jax.refused import Problem, Refused
 
     def no(why: str, remedy: str) -> Refused:
         return Refused(Problem("--file", f"{path} {why}", remedy))
@@ -109,7 +109,7 @@ def read(path: Path) -> str:
 
 def check(cfg: Any, tokens: int, capacity: bool) -> None:
     """Refuse what has no experts, no record of them, no place for the text, or no capacity to run at."""
-    from moe_jax.schema import Problem, Refused
+    from moe_jax.refused import Problem, Refused
 
     m = cfg.model
     if m.moe is None:

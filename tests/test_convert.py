@@ -16,7 +16,7 @@ from moe_jax.convert import load, save
 from moe_jax.convert.families import family_of, model_keys
 from moe_jax.convert.names import NameMap, Part, Piece, Take
 from moe_jax.convert.tensors import read_header
-from moe_jax.schema import Refused
+from moe_jax.refused import Refused
 from moe_jax.train.state import Model
 from moe_jax.train.step import cross_entropy
 

@@ -13,7 +13,7 @@ from published import GOLDEN
 
 from moe_jax.convert import families, load, save
 from moe_jax.convert.names import NameMap, Part, Rule
-from moe_jax.schema import Problem, Refused
+from moe_jax.refused import Problem, Refused
 
 pytestmark = pytest.mark.usefixtures("inside")
 

@@ -11,7 +11,21 @@ FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sort
 OTHERS = sorted([*Path(__file__).parent.glob("*.py"), *(PACKAGE.parent / "tools").glob("*.py")])
 
 FLOORS = [
-    ("words", {"terminal", "schema", "checks", "checks_attention", "config", "files", "axes", "pattern", "conflicts"}),
+    (
+        "words",
+        {
+            "terminal",
+            "schema",
+            "refused",
+            "checks",
+            "checks_attention",
+            "config",
+            "files",
+            "axes",
+            "pattern",
+            "conflicts",
+        },
+    ),
     ("where things live", {"mesh", "topology", "rules", "sequence", "exchange", "collectives", "hlo"}),
     (
         "mathematics",

@@ -22,7 +22,7 @@ from moe_jax.plan.roofline import decode, times, utilisation
 from moe_jax.plan.search import factorisations, search
 from moe_jax.plan.traffic import exchange_bytes, traffic
 from moe_jax.plan.work import Step
-from moe_jax.schema import Refused
+from moe_jax.refused import Refused
 
 MEDIUM = Path(__file__).parent / "golden" / "medium.toml"
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "models.json").read_text())

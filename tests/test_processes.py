@@ -27,7 +27,7 @@ from joined import SLEEP, flags, free_port, workers
 
 from moe_jax import cli, supervise
 from moe_jax.processes import Place, find_place
-from moe_jax.schema import Refused
+from moe_jax.refused import Refused
 
 pytestmark = pytest.mark.usefixtures("inside")
 

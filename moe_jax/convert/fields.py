@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from moe_jax.schema import Problem, Refused
+from moe_jax.refused import Problem, Refused
 
 NOTHING = (None, False, 0, 0.0, [], {})
 MOST_EXPERTS = 2**16  # of a layer: each is laid out by itself before a file is read

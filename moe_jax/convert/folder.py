@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.convert.tensors import AGAIN, Stored, once, read_header
-from moe_jax.schema import Problem, Refused
+from moe_jax.refused import Problem, Refused
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

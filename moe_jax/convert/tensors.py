@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from moe_jax.schema import Problem, Refused
+from moe_jax.refused import Problem, Refused
 
 DTYPES = {
     "F32": np.dtype("<f4"),

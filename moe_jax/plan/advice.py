@@ -9,7 +9,7 @@ from moe_jax.plan import roofline
 from moe_jax.plan.estimate import Estimate
 from moe_jax.plan.leaves import expert_width
 from moe_jax.plan.memory import devices_at_least
-from moe_jax.schema import Problem
+from moe_jax.refused import Problem
 
 WASTE = 2.0  # slots, or rows of a buffer, a choice in use
 FAR = 0.05  # share of a step, of traffic between hosts or slices

@@ -6,7 +6,8 @@ from math import ceil
 from moe_jax.plan.hardware import Cluster, parse
 from moe_jax.plan.leaves import EXPERTS
 from moe_jax.plan.work import Step
-from moe_jax.schema import ClaimConfig, Problem
+from moe_jax.refused import Problem
+from moe_jax.schema import ClaimConfig
 
 TOLERANCE = 0.05  # a claim is a rounded number
 MIXED = 16  # bytes a parameter: bfloat16 weights and gradients, float32 weights and two moments

@@ -28,7 +28,7 @@ def add_plan(plan: argparse.ArgumentParser) -> None:
 
 def check_options(args: argparse.Namespace) -> None:
     """Refuse numbers out of range."""
-    from moe_jax.schema import Problem, Refused
+    from moe_jax.refused import Problem, Refused
 
     limits = [("--devices", args.devices), ("--tokens", args.tokens), ("--price", args.price)]
     wrong = [
@@ -50,7 +50,7 @@ def settle(cfg: Any, args: argparse.Namespace) -> tuple[Any, Any, list | None]:
     """
     from moe_jax.plan.hardware import parse
     from moe_jax.plan.search import misfits, obstacles, search
-    from moe_jax.schema import Problem, Refused
+    from moe_jax.refused import Problem, Refused
 
     named = args.topology or (cfg.claims.topology if cfg.claims is not None else None)
     cluster = None if named is None else parse(named, args.devices or cfg.mesh.size)

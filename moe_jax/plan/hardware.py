@@ -11,7 +11,7 @@ from math import prod
 from moe_jax import topology
 from moe_jax.axes import MESH_AXES
 from moe_jax.files import nearest
-from moe_jax.schema import Problem, Refused
+from moe_jax.refused import Problem, Refused
 from moe_jax.topology import GPUS, Topology
 
 GB, TERA = 1e9, 1e12

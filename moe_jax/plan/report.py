@@ -8,7 +8,7 @@ from moe_jax.plan import advice, claims, roofline
 from moe_jax.plan.estimate import Estimate
 from moe_jax.plan.search import Candidate, smallest
 from moe_jax.plan.traffic import exchange_bytes
-from moe_jax.schema import Problem
+from moe_jax.refused import Problem
 
 
 def said(problems: list[Problem]) -> list[dict[str, str]]:

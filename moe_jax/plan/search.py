@@ -11,7 +11,8 @@ from moe_jax.plan.estimate import Estimate
 from moe_jax.plan.hardware import Cluster, parse
 from moe_jax.plan.leaves import leaves
 from moe_jax.plan.memory import devices_at_least
-from moe_jax.schema import Config, MeshConfig, Problem, Refused
+from moe_jax.refused import Problem, Refused
+from moe_jax.schema import Config, MeshConfig
 
 MOST = 1024  # devices that a search for the smallest cluster goes to
 

@@ -14,7 +14,8 @@ from moe_jax import mesh as meshes
 from moe_jax.checkpoint import Checkpoints, check_workdir, open_workdir
 from moe_jax.config import Config, ModelConfig, Problem, Refused
 from moe_jax.data import load_tokenizer, open_prepared, prepare
-from moe_jax.schema import differing, written
+from moe_jax.refused import written
+from moe_jax.schema import differing
 from moe_jax.train.evaluate import Evaluator
 from moe_jax.train.resume import checkpoint_info, claimed, locked
 from moe_jax.train.state import Model, State, once
