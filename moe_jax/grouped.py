@@ -3,9 +3,10 @@
 On TPU the products are `jax.lax.ragged_dot`. Elsewhere that primitive computes every row with every expert (5 to 6
 times the time at 8 experts on CPU: `moe-jax bench layer --ragged-dot`), so here blocks of rows run in a loop over the
 experts that have rows, each block through the whole network while it is in the processor's caches. Work follows the
-rows in use and temporaries do not grow with the number of experts. Where experts have few rows each, as when text is
-made token by token, all take their turn at once: reading the matrices is most of that work, and a batched product reads
-them where they lie, while a loop copies each one first (`moe-jax bench decode`).
+rows in use and temporaries do not grow with the number of experts. Without gradients a block is as long as its expert
+needs. Where all have few rows, as when text is made token by token, they are multiplied at once: reading the matrices is
+most of that work, and a batched product reads them where they lie, while a loop copies each one first (`moe-jax bench
+decode`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 BLOCK_LIMITS = 32, 160  # rows of one product: fewer run slower, more are wasted on the last block of each expert
 FEW = 32  # rows of each expert up to which all experts are multiplied at once
+LEVELS = 8, 32  # rows of the shorter blocks, without gradients
 
 # [R, K] x [R, N] -> [E, K, N]: the ragged dimension is contracted.
 WEIGHT_GRADIENT = jax.lax.RaggedDotDimensionNumbers(
@@ -116,37 +118,6 @@ def over_blocks(sizes: jax.Array, R: int, init: Any, expert: Callable) -> Any:
     return jax.lax.fori_loop(0, (sizes > 0).sum(dtype=jnp.int32), one, init)
 
 
-def turn_rows(R: int, E: int) -> int | None:
-    """Rows of each expert in a turn of `in_turns`, such that one turn is mostly enough; None where blocks are faster:
-    where most experts may have no row, and where rows are many."""
-    mean = R / E
-    rows = 4 * ceil((mean + 2 * mean**0.5) / 4)  # loads of a random choice lie about their mean by its root
-    return rows if R >= E and rows <= FEW else None
-
-
-def in_turns(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, rows: int) -> jax.Array:
-    """What `blocked` computes, so many rows of every expert in each turn: batched products over all experts."""
-    R, E = x.shape[0], sizes.shape[0]
-    ends = jnp.cumsum(sizes)
-    begins = ends - sizes
-    row = jnp.arange(R, dtype=jnp.int32)
-    expert = (row[:, None] >= ends[None]).sum(1, dtype=jnp.int32)  # [R], E after the last row in use
-    place = row - begins.at[expert].get(mode="fill", fill_value=0)  # [R], among the rows of its expert
-    *ups, down = (b[:, None] for b in weights.biases) if weights.biases else (None,) * (len(weights.up) + 1)
-
-    def turn(j: jax.Array, y: jax.Array) -> jax.Array:
-        lanes = begins[:, None] + (j * rows + jnp.arange(rows, dtype=jnp.int32))[None]  # [E,rows], of others at the end
-        mine = x.at[lanes].get(mode="clip")
-        hidden = act(*(plus(mine @ w, b) for w, b in zip(weights.up, ups, strict=True)))
-        new = plus(hidden @ weights.w_down, down)  # [E,rows,D]
-        lane = place - j * rows
-        own = (lane >= 0) & (lane < rows) & (expert < E)
-        back = new.at[jnp.minimum(expert, E - 1), jnp.clip(lane, 0, rows - 1)].get(mode="promise_in_bounds")
-        return jnp.where(own[:, None], back, y)
-
-    return jax.lax.fori_loop(0, (sizes.max() + rows - 1) // rows, turn, jnp.zeros_like(x))
-
-
 def wide(dtype) -> Any:
     """The type in which products are added up."""
     return jnp.float32 if dtype.itemsize < 4 else dtype
@@ -170,9 +141,8 @@ def blocked(
         [R, D], and those products.
     """
     R, dtype, up = x.shape[0], wide(x.dtype) if widen else x.dtype, weights.up
-    rows = turn_rows(R, sizes.shape[0])
-    if rows is not None and not keep and dtype == x.dtype:  # a loop converts the matrices one by one
-        return in_turns(x, sizes, weights, act, rows), ()
+    if not keep and dtype == x.dtype:
+        return without_gradients(x, sizes, weights, act), ()
 
     def expert(e: jax.Array, carry: Any, loop: Callable) -> Any:
         *mine, last = (w[e].astype(dtype) for w in weights.matrices)  # once for all blocks
@@ -221,6 +191,72 @@ def blocked_gradients(
     out = [jnp.zeros_like(x, dtype, shape=w.shape) for w in (*weights.matrices, *weights.biases)]
     dx, *out = over_blocks(sizes, x.shape[0], (jnp.zeros_like(x, dtype), *out), expert)
     return dx.astype(x.dtype), weights.like([o.astype(x.dtype) for o in out])
+
+
+def few_rows(R: int, E: int) -> int | None:
+    """Rows of each expert that mostly suffice where all are multiplied at once; None where a loop is faster: where many
+    experts may have no row, and where rows are many."""
+    mean = R / E
+    rows = 4 * ceil((mean + 2 * mean**0.5) / 4)  # loads of a random choice lie about their mean by its root
+    return rows if R >= E and rows <= FEW else None
+
+
+def without_gradients(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act) -> jax.Array:
+    """What `blocked` returns first: at once where every expert has few rows, else expert by expert."""
+    rows = few_rows(x.shape[0], sizes.shape[0])
+    if rows is None:
+        return by_need(x, sizes, weights, act)
+    few, many = partial(at_once, act=act, rows=rows), partial(by_need, act=act)
+    return jax.lax.cond(sizes.max() <= rows, few, many, x, sizes, weights)
+
+
+def at_once(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, rows: int) -> jax.Array:
+    """All experts in one batched product, each with so many rows at the most."""
+    R, E = x.shape[0], sizes.shape[0]
+    ends = jnp.cumsum(sizes)
+    begins = ends - sizes
+    lanes = begins[:, None] + jnp.arange(rows, dtype=jnp.int32)[None]  # [E,rows], at the end those of others
+    mine = x.at[lanes].get(mode="clip")
+    *ups, down = (b[:, None] for b in weights.biases) if weights.biases else (None,) * (len(weights.up) + 1)
+    hidden = act(*(plus(mine @ w, b) for w, b in zip(weights.up, ups, strict=True)))
+    y = plus(hidden @ weights.w_down, down)  # [E,rows,D]
+    row = jnp.arange(R, dtype=jnp.int32)
+    expert = (row[:, None] >= ends[None]).sum(1, dtype=jnp.int32)  # [R], E after the last row in use
+    place = row - begins.at[expert].get(mode="clip")
+    out = y.at[jnp.minimum(expert, E - 1), jnp.minimum(place, rows - 1)].get(mode="promise_in_bounds")
+    return jnp.where((expert < E)[:, None], out, jnp.zeros((), out.dtype))
+
+
+def by_need(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act) -> jax.Array:
+    """Expert by expert in blocks, the last of each as short as its rows allow."""
+    R, E = x.shape[0], sizes.shape[0]
+    longest = block_rows(R, E)
+    levels = [min(R, LEVELS[0])] if R <= LEVELS[0] else [*(n for n in LEVELS if n < longest), longest]
+    ends = jnp.cumsum(sizes)
+    order = jnp.argsort(sizes == 0, stable=True)  # experts with rows first
+
+    def network(rows: int, e: jax.Array, first: jax.Array, y: jax.Array) -> jax.Array:
+        block = Block(first, ends[e], rows, R)
+        ups, down = [None] * len(weights.up), None
+        if weights.biases:
+            *ups, down = (b[e][None] for b in weights.biases)
+        hidden = act(*(plus(times(block.take(x), w[e]), b) for w, b in zip(weights.up, ups, strict=True)))
+        return block.put(y, plus(times(hidden, weights.w_down[e]), down))
+
+    def expert(i: jax.Array, y: jax.Array) -> jax.Array:
+        e = order[i]
+        if len(levels) == 1 and levels[0] == R:  # one block holds all that it may have
+            return network(R, e, ends[e] - sizes[e], y)
+
+        def step(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            first, y = carry
+            level = sum((ends[e] - first > n).astype(jnp.int32) for n in levels[:-1])
+            y = jax.lax.switch(level, [partial(network, n) for n in levels], e, first, y)
+            return first + jnp.asarray(levels, jnp.int32)[level], y
+
+        return jax.lax.while_loop(lambda carry: carry[0] < ends[e], step, (ends[e] - sizes[e], y))[1]
+
+    return jax.lax.fori_loop(0, (sizes > 0).sum(dtype=jnp.int32), expert, jnp.zeros_like(x))
 
 
 def total_of(arrays: Iterable[jax.Array]) -> jax.Array:

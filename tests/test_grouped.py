@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import grouped
-from moe_jax.grouped import Weights, grouped_ffn, in_turns
+from moe_jax.grouped import Weights, grouped_ffn
 
 D, F = 6, 10
 
@@ -88,34 +88,45 @@ def test_equals_a_loop(case, kind, dtype, monkeypatch):
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=limit)
 
 
-FEW = {  # rows, sizes
-    "one turn": (10, [2, 3, 0, 5]),
-    "several turns": (40, [0, 31, 0, 4]),
+UNEVEN = {  # rows, sizes
+    "at once": (10, [2, 3, 0, 5]),
+    "too many for that": (40, [0, 31, 0, 4]),
     "rows of no expert": (23, [4, 0, 9]),
     "nothing": (9, [0, 0, 0]),
     "everything to the last": (40, [0, 0, 40]),
+    "fewer rows than experts": (3, [0, 1, 0, 2, 0]),
+    "blocks of every length": (700, [8, 9, 1, 32, 33, 0, 200, 377]),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", FEW)
-def test_few_rows_in_turns(case, kind, monkeypatch):
-    """Without gradients, all experts at once: the same values, whatever lies in rows of no expert."""
-    R, sizes = FEW[case]
-    taken = []
-    monkeypatch.setattr(grouped, "in_turns", lambda *a: taken.append(a[-1]) or in_turns(*a))
+@pytest.mark.parametrize("case", UNEVEN)
+def test_without_gradients(case, kind):
+    """The same values, whatever lies in rows of no expert."""
+    R, sizes = UNEVEN[case]
     x, weights = jax.random.normal(jax.random.key(2), (R, D)), made(kind, len(sizes))
     x = x.at[sum(sizes) :].set(jnp.nan)
     y = jax.jit(lambda x, s, w: grouped_ffn(x, s, w, KINDS[kind]))(x, jnp.asarray(sizes, jnp.int32), weights)
     want = by_loop(x, sizes, weights, jnp.zeros((R, D)), KINDS[kind])[0]
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
-    assert taken and taken[0] == grouped.turn_rows(R, len(sizes))
 
 
 @pytest.mark.parametrize("R,E,rows", [(32, 8, 8), (32, 16, 8), (128, 8, 24), (2, 8, None), (2048, 8, None)])
-def test_who_takes_turns(R, E, rows):
-    """Tokens of a batch, not a single one whose experts are few, nor a long prompt."""
-    assert grouped.turn_rows(R, E) == rows
+def test_who_is_multiplied_at_once(R, E, rows):
+    """Tokens of a batch; not a single one, whose experts are few, nor many prompts."""
+    assert grouped.few_rows(R, E) == rows
+
+
+def test_both_ways_of_few_rows_mean_the_same():
+    """One program takes either by its loads."""
+    weights, x = made("swiglu", 4), jax.random.normal(jax.random.key(2), (24, D))
+    for sizes in ([6, 6, 6, 6], [0, 24, 0, 0], [12, 1, 11, 0]):
+        sizes = jnp.asarray(sizes, jnp.int32)
+        want = grouped.by_need(x, sizes, weights, swiglu)
+        np.testing.assert_allclose(grouped.without_gradients(x, sizes, weights, swiglu), want, rtol=1e-5, atol=1e-5)
+        if sizes.max() <= grouped.few_rows(24, 4):
+            at_once = grouped.at_once(x, sizes, weights, swiglu, grouped.few_rows(24, 4))
+            np.testing.assert_allclose(at_once, want, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_no_expert_do_not_matter():
