@@ -4,7 +4,7 @@ On TPU the products are `jax.lax.ragged_dot`. Elsewhere that primitive computes 
 times the time at 8 experts on CPU: `moe-jax bench layer --ragged-dot`), so here blocks of rows run in a loop over the
 experts that have rows, each block through the whole network while it is in the processor's caches. Work follows the
 rows in use and temporaries do not grow with the number of experts. Without gradients a block is as long as its expert
-needs. Where all have few rows, as when text is made token by token, they are multiplied at once: reading the matrices is
+needs. Where all have few, as when text is made token by token, they are multiplied at once: reading the matrices is
 most of that work, and a batched product reads them where they lie, while a loop copies each one first (`moe-jax bench
 decode`).
 """
