@@ -5,11 +5,12 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from moe_jax import cli, config
-from moe_jax.bench.decode import IMPLEMENTATIONS, lines
+from moe_jax.bench.decode import IMPLEMENTATIONS, compared, hopeless, lines
 
 TOOL = Path(__file__).parent.parent / "tools" / "bench_transformers.py"
 
@@ -130,6 +131,19 @@ def test_nothing_to_compare_with(tmp_path, monkeypatch, capfd):
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("moe-jax bench: failed\nthere is nothing to compare with\n"), err
     assert err.count("RuntimeError: no threads here") == len(IMPLEMENTATIONS) and "remedy: " in err
+
+
+def test_who_takes_no_more_turns():
+    """Several times slower than one other program, in both phases."""
+    speeds = {"best": (90.0, 30.0), "slow": (29.0, 9.0), "slow to prefill": (29.0, 11.0), "other": (40.0, 40.0)}
+    programs = [
+        SimpleNamespace(name=n, about={}, failed=None, times=[{"returned": list(s)}]) for n, s in speeds.items()
+    ]
+    programs.append(SimpleNamespace(name="failed", about={}, failed="MemoryError", times=[]))
+    assert [p.name for p in hopeless(programs)] == ["slow"]
+    (mine, *others), slow = programs, programs[1:2]
+    row = compared(mine, others, slow)
+    assert row["prefill_fastest"] == row["decode_fastest"] == "other" and row["programs"]["slow"]["turns"] == 1
 
 
 def test_the_report_says_what_was_set():

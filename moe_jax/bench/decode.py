@@ -3,7 +3,7 @@
 Both have random weights of one shape, Mixtral's: SwiGLU, rotary attention, the same type, dropless, the most probable
 token each time. Each is a process of its own on the same processors. Of transformers the prefill is one bare call with
 a cache and the logits of the last token alone, and each of its implementations of experts takes its turn; the fastest
-is compared with.
+is compared with. One that takes several times as long as another one takes a single turn.
 """
 
 import os
@@ -17,6 +17,7 @@ from moe_jax.bench.turns import HOME, Missing, Program, ProgramFailed, Step, ser
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # the others that transformers has need a GPU
 OURS = "moe_jax"
+HOPELESS = 3  # times as long as another implementation in both phases: no round would make that the fastest
 
 
 def ours(spec: dict[str, Any]) -> tuple[Step, dict[str, Any]]:
@@ -128,7 +129,15 @@ def measure(cfg: Any, args: Any, tell: Callable[[str], None]) -> dict[str, Any]:
             for each in reversed(specifications(cfg, args, batch)):  # theirs first: a missing package shows at once
                 programs.insert(0, Program(*each))
                 tell(f"batch {batch}: started {each[0]}")
-            take_turns(programs, args.rounds, 1, tell)
+            take_turns(programs, 1, 0, tell)  # to warm up
+            slow = hopeless(programs[1:])
+            for program in slow:
+                tell(f"batch {batch}: {program.name} takes {HOPELESS} times as long as another one, and no more turns")
+                program.end()
+            rest = [p for p in programs if p not in slow]
+            for program in rest:
+                program.times.clear()
+            take_turns(rest, args.rounds, 0, tell)
         finally:
             for program in programs:
                 program.end()
@@ -136,7 +145,7 @@ def measure(cfg: Any, args: Any, tell: Callable[[str], None]) -> dict[str, Any]:
         if mine.failed:
             raise ProgramFailed(f"{mine.name}: {mine.failed}")
         about |= {k: p.about[k] for p in programs for k in ("machine", "transformers", "torch") if k in p.about}
-        rows.append({"batch": batch, **compared(mine, others)})
+        rows.append({"batch": batch, **compared(mine, others, slow)})
     if args.against is not None and not any("decode_fastest" in row for row in rows):
         failed = {(name, p["failed"]) for row in rows for name, p in row["programs"].items() if "failed" in p}
         why = "".join(f"\n    {name}: {reason}" for name, reason in sorted(failed))
@@ -153,11 +162,19 @@ def measure(cfg: Any, args: Any, tell: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def compared(mine: Program, others: Sequence[Program]) -> dict[str, Any]:
+def hopeless(programs: Sequence[Program]) -> list[Program]:
+    """Those that another one is several times as fast as in both phases, by one turn of each."""
+    able = [(p, p.times[0]["returned"]) for p in programs if p.failed is None]
+    return [
+        p for p, mine in able if any(all(a > HOPELESS * b for a, b in zip(its, mine, strict=True)) for _, its in able)
+    ]
+
+
+def compared(mine: Program, others: Sequence[Program], slow: Sequence[Program] = ()) -> dict[str, Any]:
     """Medians of both phases, and the median over the rounds of the ratio to the fastest other in the same round."""
     programs = {p.name: {"params_total": p.about.get("params_total"), **speeds(p)} for p in (mine, *others)}
     out: dict[str, Any] = {"programs": programs}
-    able = [p for p in others if p.failed is None]
+    able = [p for p in others if p.failed is None and p not in slow]
     for i, phase in enumerate(("prefill", "decode")):
         if able:
             best = max(able, key=lambda p: statistics.median(t["returned"][i] for t in p.times))
@@ -172,7 +189,7 @@ def speeds(program: Program) -> dict[str, Any]:
     if program.failed is not None:
         return {"failed": program.failed}
     prefill, decode = (statistics.median(t["returned"][i] for t in program.times) for i in (0, 1))
-    return {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
+    return {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode, "turns": len(program.times)}
 
 
 def lines(report: dict[str, Any]) -> list[str]:
@@ -185,7 +202,8 @@ def lines(report: dict[str, Any]) -> list[str]:
                 out.append(f"  {name:24} failed: {p['failed']}")
                 continue
             prefill, decode = p["prefill_tokens_per_second"], p["decode_tokens_per_second"]
-            out.append(f"  {name:24} {prefill:18,.0f} {decode:17,.0f}")
+            once = "  one turn: far slower" if p["turns"] < report["rounds"] else ""
+            out.append(f"  {name:24} {prefill:18,.0f} {decode:17,.0f}{once}")
         for phase in ("prefill", "decode"):
             if f"{phase}_ratio" in row:
                 fastest = row[f"{phase}_fastest"]
