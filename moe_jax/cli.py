@@ -150,7 +150,7 @@ def parser() -> argparse.ArgumentParser:
     text = "are the experts of a run healthy: what is wrong, in numbers, and what to change"
     add_doctor(commands.add_parser("doctor", help=text, description=text))
 
-    text = "speed of one layer or of a train step, as a ratio to its matrix products"
+    text = "speed of one layer or of a train step, as a ratio to its matrix products, and of prefill and decoding"
     add_benchmarks(commands.add_parser("bench", help=text, description=text))
     return top
 
