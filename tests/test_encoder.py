@@ -397,11 +397,15 @@ def test_a_text_of_its_own():
         text(weights, [np.zeros(160, int)], 160)
 
 
-@pytest.mark.parametrize("layers, every, first", [(2, 1, 0), (5, 2, 1)], ids=str)
-def test_upcycling_keeps_the_function_of_both(layers, every, first):
-    moe = MoEConfig(experts=4, top_k=2, d_ff=12, every=every, first_dense=first, router=RouterConfig("topk_softmax"))
-    m = replace(T5, layers=layers, moe=moe)
-    dense, sparse = (Model.of(config_of(x)) for x in (replace(m, moe=None), m))
+@pytest.mark.parametrize(
+    "layers, pattern, listed",
+    [(2, {}, None), (5, {"every": 2, "first_dense": 1}, None), (2, {"layers": ()}, (1, 2))],
+    ids=str,
+)
+def test_upcycling_keeps_the_function_of_both(layers, pattern, listed):
+    moe = MoEConfig(experts=4, top_k=2, d_ff=12, router=RouterConfig("topk_softmax"), **pattern)
+    m = replace(T5, layers=layers, moe=moe, encoder=replace(T5.encoder, moe_layers=listed))
+    dense, sparse = (Model.of(config_of(x)) for x in (m.dense, m))
     numbers = made(dense)
 
     def logits(model, *weights):
