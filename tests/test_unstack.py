@@ -74,7 +74,13 @@ def test_a_pipeline_keeps_its_stacks():
     assert unstacked(model) is model and unstack(model, weights, built) is weights
 
 
-def test_prefill_needs_a_cache():
+def test_prefill_needs_an_empty_cache():
+    """It sees nothing of what a cache holds: a second one gives NaN, not the logits of a text without a beginning."""
     _model, _, apart, layers, _, built = both("one kind")
-    with jax.set_mesh(built), pytest.raises(ValueError, match="prefill fills a cache, and none is given"):
-        apart.module(*layers)(np.zeros((1, 4), np.int32), prefill=True)
+    module, tokens = apart.module(*layers), np.zeros((8, 2), np.int32)
+    with jax.set_mesh(built):
+        with pytest.raises(ValueError, match="prefill fills a cache, and none is given"):
+            module(tokens, prefill=True)
+        first = module(tokens, cache=module.empty_cache(8, 6), prefill=True)
+        again = module(tokens, cache=first.cache, prefill=True)
+    assert np.isfinite(first.logits).all() and np.isnan(again.logits).all()
