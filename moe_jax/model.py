@@ -214,7 +214,8 @@ class Transformer(nnx.Module):
                 cannot be given; segments then only tell padding from tokens. Relative ones are always of the row.
             train: dropout, noise and the training capacity; needs `key`, one or [B], where the config asks for noise.
             cache: from `empty_cache`; the call appends its L tokens. Logits are NaN where its places do not suffice.
-            prefill: nothing lies in the cache yet, and the logits of the last token alone are asked for, [B, 1, V].
+            prefill: nothing lies in the cache yet (else NaN), and the logits of the last token alone are asked for,
+                [B, 1, V].
             capacity_factor: of every MoE layer, or a list with one for each; default the config's for training or
                 evaluation, None is dropless. With a list the layers are unrolled.
             top_k: experts per token, likewise; default the config's.
@@ -300,8 +301,10 @@ class Transformer(nnx.Module):
         stats = joined([r.stats for r in (*read, *routed)])
         past, behind = (joined([r.record for r in part]) for part in (routed, read))
         if cache is not None:
-            # A write past the last place would overwrite it in silence: such a call returns no numbers.
-            logits = jnp.where(cache.filled + L <= places(cache), logits, jnp.nan)
+            # A write past the last place would overwrite it in silence, and a prefill sees nothing of what was there
+            # before: such a call returns no numbers.
+            end = L if prefill else places(cache)
+            logits = jnp.where(cache.filled + L <= end, logits, jnp.nan)
             seen = cache.source if context.source is None else context.source.segments
             cache = Cache(tuple(layers), cache.start, cache.filled + L, seen, rows_so_far(cache.rows, stats))
         past = jax.tree.map(lambda a: sequence.restored(a, turned, 2), past)

@@ -1,7 +1,7 @@
 """What a config holds: frozen dataclasses with a documented, limited type for every key."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from math import lcm, log, prod, sqrt
 from typing import Annotated, Any, Literal
@@ -406,6 +406,12 @@ class ModelConfig:
     def answers(self) -> bool:
         """Whether a decoder writes a text of its own about a prompt that its encoder reads, in place of going on."""
         return self.encoder is not None and self.encoder.start is not None
+
+    @property
+    def dense(self) -> "ModelConfig":
+        """The model without its experts, whose layers are all dense."""
+        encoder = None if self.encoder is None else replace(self.encoder, moe_layers=None)
+        return replace(self, moe=None, encoder=encoder)
 
     def _kinds(self, layers: int, listed: tuple[int, ...] | None) -> tuple[str, ...]:
         if self.moe is None:

@@ -20,7 +20,6 @@ SwiGLU between bounds, `w_down` by a.
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -204,7 +203,7 @@ def _check_params(params: Any, m: ModelConfig) -> None:
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
-    got, want = shapes(params), shapes(jax.eval_shape(lambda: _new(replace(m, moe=None), 0)).params)
+    got, want = shapes(params), shapes(jax.eval_shape(lambda: _new(m.dense, 0)).params)
     wrong = [k for k in sorted(got.keys() | want.keys()) if got.get(k) != want.get(k)]
     if wrong:
         first = f"{wrong[0]}: {got.get(wrong[0], 'absent')} instead of {want.get(wrong[0], 'absent')}"

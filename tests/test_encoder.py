@@ -31,6 +31,7 @@ from moe_jax.layers.attention import whole_attention
 from moe_jax.layers.distances import Distances, bucket
 from moe_jax.layers.positions import sinusoidal
 from moe_jax.model import Transformer
+from moe_jax.train.loop import Run
 from moe_jax.train.state import Model, Weights
 from moe_jax.train.step import moved
 from moe_jax.train.upcycling import check_model
@@ -397,11 +398,15 @@ def test_a_text_of_its_own():
         text(weights, [np.zeros(160, int)], 160)
 
 
-@pytest.mark.parametrize("layers, every, first", [(2, 1, 0), (5, 2, 1)], ids=str)
-def test_upcycling_keeps_the_function_of_both(layers, every, first):
-    moe = MoEConfig(experts=4, top_k=2, d_ff=12, every=every, first_dense=first, router=RouterConfig("topk_softmax"))
-    m = replace(T5, layers=layers, moe=moe)
-    dense, sparse = (Model.of(config_of(x)) for x in (replace(m, moe=None), m))
+@pytest.mark.parametrize(
+    "layers, pattern, listed",
+    [(2, {}, None), (5, {"every": 2, "first_dense": 1}, None), (2, {"layers": ()}, (1, 2))],
+    ids=str,
+)
+def test_upcycling_keeps_the_function_of_both(layers, pattern, listed):
+    moe = MoEConfig(experts=4, top_k=2, d_ff=12, router=RouterConfig("topk_softmax"), **pattern)
+    m = replace(T5, layers=layers, moe=moe, encoder=replace(T5.encoder, moe_layers=listed))
+    dense, sparse = (Model.of(config_of(x)) for x in (m.dense, m))
     numbers = made(dense)
 
     def logits(model, *weights):
@@ -492,6 +497,21 @@ def test_latent_attention_has_no_encoder():
 
 SMALL = ["model.d_model=16", "model.d_ff=32", "model.heads=2", "model.moe.experts=4", "model.max_length=32"]
 SMALL += ["data.length=16", "model.encoder.length=24", "data.batch=8", "train.sample=th", "train.sample_tokens=8"]
+
+
+@pytest.mark.parametrize(
+    "read, written, of, group", [([1], [], "encoder", 24), ([], [1], "decoder", 16), ([1], [1], "decoder", 16)]
+)
+def test_what_is_told_of_dispatch_is_of_layers_with_experts(read, written, of, group, call):
+    """Of the decoder's, where it has any, in `plan`; of each stack that has, in the first lines of `train`."""
+    listed = ["model.moe.every=1", f"model.moe.layers={written}", f"model.encoder.moe_layers={read}"]
+    code, report, _ = call("plan", "tiny_t5", *SMALL, *listed, "--json", "--quiet")
+    assert code == 0 and (report["dispatch"]["of"], report["dispatch"]["group"]) == (of, group)
+    code, out, _ = call("plan", "tiny_t5", *SMALL, *listed)
+    assert code == 0 and f"dispatch of the {of} {report['dispatch']['kind']}" in out
+    said = Run.dispatch(SimpleNamespace(cfg=load("tiny_t5", [*SMALL, *listed])))
+    assert [f"groups of {n} tokens" in said for n in (24, 16)] == [bool(read), bool(written)]
+    assert ("of the encoder" in said) == bool(read)
 
 
 def test_commands(call, tmp_path):

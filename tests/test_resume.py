@@ -225,6 +225,12 @@ def test_how_tokens_travel_may_change():
     ]
 
 
+def test_how_a_text_begins_may_change():
+    """Which token a decoder begins with is asked by generation alone."""
+    before, now = config.load("tiny_t5"), config.load("tiny_t5", ["model.encoder.start=0"])
+    assert changes(config.to_dict(before), now) == ["model.encoder.start: unset -> 0"]
+
+
 def test_of_many_changes_some_are_named():
     with pytest.raises(config.ConfigError) as e:
         changes(config.to_dict(config.load("tiny_mixtral")), config.load("bench_small"))

@@ -149,7 +149,7 @@ def dense_twin(cfg: Config) -> Config:
     if "dense" in m.layer_kinds + m.encoder_kinds and width != m.d_ff:
         why = f"some layers are dense, {m.d_ff} wide, and the twin's layers all have one width, {width}"
         raise Refused(Problem("model.d_ff", why, f"set model.d_ff={width}"))
-    return replace(cfg, model=replace(m, moe=None, d_ff=width))
+    return replace(cfg, model=replace(m.dense, d_ff=width))
 
 
 def measure(cfg: Config, rounds: int = 9) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def add_convert(convert: argparse.ArgumentParser) -> None:
 
 def run_import(args: argparse.Namespace) -> dict[str, Any]:
     """`moe-jax convert import`."""
-    from moe_jax.convert.load import TOKENIZERS, run
+    from moe_jax.convert.load import run
+    from moe_jax.data.tokenizer import FILES
 
     report = run(args.source, args.workdir, args.overrides, args.fake_devices, quiet=args.quiet)
     lines = [
@@ -50,7 +51,7 @@ def run_import(args: argparse.Namespace) -> dict[str, Any]:
         lines.append(f"{len(report['ignored'])} tensors are of no use here, such as {report['ignored'][0]}")
     if report["tokenizer"] == "bytes":
         why = "text is read as bytes, which such a model has not learned"
-        lines.append(f"{args.source} has no {', '.join(TOKENIZERS[:-1])} or {TOKENIZERS[-1]}: {why}")
+        lines.append(f"{args.source} has no {', '.join(FILES[:-1])} or {FILES[-1]}: {why}")
     if not report["text"]:
         why = "the tokenizer has more ids than the model"
         lines.append(f"no text was prepared, because {why}: the workdir can be exported, not trained or evaluated")

@@ -31,6 +31,7 @@ from moe_jax.convert.names import NameMap, Piece, path_of
 from moe_jax.convert.progress import Bar
 from moe_jax.convert.tensors import Writing, write
 from moe_jax.data import ByteTokenizer, Corpus, TokenFile, load_tokenizer, prepare
+from moe_jax.data.tokenizer import FILES
 from moe_jax.train.loop import RSS_UNIT
 from moe_jax.train.resume import checkpoint_info, locked
 from moe_jax.train.state import Model, Weights
@@ -39,7 +40,6 @@ from moe_jax.train.upcycling import check_new
 PUBLISHED = "published"  # the folder of a workdir with the small files of the source
 DTYPES = "dtypes.json"
 UNREAD = "unread.safetensors"  # tensors that no parameter is read from, for the export
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model")  # the first one present is taken
 SMALL = 100_000_000  # bytes of a file that is kept beside the weights
 EMPTY = TokenFile(np.zeros(0, np.int32), np.zeros(0, np.int64))
 NO_TEXT = Corpus(EMPTY, EMPTY, ByteTokenizer(), 0.0, 0, 0, "")
@@ -53,7 +53,7 @@ def settings(source: Folder, workdir: Path, overrides: Sequence[str]) -> Config:
     if "moe" in keys:
         keys["moe"] = {"dispatch": "auto"} | keys["moe"]
     data: dict[str, Any] = {"length": min(DataConfig().length, keys["max_length"])}
-    name = next((n for n in TOKENIZERS if (source.path / n).is_file()), None)
+    name = next((n for n in FILES if (source.path / n).is_file()), None)
     if name is not None and not any(text.startswith("data.tokenizer=") for text in overrides):
         data["tokenizer"] = str(workdir.absolute() / PUBLISHED / name)
         data["bos"] = bool(load_tokenizer(str(source.path / name)).front)  # as the model was trained

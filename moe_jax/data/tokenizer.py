@@ -24,6 +24,9 @@ EOS_NAMES = (
 )
 
 
+FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")  # of published folders; the first one present is taken
+
+
 class Tokenizer(Protocol):
     """What the rest of the library asks of a tokenizer.
 
@@ -175,7 +178,7 @@ def _content(path: str) -> bytes:
         with open(os.path.expanduser(path), "rb") as file:
             return file.read()
     except (OSError, ValueError) as e:
-        inside = [os.path.join(path, name) for name in ("tokenizer.json", "tokenizer.model")]
+        inside = [os.path.join(path, name) for name in FILES]
         found = next((name for name in inside if os.path.isfile(name)), None)
         hint = f"did you mean {found!r}? " if found else nearest(path, ["bytes"])
         remedy = f"{hint}give `bytes` or the path of a tokenizer.json or tokenizer.model"

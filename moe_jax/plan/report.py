@@ -75,6 +75,8 @@ def mixture(e: Estimate) -> dict[str, Any]:
     each = sum(stack.moe_layers * exchange_bytes(stack) for stack in step.stacks) / layers * (n - 1) / n
     tokens = sum(stack.moe_layers * stack.tokens for stack in step.stacks) / layers
     least = tokens * moe.top_k * e.cfg.model.d_model * step.width * (n - 1) / n
+    told = next(stack for stack in step.stacks if stack.moe_layers)  # the decoder, where it has experts
+    of = "all" if step.encoder is None else "encoder" if told.both_ways else "decoder"
     exchanges = [v for v in e.moves if v.what == "exchange"]
     count, sent = sum(v.count for v in exchanges), sum(v.count * v.bytes for v in exchanges) * (n - 1) / n
     return {
@@ -82,10 +84,10 @@ def mixture(e: Estimate) -> dict[str, Any]:
         "all_to_all": {"count": count, "bytes_each": round(each), "bytes_least": round(least), "devices": n}
         | {"bytes_per_step": round(sent)},
         "experts_per_device": moe.experts / n,
-        "tokens_per_expert": roofline.expert_rows(step),
-        "dispatch": {"kind": step.dispatch.dispatch, "reason": step.dispatch.reason, "group": step.group}
-        | {"slots": step.slots, "overhead": roofline.exchange_overhead(step), "matrices": matrices(e.cfg.model.ffn)}
-        | {"of": "all" if step.encoder is None else "decoder"},
+        "tokens_per_expert": roofline.expert_rows(told),
+        "dispatch": {"kind": told.dispatch.dispatch, "reason": told.dispatch.reason, "group": told.group}
+        | {"slots": told.slots, "overhead": roofline.exchange_overhead(told), "matrices": matrices(e.cfg.model.ffn)}
+        | {"of": of},
     }
 
 

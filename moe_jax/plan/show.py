@@ -71,8 +71,8 @@ def exchange(r: dict[str, Any]) -> list[str]:
     if "dispatch" not in r:
         return []
     d, a = r["dispatch"], r["all_to_all"]
-    mean = " on average" if d["of"] == "decoder" else ""
-    lines = [f"  dispatch {'of the decoder ' * bool(mean)}{d['kind']}: {d['reason']}"]
+    stack, mean = ("", "") if d["of"] == "all" else (f"of the {d['of']} ", " on average")
+    lines = [f"  dispatch {stack}{d['kind']}: {d['reason']}"]
     lines += [
         f"  groups of {d['group']:,} tokens, {d['slots']:,} slots an expert",
         f"  experts of a layer on a device: {r['experts_per_device']:g}",

@@ -153,7 +153,7 @@ class Run:
             self.cfg.model.max_length,
         )
         more = len(opening(tokenizer, self.cfg.data.bos)) + (len(tokenizer.back) if self.cfg.model.answers else 0)
-        count = 0 if not prompt else more + len(tokenizer.encode(prompt))
+        count = 0 if not prompt else more + len(tokenizer.encode(prompt, marked=self.cfg.model.answers))
         if prompt is not None and not 0 < count < limit:
             why = f"makes {count} tokens"
             raise Refused(Problem("train.sample", why, f"give a text of 1 to {limit - 1} tokens, or take the key out"))
@@ -229,11 +229,13 @@ class Run:
 
     def dispatch(self) -> str:
         """The dispatcher, the groups and why, in words."""
-        found = []
-        for length in dict.fromkeys((self.cfg.data.length, self.cfg.inputs or self.cfg.data.length)):
-            picked, why = for_training(jax.devices()[0].platform, self.cfg.model, length)
-            found.append(f"{'of the encoder ' * bool(found)}{picked} ({why})")
-        return f"dispatch {'; '.join(found)}"
+        m, found = self.cfg.model, {}
+        stacks = (("", m.layer_kinds, self.cfg.data.length), ("of the encoder ", m.encoder_kinds, self.cfg.inputs))
+        for stack, kinds, length in stacks:
+            if "moe" in kinds:
+                picked, why = for_training(jax.devices()[0].platform, m, length)
+                found.setdefault(f"{picked} ({why})", stack)
+        return f"dispatch {'; '.join(stack + text for text, stack in found.items())}"
 
     def compile(self) -> Any:
         """The train step, compiled."""

@@ -31,6 +31,7 @@ FREE = (
     "train.",
     "claims.",
     "data.tokenizer",  # its path: the text, which is compared by itself, knows the tokenizer by what it holds
+    "model.encoder.start",  # of generation alone
     "model.scan",
     "model.remat",
     "model.attention_exchange",
@@ -38,7 +39,7 @@ FREE = (
     "model.moe.exchange",
     "model.moe.eval_capacity_factor",
 )
-"""Keys that a resumed run may change: where and how it computes, not what."""
+"""Keys that a resumed run may change: where and how it computes, not what it learns."""
 FIXED = ("train.seed", "train.optimizer.kind")  # but not these
 SHOWN = 8  # differing keys named in a message
 

@@ -134,7 +134,7 @@ def run(
     check_tokenizer(folder, saved, cfg)
     target = check_new(workdir)
     mesh = meshes.build_mesh(cfg.mesh)
-    dense = Model.of(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=None)))
+    dense = Model.of(dataclasses.replace(cfg, model=cfg.model.dense))
     model = Model.of(cfg)
     dense.validate()
     model.validate()
