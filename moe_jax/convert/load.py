@@ -1,7 +1,7 @@
 """Import: published weights straight into the shards of a mesh, and a workdir of step 0 that every command opens.
 
 A device's part of a parameter is read by itself, from the files mapped into memory. Parameters are float32, as in
-training; what the file has in bfloat16, float16 or FP8 is exact in it.
+training; what the file has in bfloat16, float16, FP8 or MXFP4 is exact in it.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ def settings(source: Folder, workdir: Path, overrides: Sequence[str]) -> Config:
 def widened(x: np.ndarray) -> np.ndarray:
     """In float32."""
     if x.dtype != ml_dtypes.bfloat16:
-        return x.astype(np.float32)
+        return x.astype(np.float32, copy=False)
     wide = x.view(np.uint16).astype(np.uint32)  # a bfloat16 is the upper half of a float32
     return np.left_shift(wide, 16, out=wide).view(np.float32)
 
@@ -87,7 +87,7 @@ def local(source: Folder, pieces: Sequence[Piece], index: Sequence[slice]) -> np
     for piece in pieces:
         if all(s.start <= n < s.stop for n, s in zip(piece.at, index, strict=False)):
             at = tuple(n - s.start for n, s in zip(piece.at, index, strict=False))
-            out[at] = widened(piece.read(source.values(piece.source), index[depth:]))
+            out[at] = widened(piece.read(source.parts(piece.source), index[depth:]))
     return out
 
 
