@@ -30,10 +30,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from orbax.checkpoint import v1 as ocp
 
 from moe_jax.config import Problem, Refused
+from moe_jax.workdir import COMPLETE, MARKER
 
 FORMAT = 1
-MARKER = "moe_jax.json"
-COMPLETE = "complete.json"
 WHICH = "name the folder of a training run, its --workdir"
 SHOWN = 5  # mismatched leaves named in a message
 

@@ -25,7 +25,7 @@ from moe_jax.bench.options import add_benchmarks
 from moe_jax.convert.command import add_convert
 from moe_jax.doctor import add_doctor
 from moe_jax.plan.command import add_plan
-from moe_jax.terminal import STOPPED, folder, result, say
+from moe_jax.terminal import STOPPED, add_processes, folder, result, say
 from moe_jax.trace import add_trace
 
 STARTED = time.perf_counter()
@@ -153,19 +153,6 @@ def parser() -> argparse.ArgumentParser:
     text = "speed of one layer or of a train step, as a ratio to its matrix products, and of prefill and decoding"
     add_benchmarks(commands.add_parser("bench", help=text, description=text))
     return top
-
-
-def add_processes(command: argparse.ArgumentParser) -> None:
-    """The flags that say which of several processes this one is."""
-    group = command.add_argument_group("several processes", "each is started with the same command but for --process")
-    help = "how many run together; detect: SLURM, Kubernetes or the TPU says all three (default: this one alone)"
-    group.add_argument("--processes", metavar="N", help=help)
-    group.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, the same for all")
-    help = "port on the same host for JAX's own service, where a firewall must know it (default: a free one)"
-    group.add_argument("--service-port", type=int, metavar="PORT", help=help)
-    help = "how long to wait for the others to join, and then for JAX to start in all (default 300)"
-    group.add_argument("--join-seconds", type=float, default=300.0, metavar="S", help=help)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -453,11 +440,12 @@ def together(args: argparse.Namespace) -> int:
     """Run the command, in this process or as one of several; returns the exit code."""
     if all(getattr(args, flag, None) is None for flag in ("processes", "process", "coordinator", "service_port")):
         return alone(args)
-    from moe_jax import processes, rendezvous, supervise
+    from moe_jax import processes, rendezvous, supervise, workdir
 
     place = processes.find_place(args)
     if place is None:
         return alone(args)
+    before = workdir.Before(args.workdir) if args.command == "convert" else None
     place, links = rendezvous.meet(place, processes.asks(args, place), args.join_seconds)
     args.place = place
 
@@ -468,7 +456,12 @@ def together(args: argparse.Namespace) -> int:
         return checked(args, alone)
 
     saves, seconds = args.command == "train", max(args.join_seconds, processes.JAX_SECONDS)
-    return supervise.Supervisor(place, links, lambda line: say(args, line), saves, seconds)(work)
+    supervisor = supervise.Supervisor(place, links, lambda line: say(args, line), saves, seconds)
+    try:
+        return supervisor(work)
+    finally:
+        if before is not None:  # a process that is killed takes nothing away itself
+            before.restore()
 
 
 def alone(args: argparse.Namespace) -> int:

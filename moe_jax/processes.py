@@ -19,6 +19,7 @@ from typing import Any
 
 from moe_jax import config
 from moe_jax.checks import check_devices
+from moe_jax.convert.sample import sample
 from moe_jax.refused import Problem, Refused
 
 DETECT = "detect"
@@ -144,9 +145,10 @@ def asks(args: argparse.Namespace, place: Place) -> dict[str, str]:
     given = {"--fake-devices": args.fake_devices, "--service-port": args.service_port}
     given |= {f"version of {name}": importlib.metadata.version(name) for name in ("moe-jax", "jax")}
     given["command"] = args.command
-    if args.command == "eval":
+    if args.command != "train":
+        own = {"--batches": args.batches} if args.command == "eval" else {"SRC": sample(args.source)}
         overrides = {name: value for name, _, value in (text.partition("=") for text in args.overrides)}
-        return words(given | {"--batches": args.batches} | overrides)
+        return words(given | own | overrides)
     if args.workdir is None:
         why, remedy = "is missing, and each process would make a folder of its own", "give all of them the same folder"
         raise Refused(Problem("--workdir", why, f"{remedy}, on a disk that all of them see"))

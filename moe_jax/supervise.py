@@ -301,7 +301,8 @@ class Supervisor:
         index, how = self.verdict
         here = ", this one," if index == self.place.index else ""
         who = f"process {index} of {self.place.count}{here} on {self.hosts[index]}"
-        again = "start all of them again with the same command; training goes on from the last complete checkpoint"
+        again = "start all of them again with the same command"
+        again += "; training goes on from the last complete checkpoint" if self.saves else ""
         if how == REFUSED:
             raise Refused(Problem(who, words(how), f"mend what it says, and {again}"))
         remedy = "see what it printed last"

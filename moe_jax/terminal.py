@@ -21,6 +21,19 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+def add_processes(command: argparse.ArgumentParser) -> None:
+    """The flags that say which of several processes this one is."""
+    group = command.add_argument_group("several processes", "each is started with the same command but for --process")
+    help = "how many run together; detect: SLURM, Kubernetes or the TPU says all three (default: this one alone)"
+    group.add_argument("--processes", metavar="N", help=help)
+    group.add_argument("--process", type=int, metavar="I", help="which of them this one is, from 0")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens, the same for all")
+    help = "port on the same host for JAX's own service, where a firewall must know it (default: a free one)"
+    group.add_argument("--service-port", type=int, metavar="PORT", help=help)
+    help = "how long to wait for the others to join, and then for JAX to start in all (default 300)"
+    group.add_argument("--join-seconds", type=float, default=300.0, metavar="S", help=help)
+
+
 def result(args: argparse.Namespace, *lines: str) -> None:
     """What was asked for: on standard output, or beside a JSON object, which holds the same, as progress is told."""
     if args.json:

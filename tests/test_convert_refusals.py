@@ -223,7 +223,7 @@ FAMILY_DAMAGE = [
     ("qwen2_moe", {"layer_types": ["sliding_attention"] * 2}, ["sliding_window", "layer_types"]),
     ("qwen2_moe", {"qkv_bias": False}, ["not of this model", "self_attn.q_proj.bias [16] F32"]),
     ("olmoe", {"clip_qkv": 0}, ["clip_qkv", "is 0", "above 0"]),
-    ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, ["config.json", "'mxfp4'", "bfloat16"]),
+    ("gpt_oss", {"quantization_config": {"quant_method": "gptq"}}, ["config.json", "'gptq'", "bfloat16"]),
     ("gpt_oss", {"attention_bias": False}, ["attention_bias"]),
     ("gpt_oss", {"swiglu_limit": 8.0}, ["swiglu_limit", "8.0"]),
     ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "0 of 2"]),

@@ -24,6 +24,7 @@ FLOORS = [
             "axes",
             "pattern",
             "conflicts",
+            "workdir",
         },
     ),
     ("where things live", {"mesh", "topology", "rules", "sequence", "exchange", "collectives", "hlo"}),

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from moe_jax.terminal import folder, mesh_words, result, size
+from moe_jax.terminal import add_processes, folder, mesh_words, result, size
 
 
 def add_convert(convert: argparse.ArgumentParser) -> None:
@@ -23,6 +23,7 @@ def add_convert(convert: argparse.ArgumentParser) -> None:
     load.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=help)
     help = "run on N fake CPU devices (default: what the mesh needs)"
     load.add_argument("--fake-devices", type=int, metavar="N", help=help)
+    add_processes(load)
     load.set_defaults(run=run_import)
 
     save = add("export", "the newest checkpoint of a workdir as a folder that transformers loads")
@@ -42,7 +43,10 @@ def run_import(args: argparse.Namespace) -> dict[str, Any]:
     from moe_jax.convert.load import run
     from moe_jax.data.tokenizer import FILES
 
-    report = run(args.source, args.workdir, args.overrides, args.fake_devices, quiet=args.quiet)
+    several: dict[str, Any] = {}
+    if (place := getattr(args, "place", None)) is not None:
+        several = {"processes": place.count, "join": lambda: place.start(*args.joins)}
+    report = run(args.source, args.workdir, args.overrides, args.fake_devices, quiet=args.quiet, **several)
     lines = [
         "{tensors:,} tensors of {family}, {params_total:,} parameters, {params_active:,} active".format(**report),
         f"{size(report['shard_bytes'])} in the shards of {mesh_words(report['mesh'])}",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.convert.mxfp4 import Packed, joined
 from moe_jax.convert.tensors import AGAIN, Stored, once, read_header
 from moe_jax.refused import Problem, Refused
 
@@ -51,18 +52,19 @@ class Folder:
         if indexed and (path / ONE).exists():
             why = f"holds both {ONE} and {INDEX}, and which of them counts is not said"
             raise Refused(Problem(str(path), why, "remove one of them"))
-        self.tensors = self.indexed() if indexed else read_header(self.existing(ONE))
-        self.scales = {n: s for n, s in self.tensors.items() if n.endswith(SCALE)}
-        for name in self.scales:
-            del self.tensors[name]
+        stored = self.indexed() if indexed else read_header(self.existing(ONE))
+        self.scales = {n: s for n, s in stored.items() if n.endswith(SCALE)}
+        found = {n: s for n, s in stored.items() if n not in self.scales}
+        self.tensors: dict[str, Stored | Packed] = joined(found, self.config)
         self.check_scales()
 
     def check_quantization(self) -> None:
-        """Numbers in blocks are read in FP8 alone: not in MXFP4, as GPT-OSS is published."""
-        given = self.config.get("quantization_config")
+        """Numbers in blocks are read in FP8, and of GPT-OSS in MXFP4, as it is published."""
+        given, family = self.config.get("quantization_config"), self.config.get("model_type")
         method = given.get("quant_method") if isinstance(given, dict) else None
-        if method not in (None, "fp8"):
-            why = f"quantization_config has the quant_method {method!r:.40}, and only 'fp8' with block scales is read"
+        if method not in (None, "fp8") and (method, family) != ("mxfp4", "gpt_oss"):
+            why = f"quantization_config has the quant_method {method!r:.40} for the model_type {family!r:.40}; 'fp8' "
+            why += "with block scales is read, and of 'gpt_oss' 'mxfp4'"
             remedy = "load it in transformers with dequantize=True, save it in bfloat16, and convert that"
             raise Refused(Problem(str(self.path / CONFIG), why, remedy))
 
@@ -124,8 +126,13 @@ class Folder:
             raise Refused(Problem(CONFIG, f"quantization_config is {given!r:.200}", "give a weight_block_size of two"))
         return block[0], block[1]
 
+    def parts(self, name: str) -> np.ndarray | Packed:
+        """What a part of a tensor is read from: one in MXFP4 decodes that part alone."""
+        stored = self.tensors[name]
+        return stored if isinstance(stored, Packed) else self.values(name)
+
     def values(self, name: str) -> np.ndarray:
-        """A tensor, mapped into memory; one in FP8 as float32, multiplied out."""
+        """A tensor, mapped into memory; one in FP8 or MXFP4 as float32, multiplied out."""
         stored = self.tensors[name]
         if stored.dtype != "F8_E4M3":
             return stored.view()

@@ -1,7 +1,7 @@
 """Import: published weights straight into the shards of a mesh, and a workdir of step 0 that every command opens.
 
 A device's part of a parameter is read by itself, from the files mapped into memory. Parameters are float32, as in
-training; what the file has in bfloat16, float16 or FP8 is exact in it.
+training; what the file has in bfloat16, float16, FP8 or MXFP4 is exact in it.
 """
 
 import contextlib
@@ -23,19 +23,20 @@ import numpy as np
 
 from moe_jax import config
 from moe_jax import mesh as meshes
-from moe_jax.checkpoint import MARKER, Checkpoints, claim_workdir
+from moe_jax.checkpoint import Checkpoints, claim_workdir
 from moe_jax.config import Config, DataConfig, EncoderConfig, LatentConfig, MoEConfig, Problem, Refused, RopeConfig
 from moe_jax.convert.families import family_of, model_keys
 from moe_jax.convert.folder import INDEX, Folder
 from moe_jax.convert.names import NameMap, Piece, path_of
 from moe_jax.convert.progress import Bar
 from moe_jax.convert.tensors import Writing, write
-from moe_jax.data import ByteTokenizer, Corpus, TokenFile, load_tokenizer, prepare
+from moe_jax.data import ByteTokenizer, Corpus, TokenFile, load_tokenizer, prepare, wait_prepared
 from moe_jax.data.tokenizer import FILES
 from moe_jax.train.loop import RSS_UNIT
-from moe_jax.train.resume import checkpoint_info, locked
+from moe_jax.train.resume import check_shared, checkpoint_info
 from moe_jax.train.state import Model, Weights
 from moe_jax.train.upcycling import check_new
+from moe_jax.workdir import CHECKPOINTS, MARKER, drop, locked
 
 PUBLISHED = "published"  # the folder of a workdir with the small files of the source
 DTYPES = "dtypes.json"
@@ -67,7 +68,7 @@ def settings(source: Folder, workdir: Path, overrides: Sequence[str]) -> Config:
 def widened(x: np.ndarray) -> np.ndarray:
     """In float32."""
     if x.dtype != ml_dtypes.bfloat16:
-        return x.astype(np.float32)
+        return x.astype(np.float32, copy=False)
     wide = x.view(np.uint16).astype(np.uint32)  # a bfloat16 is the upper half of a float32
     return np.left_shift(wide, 16, out=wide).view(np.float32)
 
@@ -87,7 +88,7 @@ def local(source: Folder, pieces: Sequence[Piece], index: Sequence[slice]) -> np
     for piece in pieces:
         if all(s.start <= n < s.stop for n, s in zip(piece.at, index, strict=False)):
             at = tuple(n - s.start for n, s in zip(piece.at, index, strict=False))
-            out[at] = widened(piece.read(source.values(piece.source), index[depth:]))
+            out[at] = widened(piece.read(source.parts(piece.source), index[depth:]))
     return out
 
 
@@ -119,20 +120,26 @@ def weights(source: Folder, names: NameMap, targets: Weights, tell: Tell) -> Wei
     )
 
 
-def shard_bytes(targets: Weights) -> int:
-    """Bytes of the shards on the devices of this process."""
-    return sum(
-        len(t.sharding.addressable_devices) * 4 * math.prod(t.sharding.shard_shape(t.shape))
-        for t in jax.tree.leaves(targets)
-    )
+def shard_bytes(targets: Weights) -> tuple[int, int]:
+    """Bytes of the shards on the devices of this process, and of all."""
+    leaves = [(t.sharding, 4 * math.prod(t.sharding.shard_shape(t.shape))) for t in jax.tree.leaves(targets)]
+    return sum(len(s.addressable_devices) * n for s, n in leaves), sum(len(s.device_set) * n for s, n in leaves)
+
+
+@contextlib.contextmanager
+def renamed() -> Generator[None]:
+    """Other commands call the folder by an option."""
+    try:
+        yield
+    except Refused as e:
+        named = {"--workdir": "WORKDIR"}
+        raise Refused(*(dataclasses.replace(p, key=named.get(p.key, p.key)) for p in e.problems)) from None
 
 
 def new(workdir: Path) -> Checkpoints:
     """The checkpoints of a folder in which there is no run. Raises `Refused`."""
-    try:
+    with renamed():
         return check_new(workdir)
-    except Refused as e:  # which calls the folder by the option of other commands
-        raise Refused(*(dataclasses.replace(p, key="WORKDIR") for p in e.problems)) from None
 
 
 @contextlib.contextmanager
@@ -165,13 +172,6 @@ def fresh(workdir: Path) -> Generator[Checkpoints]:
                 (workdir / MARKER).unlink()
             drop(created)
             raise
-
-
-def drop(folders: Sequence[Path]) -> None:
-    """Take away folders that are there and hold nothing, innermost first."""
-    for path in folders:
-        with contextlib.suppress(OSError):
-            path.rmdir()
 
 
 # Tables that a config may lack
@@ -223,9 +223,11 @@ def keep(source: Folder, workdir: Path, unread: Sequence[str]) -> None:
 
 
 def text_of(cfg: Config, workdir: Path) -> Corpus | None:
-    """The prepared text of the run; None where the tokenizer has more ids than the model."""
+    """The text of the run, which process 0 prepares; None where the tokenizer has more ids than the model."""
     if load_tokenizer(cfg.data.tokenizer).size > cfg.model.vocab:
         return None
+    if jax.process_index() != 0:
+        return wait_prepared(workdir / "tokens", cfg.data)
     return prepare(cfg.data, workdir / "tokens")
 
 
@@ -269,26 +271,41 @@ def check_copies(source: Folder, copies: dict[str, str]) -> None:
 
 
 def run(
-    path: Path, workdir: Path, overrides: Sequence[str] = (), fake_devices: int | None = None, *, quiet: bool = True
+    path: Path,
+    workdir: Path,
+    overrides: Sequence[str] = (),
+    fake_devices: int | None = None,
+    *,
+    quiet: bool = True,
+    processes: int = 1,
+    join: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Write a checkpoint of step 0 with the weights in the folder `path`, on the mesh that the overrides say.
 
+    Args:
+        processes: how many do so together; each reads what its devices hold, and process 0 the text and small files.
+        join: joins them in JAX; called once this one has found nothing to refuse in the folders.
     Returns:
         The JSON of `moe-jax convert import`.
     Raises:
         Refused: whatever cannot work, before anything is written.
     """
     started = time.perf_counter()
-    new(workdir)
+    new(workdir)  # here, where process 0 cannot have begun to write: it waits for all to join
     source, kind, cfg, model, names, unread, unused = opened(path, workdir, overrides)
-    meshes.prepare_devices(cfg.mesh, fake_devices)
+    join()
+    meshes.prepare_devices(cfg.mesh, fake_devices, processes)
     targets = model.weight_targets(meshes.build_mesh(cfg.mesh))
-    total = shard_bytes(targets)
-    with fresh(workdir) as checkpoints:
-        keep(source, workdir, unread)
+    here, total = shard_bytes(targets)
+    main = jax.process_index() == 0
+    with fresh(workdir) if main else contextlib.nullcontext(Checkpoints(workdir / CHECKPOINTS)) as checkpoints:
+        if main:
+            keep(source, workdir, unread)
+            (workdir / "config.toml").write_text(toml(own(config.to_dict(cfg), config.to_dict(Config()))), "utf-8")
+        with renamed():
+            check_shared(workdir)
         corpus = text_of(cfg, workdir)
-        (workdir / "config.toml").write_text(toml(own(config.to_dict(cfg), config.to_dict(Config()))), "utf-8")
-        with Bar(total, "importing", quiet=quiet) as bar:
+        with Bar(here, "importing", quiet=quiet) as bar:
             numbers = weights(source, names, targets, bar)
         origin = {"source": str(path), "family": kind}
         checkpoints.save(0, numbers, checkpoint_info(cfg, corpus or NO_TEXT, 0) | {"imported": origin})
@@ -304,6 +321,7 @@ def run(
         "params_active": active,
         "shard_bytes": total,
         "mesh": cfg.mesh.sizes,
+        "processes": processes,
         "tokenizer": cfg.data.tokenizer,
         "text": corpus is not None,
         "seconds": time.perf_counter() - started,

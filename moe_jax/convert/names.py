@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from moe_jax.config import Problem, Refused
+from moe_jax.convert.mxfp4 import Packed
 from moe_jax.train.state import Model, Weights
 
 
@@ -88,12 +89,12 @@ class Piece(NamedTuple):
         """The tensor with a dimension for each axis; a view."""
         return tensor.reshape([self.size(a) for a in self.order()])
 
-    def read(self, tensor: np.ndarray, index: Sequence[slice]) -> np.ndarray:
+    def read(self, tensor: np.ndarray | Packed, index: Sequence[slice]) -> np.ndarray:
         """A slice of the parameter, by `index` of its axes, out of the tensor; nothing else of it is looked at."""
         target = self.part.turn.split("->")[1].split()
         where = dict(zip(target, index, strict=True))
-        out = self.unfolded(tensor)
-        out = out[tuple(self.places(a, where[a]) for a in self.order())]
+        chosen = tuple(self.places(a, where[a]) for a in self.order())
+        out = tensor.part(chosen) if isinstance(tensor, Packed) else self.unfolded(tensor)[chosen]
         return out.transpose([self.order().index(a) for a in target])
 
     def write(self, tensor: np.ndarray, value: np.ndarray) -> None:

@@ -22,6 +22,7 @@ from moe_jax.config import MeshConfig, ModelConfig, Problem, Refused
 from moe_jax.convert.families import FAMILIES, family_of, model_keys
 from moe_jax.convert.folder import CONFIG, INDEX, ONE, read_json
 from moe_jax.convert.load import DTYPES, PUBLISHED, UNREAD, widened
+from moe_jax.convert.mxfp4 import MXFP4
 from moe_jax.convert.names import NameMap, Piece, path_of
 from moe_jax.convert.progress import Bar
 from moe_jax.convert.tensors import DTYPES as KINDS
@@ -233,7 +234,7 @@ def kinds(workdir: Path, names: NameMap, biases: set[str], dtype: str | None) ->
     if dtype is None and file.exists():
         record = read_json(file)
         found = {name: record["others"].get(name, record["dtype"]) for name in names.tensors}
-        return {name: "BF16" if kind == "F8_E4M3" else kind for name, kind in found.items()}
+        return {name: "BF16" if kind in ("F8_E4M3", MXFP4) else kind for name, kind in found.items()}
     chosen = NAMES[dtype or "float32"]
     return {n: "F32" if pieces[0].leaf in biases else chosen for n, pieces in names.pieces.items()}
 

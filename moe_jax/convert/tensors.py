@@ -21,6 +21,7 @@ DTYPES = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "U8": np.dtype(np.uint8),  # of MXFP4
 }
 LARGEST_HEADER = 100_000_000  # bytes, as the format's own library has it
 AGAIN = "download or write the file again"

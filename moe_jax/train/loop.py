@@ -25,9 +25,10 @@ from moe_jax.mesh import fetch
 from moe_jax.metrics import MetricsLog, Progress, load_max_over_mean, read_metrics, write_config
 from moe_jax.picture import draw_run
 from moe_jax.train.evaluate import Evaluator, local_rows, to_devices
-from moe_jax.train.resume import AgreedStop, Stop, changes, check_shared, checkpoint_info, claimed, locked
+from moe_jax.train.resume import AgreedStop, Stop, changes, check_shared, checkpoint_info, claimed
 from moe_jax.train.state import Model, State
 from moe_jax.train.step import lower_train_step, schedule
+from moe_jax.workdir import locked
 
 IN_FLIGHT = 1  # steps dispatched ahead of the one whose metrics are read
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes elsewhere

@@ -1,7 +1,6 @@
 """What makes a run safe to stop and start again: signals, the claim on a folder, and which keys may change."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import os
 import secrets
@@ -140,22 +139,6 @@ def claimed(workdir: Path) -> Generator[None]:
             for path in created:
                 path.rmdir()
         raise
-
-
-@contextlib.contextmanager
-def locked(workdir: Path) -> Generator[None]:
-    """One run at a time in a workdir. The lock goes with the process, however that ends.
-
-    Raises:
-        Refused: another run holds it.
-    """
-    with (workdir / MARKER).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            remedy = "wait until it ends, stop it, or use another --workdir"
-            raise Refused(Problem("--workdir", f"another run is using {workdir}", remedy)) from None
-        yield
 
 
 def check_shared(workdir: Path) -> None:

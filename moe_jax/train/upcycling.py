@@ -17,9 +17,10 @@ from moe_jax.data import load_tokenizer, open_prepared, prepare
 from moe_jax.refused import written
 from moe_jax.schema import differing
 from moe_jax.train.evaluate import Evaluator
-from moe_jax.train.resume import checkpoint_info, claimed, locked
+from moe_jax.train.resume import checkpoint_info, claimed
 from moe_jax.train.state import Model, State, once
 from moe_jax.upcycle import Method, cut, upcycle
+from moe_jax.workdir import begun, locked
 
 FREE = ("moe", "scan", "remat", "dropout", "dtype", "attention_kernel")  # keys that its parameters do not depend on
 
@@ -97,7 +98,7 @@ def check_new(workdir: Path) -> Checkpoints:
     """The checkpoints of a folder in which no run has begun; what an upcycling that was cut left there may stay."""
     check_workdir(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    if checkpoints.steps() or (workdir / "metrics.jsonl").exists():
+    if begun(workdir):
         why = f"{workdir} holds a run already"
         raise Refused(Problem("--workdir", why, "use a new or an empty folder"))
     return checkpoints
