@@ -1,18 +1,21 @@
 """Redundant experts at load time: a placed model says what the model says, devices share the work, and refusals."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import TINY, check_refusal, write_text
+from flax import nnx
 
 from moe_jax import config
 from moe_jax import mesh as meshes
 from moe_jax.axes import Rules
-from moe_jax.config import Refused
+from moe_jax.config import MoEConfig, Refused
 from moe_jax.generate import Generator, Sampling
+from moe_jax.layers.moe import Experts, MoELayer, Replicas
 from moe_jax.model import moe_layers
 from moe_jax.placement import place
 from moe_jax.replicas import Applied, Loads, Placed, Wish, exchanged, lines, read_loads, report
@@ -156,6 +159,19 @@ def test_replicas_take_turns():
     assert np.bincount(slot[:, 0], minlength=7).tolist() == [4, 0, 0, 4, 0, 4, 0]
     assert [set(slot[expert[0, :, 1] == e, 1]) for e in (1, 2, 3)] == [{1}, {2, 6}, {4}]
     assert (slot[:, 0] != slot[:, 1]).all() and out.prob.shape == (1, S, 7)
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_layer_gives_each_place_its_turn(shared):
+    """One token at a time, as one text is decoded, with shared experts beside the others or without."""
+    layer = MoELayer(MoEConfig(experts=2, top_k=1, d_ff=4, shared_experts=shared), 4, rngs=nnx.Rngs(params=0))
+    layer.experts = Experts(replace(layer.moe, experts=6), "swiglu", 4, 4, None, nnx.Rngs(params=0))
+    layer.replicas = nnx.data(Replicas(jnp.array([[0, 2, 4], [1, 3, 5]])))
+    x, used = jnp.ones((1, 1, 4)), []
+    for place in range(6):
+        stats = layer(x, places=jnp.array([[place]]), capacity_factor=None)[1]
+        used.append(int(stats.rows.argmax()))
+    assert len(set(used)) == 3 and used[:3] == used[3:], "three replicas, one after the other"
 
 
 def test_devices_share_what_a_skewed_router_sends():
