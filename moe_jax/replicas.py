@@ -170,6 +170,10 @@ class Placed(Model):
         given = {name: getattr(model, name) for name in model.__dataclass_fields__}
         return cls(**given | {"shapes": jax.tree.map(wide, model.shapes, model.axes)}, placement=placement)
 
+    def under(self, cfg: Config) -> Model:
+        """The same model, placed as it is."""
+        return self if cfg == self.cfg else Placed.of_model(Model.of(cfg), self.placement)
+
     def module(self, params: Any, bias: Any = None) -> Transformer:
         """The Flax module, whose MoE layers know where the replicas of each expert are."""
         net, where = super().module(params, bias), self.placement.logical_to_physical.astype(np.int32)

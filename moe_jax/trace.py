@@ -168,6 +168,7 @@ def routes(trained: Any, ids: "np.ndarray", length: int, *, capacity: bool = Fal
     import numpy as np
 
     from moe_jax.cost import capacity as slots
+    from moe_jax.kernels import of_any_length
     from moe_jax.mesh import fetch
     from moe_jax.rules import sharding
     from moe_jax.train.state import Model
@@ -176,7 +177,8 @@ def routes(trained: Any, ids: "np.ndarray", length: int, *, capacity: bool = Fal
     check(cfg, min(T, length), capacity)
     # Each sequence is a group by itself, in a row by itself on one shard; rows of padding fill the other shards
     moe = dataclasses.replace(cfg.model.moe, group_size=None)
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe), rules=cfg.rules.by_rows())
+    m = dataclasses.replace(of_any_length(cfg.model), moe=moe)
+    cfg = dataclasses.replace(cfg, model=m, rules=cfg.rules.by_rows())
     model, factor = Model.of(cfg), moe.capacity_factor if capacity else None
     shards, wanted = cfg.mesh.over(cfg.rules.batch), -(-T // length)
     B = -(-min(wanted, cfg.data.batch) // shards) * shards

@@ -147,6 +147,14 @@ def test_experts_are_exchanged(shape, rules):
         assert out.sharding.is_equivalent_to(layout, 4)
 
 
+def test_a_config_for_prompts_of_any_length_keeps_the_placement():
+    cfg = config.load("tiny_gshard", [*BASE, "mesh.expert=2", "model.attention_kernel=fused"])
+    placed = Placed.of_model(Model.of(cfg), place(skewed(2, 8), 10, 2))
+    model = Generator(placed, meshes.build_mesh(cfg.mesh, jax.devices()[:2]), 40, 40).model
+    assert model.cfg.model.attention_kernel == "auto" and isinstance(model, Placed)
+    assert model.placement is placed.placement and model.shapes == placed.shapes
+
+
 def test_replicas_take_turns():
     """Tokens of a row, and rows of a decoding step, in turn; an expert with one slot keeps it; K slots differ."""
     E, S = 4, 12
@@ -168,8 +176,8 @@ def test_a_layer_gives_each_place_its_turn(shared):
     layer.experts = Experts(replace(layer.moe, experts=6), "swiglu", 4, 4, None, nnx.Rngs(params=0))
     layer.replicas = nnx.data(Replicas(jnp.array([[0, 2, 4], [1, 3, 5]])))
     x, used = jnp.ones((1, 1, 4)), []
-    for place in range(6):
-        stats = layer(x, places=jnp.array([[place]]), capacity_factor=None)[1]
+    for at in range(6):
+        stats = layer(x, places=jnp.array([[at]]), capacity_factor=None)[1]
         used.append(int(stats.rows.argmax()))
     assert len(set(used)) == 3 and used[:3] == used[3:], "three replicas, one after the other"
 

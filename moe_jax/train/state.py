@@ -80,6 +80,10 @@ class Model:
         graph, *states = nnx.split(abstract, nnx.Param, SelectionBias)
         return cls(cfg, graph, *(part for state in states for part in (plain(state), logical(state))))
 
+    def under(self, cfg: Config) -> "Model":
+        """The same model under a config that differs in what moves no parameter."""
+        return self if cfg == self.cfg else Model.of(cfg)
+
     def module(self, params: Any, bias: Any = None) -> Transformer:
         """The Flax module with these numbers; unset biases are 0."""
         if bias is None:
