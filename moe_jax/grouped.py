@@ -5,7 +5,8 @@ times the time at 8 experts on CPU: `moe-jax bench layer --ragged-dot`), so here
 experts that have rows, each block through the whole network while it is in the processor's caches. Work follows the
 rows in use and temporaries do not grow with the number of experts. Where experts have few rows each, as when text is
 made token by token, all take their turn at once: reading the matrices is most of that work, and a batched product reads
-them where they lie, while a loop copies each one first (`moe-jax bench decode`).
+them where they lie, while a loop copies each one first (`moe-jax bench decode`). Temporaries are then of up to FEW rows
+of each expert.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 BLOCK_LIMITS = 32, 160  # rows of one product: fewer run slower, more are wasted on the last block of each expert
 FEW = 32  # rows of each expert up to which all experts are multiplied at once
+TURNS = 2  # so often at the most: each multiplies all experts, and where one has all rows, nearly all in vain
 
 # [R, K] x [R, N] -> [E, K, N]: the ragged dimension is contracted.
 WEIGHT_GRADIENT = jax.lax.RaggedDotDimensionNumbers(
@@ -160,7 +162,7 @@ def times(x: jax.Array, w: jax.Array, transposed: bool = False, **options: Any) 
 def blocked(
     x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, widen: bool = False, keep: bool = True
 ) -> tuple[jax.Array, Products]:
-    """The networks in blocks of rows; rows of no expert come out zero.
+    """The networks in blocks of rows, or in turns; rows of no expert come out zero.
 
     Args:
         keep: return the products of the way up too, which the gradients need.
@@ -169,10 +171,19 @@ def blocked(
     Returns:
         [R, D], and those products.
     """
+    rows, converted = turn_rows(x.shape[0], sizes.shape[0]), widen and wide(x.dtype) != x.dtype
+    if rows is None or keep or converted:  # a loop converts the matrices one by one
+        return in_blocks(x, sizes, weights, act, widen, keep)
+    turns = lambda: in_turns(x, sizes, weights, act, rows)  # noqa: E731
+    blocks = lambda: in_blocks(x, sizes, weights, act, widen, keep)[0]  # noqa: E731
+    return jax.lax.cond(sizes.max() <= TURNS * rows, turns, blocks), ()
+
+
+def in_blocks(
+    x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, widen: bool, keep: bool
+) -> tuple[jax.Array, Products]:
+    """`blocked`, expert by expert."""
     R, dtype, up = x.shape[0], wide(x.dtype) if widen else x.dtype, weights.up
-    rows = turn_rows(R, sizes.shape[0])
-    if rows is not None and not keep and dtype == x.dtype:  # a loop converts the matrices one by one
-        return in_turns(x, sizes, weights, act, rows), ()
 
     def expert(e: jax.Array, carry: Any, loop: Callable) -> Any:
         *mine, last = (w[e].astype(dtype) for w in weights.matrices)  # once for all blocks

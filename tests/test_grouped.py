@@ -112,6 +112,19 @@ def test_few_rows_in_turns(case, kind, monkeypatch):
     assert taken and taken[0] == grouped.turn_rows(R, len(sizes))
 
 
+@pytest.mark.parametrize("sizes,turns", [([4] * 16, True), ([16] * 4 + [0] * 12, True), ([64] + [0] * 15, False)])
+def test_one_expert_with_all_rows_takes_no_turns(sizes, turns, monkeypatch):
+    """A turn multiplies all experts: 16 of 8 rows where a collapsed router needs one of 64."""
+    monkeypatch.setattr(grouped, "in_turns", lambda x, *_: jnp.full_like(x, 7.0))
+    x, weights = jax.random.normal(jax.random.key(2), (64, D)), made("swiglu", 16)
+    y = jax.jit(lambda x, s, w: grouped_ffn(x, s, w, swiglu))(x, jnp.asarray(sizes, jnp.int32), weights)
+    if turns:
+        assert bool((y == 7.0).all())
+    else:
+        want = by_loop(x, sizes, weights, jnp.zeros_like(x), swiglu)[0]
+        np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("R,E,rows", [(32, 8, 8), (32, 16, 8), (128, 8, 24), (2, 8, None), (2048, 8, None)])
 def test_who_takes_turns(R, E, rows):
     """Tokens of a batch, not a single one whose experts are few, nor a long prompt."""
