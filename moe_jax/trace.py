@@ -50,6 +50,10 @@ def run_trace(args: argparse.Namespace) -> dict[str, Any]:
         raise Refused(Problem("--text", f"is not UTF-8: {args.text[:40]!a}", "convert it to UTF-8"))
     if args.png is not None and (args.png.is_dir() or not args.png.absolute().parent.is_dir()):
         raise Refused(Problem("--png", f"{args.png} is no file of a folder that exists", "name a file"))
+    if args.png is not None and args.file is not None and args.png.exists() and args.png.samefile(args.file):
+        raise Refused(
+            Problem("--png", f"{args.png} is the text of --file, which it would replace", "name another file")
+        )
     text = args.text if args.file is None else read(args.file)
     from moe_jax.trained import Trained
 
