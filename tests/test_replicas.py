@@ -287,6 +287,9 @@ def test_a_file_of_loads(tmp_path):
     )
     loads = read_loads(path, config.load("tiny_gshard"))
     assert loads.counts.tolist() == GOOD and loads.source == f"{path}, text a.txt, step 7"
+    path.write_text(json.dumps({"load": GOOD, "text": "\x1b[2J"}, indent=1))  # as jq prints it
+    loads = read_loads(path, config.load("tiny_gshard"))
+    assert loads.counts.tolist() == GOOD and loads.source == f"{path}, text \\x1b[2J"
     for missing in (tmp_path, tmp_path / "none"):
         with pytest.raises(Refused, match=r"is not a file|does not exist"):
             read_loads(missing, config.load("tiny_gshard"))
