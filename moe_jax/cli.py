@@ -337,6 +337,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     stops |= {i for text in args.stop for i in exactly(tokenizer, text, contexts)}
     sampling = Sampling(args.temperature, args.top_k, args.seed, args.top_p)
     placed = None if wish is None else wish.apply(trained)
+    trained.take_apart()
     generator = Generator(trained.model, trained.mesh, tokenizer.size, sorted(stops), sampling)
     out = generator(trained.weights, prompts, args.tokens)
     texts = []

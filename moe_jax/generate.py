@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from moe_jax.cache import Cache
 from moe_jax.config import Problem, Refused, require_decoding
+from moe_jax.kernels import of_any_length
 from moe_jax.mesh import fetch
 from moe_jax.rules import sharding
 from moe_jax.train.state import Model, Weights
@@ -85,7 +86,8 @@ class Generator:
         require_decoding(model.cfg.model)
         cfg = model.cfg
         if cfg.mesh.over(cfg.rules.length + cfg.rules.residual) > 1:  # a cache holds whole rows; shards take more rows
-            model = Model.of(dataclasses.replace(cfg, rules=cfg.rules.by_rows()))
+            cfg = dataclasses.replace(cfg, rules=cfg.rules.by_rows())
+        model = model.under(dataclasses.replace(cfg, model=of_any_length(cfg.model)))
         self.model, self.mesh, self.known, self.sampling = model, mesh, known, sampling
         self.stops = (stop,) if isinstance(stop, int) else tuple(stop)
         self.programs: dict[tuple[int, ...], Any] = {}

@@ -6,6 +6,7 @@ kernels are those that JAX ships: on TPU splash attention, on GPU that of Pallas
 by a mask of all pairs alone (`jax.nn.dot_product_attention`), and rows are packed here.
 """
 
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from moe_jax.refused import Problem, Refused
@@ -104,6 +105,12 @@ def choose(setting: str, platform: str, c: Case) -> Choice:
         pairs = f"{c.queries:,} x {c.keys:,}"
         return Choice("xla", f"{pairs} scores are few: a kernel saves memory from {LONG} x {LONG} on")
     return Choice("fused", f"no scores are held: the kernel that JAX has for {platform}")
+
+
+def of_any_length(m: ModelConfig) -> ModelConfig:
+    """The model for prompts and traced texts, whose lengths nobody set: `fused` asks for kernels in the rows of
+    training, and is `auto` here."""
+    return replace(m, attention_kernel="auto") if m.attention_kernel == "fused" else m
 
 
 def refusal(platform: str, c: Case, why: str) -> Problem:

@@ -24,7 +24,7 @@ from moe_jax.layers.moe import Replicas
 from moe_jax.model import Transformer, moe_layers
 from moe_jax.placement import Placement, evenness, place
 from moe_jax.rules import by_hand, spec
-from moe_jax.terminal import table
+from moe_jax.terminal import shown, table
 from moe_jax.train.evaluate import Evaluator
 from moe_jax.train.optimizer import names_of
 from moe_jax.train.state import Model, Weights, once
@@ -109,8 +109,9 @@ def read_loads(path: Path, cfg: Config) -> Loads:
 
     if not path.is_file():
         raise no("is not a file" if path.exists() else "does not exist")
+    raw = path.read_bytes().strip()
     try:
-        tree = json.loads(path.read_bytes().strip().rpartition(b"\n")[2])
+        tree = json.loads(raw if raw.startswith(b"{") else raw.rpartition(b"\n")[2])  # a log may stand before it
     except (ValueError, RecursionError) as e:
         raise no(f"does not end with a JSON object: {str(e)[:100]}") from None
     load = tree.get("load") if isinstance(tree, dict) else None
@@ -129,7 +130,7 @@ def read_loads(path: Path, cfg: Config) -> Loads:
     counts = np.array(load, np.float64)
     if not counts.any(1).all():
         raise no(f"has no choice in MoE layer {int(counts.any(1).argmin())}: there is nothing to place by")
-    known = [f"{key} {tree[key]}" for key in ("text", "workdir", "step") if key in tree]
+    known = [f"{key} {shown(str(tree[key]))}" for key in ("text", "workdir", "step") if key in tree]
     return Loads(counts, ", ".join([str(path), *known]))
 
 
@@ -169,6 +170,10 @@ class Placed(Model):
 
         given = {name: getattr(model, name) for name in model.__dataclass_fields__}
         return cls(**given | {"shapes": jax.tree.map(wide, model.shapes, model.axes)}, placement=placement)
+
+    def under(self, cfg: Config) -> Model:
+        """The same model, placed as it is."""
+        return self if cfg == self.cfg else Placed.of_model(Model.of(cfg), self.placement)
 
     def module(self, params: Any, bias: Any = None) -> Transformer:
         """The Flax module, whose MoE layers know where the replicas of each expert are."""

@@ -50,6 +50,10 @@ def run_trace(args: argparse.Namespace) -> dict[str, Any]:
         raise Refused(Problem("--text", f"is not UTF-8: {args.text[:40]!a}", "convert it to UTF-8"))
     if args.png is not None and (args.png.is_dir() or not args.png.absolute().parent.is_dir()):
         raise Refused(Problem("--png", f"{args.png} is no file of a folder that exists", "name a file"))
+    if args.png is not None and args.file is not None and args.png.exists() and args.png.samefile(args.file):
+        raise Refused(
+            Problem("--png", f"{args.png} is the text of --file, which it would replace", "name another file")
+        )
     text = args.text if args.file is None else read(args.file)
     from moe_jax.trained import Trained
 
@@ -168,6 +172,7 @@ def routes(trained: Any, ids: "np.ndarray", length: int, *, capacity: bool = Fal
     import numpy as np
 
     from moe_jax.cost import capacity as slots
+    from moe_jax.kernels import of_any_length
     from moe_jax.mesh import fetch
     from moe_jax.rules import sharding
     from moe_jax.train.state import Model
@@ -176,7 +181,8 @@ def routes(trained: Any, ids: "np.ndarray", length: int, *, capacity: bool = Fal
     check(cfg, min(T, length), capacity)
     # Each sequence is a group by itself, in a row by itself on one shard; rows of padding fill the other shards
     moe = dataclasses.replace(cfg.model.moe, group_size=None)
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, moe=moe), rules=cfg.rules.by_rows())
+    m = dataclasses.replace(of_any_length(cfg.model), moe=moe)
+    cfg = dataclasses.replace(cfg, model=m, rules=cfg.rules.by_rows())
     model, factor = Model.of(cfg), moe.capacity_factor if capacity else None
     shards, wanted = cfg.mesh.over(cfg.rules.batch), -(-T // length)
     B = -(-min(wanted, cfg.data.batch) // shards) * shards

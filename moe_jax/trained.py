@@ -24,8 +24,7 @@ class Trained:
         fake_devices: as many CPU devices even where there is an accelerator.
         keep_batch: refuse a mesh that data.batch does not divide over; else the batch is rounded up, which changes no
             result of a whole text.
-        decodes: refuse a model that cannot make text token by token, before its weights are read, and take its layers
-            apart (`unstacked`).
+        decodes: refuse a model that cannot make text token by token, before its weights are read.
         check: refuses what else the config does not admit, before that too.
         processes: how many of them JAX has joined; each holds a part of the weights.
     Attributes:
@@ -75,9 +74,11 @@ class Trained:
         data = self.cfg.data if self.other is None else dataclasses.replace(saved_cfg.data, **read)
         self.corpus = open_prepared(self.workdir / "tokens", data)
         self.weights = checkpoints.restore_weights(self.model.weight_targets(self.mesh), self.step)
-        if decodes:
-            self.weights = unstack(self.model, self.weights, self.mesh)
-            self.model = unstacked(self.model)
+
+    def take_apart(self) -> None:
+        """Each layer by itself, as decoding reads it best (`unstacked`)."""
+        self.weights = unstack(self.model, self.weights, self.mesh)
+        self.model = unstacked(self.model)
 
     def text(self) -> Corpus:
         """What `eval` reads, as the held-out part of a corpus: that of the run, or the whole of another text."""

@@ -1,18 +1,21 @@
 """Redundant experts at load time: a placed model says what the model says, devices share the work, and refusals."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import TINY, check_refusal, write_text
+from flax import nnx
 
 from moe_jax import config
 from moe_jax import mesh as meshes
 from moe_jax.axes import Rules
-from moe_jax.config import Refused
+from moe_jax.config import MoEConfig, Refused
 from moe_jax.generate import Generator, Sampling
+from moe_jax.layers.moe import Experts, MoELayer, Replicas
 from moe_jax.model import moe_layers
 from moe_jax.placement import place
 from moe_jax.replicas import Applied, Loads, Placed, Wish, exchanged, lines, read_loads, report
@@ -144,6 +147,14 @@ def test_experts_are_exchanged(shape, rules):
         assert out.sharding.is_equivalent_to(layout, 4)
 
 
+def test_a_config_for_prompts_of_any_length_keeps_the_placement():
+    cfg = config.load("tiny_gshard", [*BASE, "mesh.expert=2", "model.attention_kernel=fused"])
+    placed = Placed.of_model(Model.of(cfg), place(skewed(2, 8), 10, 2))
+    model = Generator(placed, meshes.build_mesh(cfg.mesh, jax.devices()[:2]), 40, 40).model
+    assert model.cfg.model.attention_kernel == "auto" and isinstance(model, Placed)
+    assert model.placement is placed.placement and model.shapes == placed.shapes
+
+
 def test_replicas_take_turns():
     """Tokens of a row, and rows of a decoding step, in turn; an expert with one slot keeps it; K slots differ."""
     E, S = 4, 12
@@ -156,6 +167,19 @@ def test_replicas_take_turns():
     assert np.bincount(slot[:, 0], minlength=7).tolist() == [4, 0, 0, 4, 0, 4, 0]
     assert [set(slot[expert[0, :, 1] == e, 1]) for e in (1, 2, 3)] == [{1}, {2, 6}, {4}]
     assert (slot[:, 0] != slot[:, 1]).all() and out.prob.shape == (1, S, 7)
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_layer_gives_each_place_its_turn(shared):
+    """One token at a time, as one text is decoded, with shared experts beside the others or without."""
+    layer = MoELayer(MoEConfig(experts=2, top_k=1, d_ff=4, shared_experts=shared), 4, rngs=nnx.Rngs(params=0))
+    layer.experts = Experts(replace(layer.moe, experts=6), "swiglu", 4, 4, None, nnx.Rngs(params=0))
+    layer.replicas = nnx.data(Replicas(jnp.array([[0, 2, 4], [1, 3, 5]])))
+    x, used = jnp.ones((1, 1, 4)), []
+    for at in range(6):
+        stats = layer(x, places=jnp.array([[at]]), capacity_factor=None)[1]
+        used.append(int(stats.rows.argmax()))
+    assert len(set(used)) == 3 and used[:3] == used[3:], "three replicas, one after the other"
 
 
 def test_devices_share_what_a_skewed_router_sends():
@@ -263,6 +287,9 @@ def test_a_file_of_loads(tmp_path):
     )
     loads = read_loads(path, config.load("tiny_gshard"))
     assert loads.counts.tolist() == GOOD and loads.source == f"{path}, text a.txt, step 7"
+    path.write_text(json.dumps({"load": GOOD, "text": "\x1b[2J"}, indent=1))  # as jq prints it
+    loads = read_loads(path, config.load("tiny_gshard"))
+    assert loads.counts.tolist() == GOOD and loads.source == f"{path}, text \\x1b[2J"
     for missing in (tmp_path, tmp_path / "none"):
         with pytest.raises(Refused, match=r"is not a file|does not exist"):
             read_loads(missing, config.load("tiny_gshard"))

@@ -245,6 +245,13 @@ def test_a_file_that_cannot_be_read_is_refused(run, call, tmp_path, content, wor
     assert not picture.exists()
 
 
+def test_a_picture_does_not_replace_the_text(run, call, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("abc")
+    check_refusal(*call("trace", run, "--file", path, "--png", path), "trace", "--png", "is the text of --file")
+    assert path.read_text() == "abc"
+
+
 def test_a_folder_is_no_file_and_one_text_is_read(run, call, tmp_path, capfd):
     check_refusal(*call("trace", run, "--file", tmp_path), "trace", "--file", "is no file")
     for both in (["--file", "a", "--text", "a"], []):

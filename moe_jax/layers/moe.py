@@ -292,8 +292,8 @@ class MoELayer(nnx.Module):
             stats = balance.statistics(seen.routing, seen.slots, moe, seen.mask, rows=B)
         if self.shared is not None:  # needs nothing of the exchange, which may overlap it
             with jax.named_scope("shared_experts"):
-                places = cut.places() if moe.expert_dropout else None
-                shared = self.shared(x, rate=moe.expert_dropout, keys=fold(rows, 2), places=places)
+                drawn = cut.places() if moe.expert_dropout else None
+                shared = self.shared(x, rate=moe.expert_dropout, keys=fold(rows, 2), places=drawn)
                 if self.shared_gate is not None:
                     shared = gated(shared, x, self.shared_gate[...])
                 if self.shared.b_down is not None:  # which padding would come out as

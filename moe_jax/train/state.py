@@ -80,6 +80,10 @@ class Model:
         graph, *states = nnx.split(abstract, nnx.Param, SelectionBias)
         return cls(cfg, graph, *(part for state in states for part in (plain(state), logical(state))))
 
+    def under(self, cfg: Config) -> "Model":
+        """The same model under a config that differs in what moves no parameter."""
+        return self if cfg == self.cfg else Model.of(cfg)
+
     def module(self, params: Any, bias: Any = None) -> Transformer:
         """The Flax module with these numbers; unset biases are 0."""
         if bias is None:
@@ -184,7 +188,7 @@ def unstacked(model: Model) -> Model:
     if model.cfg.mesh.stage > 1:
         return model
     alone = dataclasses.replace(m, stack_above=max(len(m.layer_kinds), len(m.encoder_kinds)))
-    return Model.of(dataclasses.replace(model.cfg, model=alone))
+    return model.under(dataclasses.replace(model.cfg, model=alone))
 
 
 def unstack(model: Model, weights: Weights, mesh: Mesh) -> Weights:
