@@ -82,7 +82,7 @@ def test_train_says_on_standard_error_what_it_does_and_nothing_else(trained):
     _, _, _, err = trained
     assert not NOISE.search(err), err
     known = (
-        r"tiny_switch: |mesh data=2 x expert=4|dispatch |workdir |text |eval |compiled |60 steps; |step |picture |"
+        r"tiny_switch: |mesh data=2 x expert=4|dispatch |workdir |text |eval |compiled |attention, decoder: |60 steps; |step |picture |"
         r"held-out loss |alarm at step |    remedy: "
     )
     lines = err.partition("sample:\n")[0].splitlines()
