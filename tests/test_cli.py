@@ -82,8 +82,8 @@ def test_train_says_on_standard_error_what_it_does_and_nothing_else(trained):
     _, _, _, err = trained
     assert not NOISE.search(err), err
     known = (
-        r"tiny_switch: |mesh data=2 x expert=4|dispatch |workdir |text |eval |compiled |attention, decoder: |60 steps; |step |picture |"
-        r"held-out loss |alarm at step |    remedy: "
+        r"tiny_switch: |mesh data=2 x expert=4|dispatch |workdir |text |eval |compiled |60 steps; |step |picture |"
+        r"attention, decoder: |held-out loss |alarm at step |    remedy: "
     )
     lines = err.partition("sample:\n")[0].splitlines()
     assert len(lines) > STEPS and all(re.match(known, line) for line in lines), err
