@@ -316,6 +316,11 @@ class Checkpoints:
             for old in self.steps()[: -self.keep] if self.keep else []:
                 _remove(self.folder / str(old))
 
+    def restate(self, step: int, info: dict) -> None:
+        """Other `info` for a complete step, whose arrays stay. Only the process that writes may call it."""
+        record = self._record(self._pick(step)) | {"info": json.loads(json.dumps(info, allow_nan=False))}
+        _write(self.folder / str(step) / COMPLETE, record | {"crc": _crc(record)})
+
     def wait(self) -> None:
         """Wait for the running save. Raises `CheckpointFailed`, once for each failure."""
         if self._running is None:
