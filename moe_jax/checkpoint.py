@@ -30,11 +30,11 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from orbax.checkpoint import v1 as ocp
 
 from moe_jax.config import Problem, Refused
+from moe_jax.terminal import run_wanted
 
 FORMAT = 1
 MARKER = "moe_jax.json"
 COMPLETE = "complete.json"
-WHICH = "name the folder of a training run, its --workdir"
 SHOWN = 5  # mismatched leaves named in a message
 
 # Orbax logs dozens of lines a save through absl, and a traceback for each failure that is raised here anyway. Only its
@@ -125,9 +125,9 @@ def open_workdir(path: str | Path, name: str = "DIR") -> "Checkpoints":
     path = Path(path)
     if not path.is_dir():
         why = f"{path} is not a folder" if path.exists() else f"{path} does not exist"
-        raise _refuse(why, WHICH, name)
+        raise _refuse(why, run_wanted(path), name)
     if not (path / MARKER).exists():
-        raise _refuse(f"{path} holds no {MARKER}", WHICH, name)
+        raise _refuse(f"{path} holds no {MARKER}", run_wanted(path), name)
     _check_marker(path, name)
     checkpoints = Checkpoints(path / "checkpoints")
     if not checkpoints.steps():
