@@ -64,12 +64,23 @@ def test_the_first_training_sets_its_data(tmp_path, text, call):
     source, run = tmp_path / "source", tmp_path / "run"
     published.synthetic(source, {"vocab_size": 300})
     data = [f"data.path={text}", "data.length=16", "data.batch=8", "train.eval_batches=1", "train.tensorboard=false"]
-    code, _, err = call("convert", "import", source, run, *data)
+    code, out, err = call("convert", "import", source, run, *data)
     assert code == 0, err
+    words = f"trains on data.path={text}, data.batch=8, data.length=16, at train.optimizer.learning_rate=0.001"
+    assert words in out + err
+    check_refusal(*call("doctor", run), "doctor", "nothing was trained here yet", f"moe-jax trace {run} --file")
+    for argv in (["eval", source], ["generate", source, "--prompt", "a"], ["trace", source, "--text", "a"]):
+        check_refusal(*call(*argv), argv[0], f"moe-jax convert import {source} WORKDIR")
+    check_refusal(*call("doctor", source), "doctor", f"moe-jax convert import {source} WORKDIR")
     other = tmp_path / "other.txt"
     other.write_text("abcdefg " * 200)
     train = ["train", run / "config.toml", "--workdir", run, "train.steps=1", "--json"]
     check_refusal(*call(*train, "model.moe.capacity_factor=1.25"), "train", "import again with it into another WORKDIR")
+    elsewhere = ["train", run / "config.toml", "--workdir", tmp_path / "elsewhere", "train.steps=1", *data[2:]]
+    code, _, err = call(*elsewhere, f"data.path={text}")
+    assert code == 0 and f"begins with fresh weights; to go on from step 0 of {run}: --workdir {run}" in err
+    code, _, err = call(*elsewhere, f"data.path={text}")
+    assert code == 0 and "fresh weights" not in err, "it has checkpoints of its own"
     held = (run / "tokens" / "train.bin").read_bytes()
     short = [f"data.path={tmp_path / 'short.txt'}", "data.batch=4"]
     (tmp_path / "short.txt").write_text("abc")

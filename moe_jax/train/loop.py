@@ -44,6 +44,7 @@ from moe_jax.train.resume import (
     check_shared,
     checkpoint_info,
     claimed,
+    left_behind,
     locked,
 )
 from moe_jax.train.state import Model, State
@@ -101,6 +102,11 @@ class Run:
                 check_shared(self.workdir)
                 self.corpus = self.renewed() if self.renews else prepare(self.cfg.data, self.workdir / "tokens")
             return self.run()
+
+    def say_left_behind(self, file: str) -> None:
+        """Say so where a new run leaves the checkpoints beside its config file."""
+        if self.resumed_at is None and (text := left_behind(file, self.workdir)) is not None:
+            self.say(text)
 
     def renewed(self) -> Corpus:
         """The text of this config in place of an import's, whose checkpoint says from now on that it is of this one."""

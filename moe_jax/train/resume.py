@@ -18,7 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from moe_jax import config
-from moe_jax.checkpoint import MARKER, agree, check_workdir, claim_workdir
+from moe_jax.checkpoint import MARKER, Checkpoints, agree, check_workdir, claim_workdir
 from moe_jax.config import Config, Problem, Refused
 from moe_jax.data import Corpus
 
@@ -234,6 +234,18 @@ def changes(saved: dict[str, Any], cfg: Config) -> dict[str, str]:
         again = f"import again with {them} into another WORKDIR" if imported else "train in another --workdir"
         raise config.ConfigError(Problem("--workdir", why, f"set {them} back, or {again}"))
     return {k: f"{was} -> {now}" for k, (was, now) in changed.items() if k != "name"}
+
+
+def left_behind(file: str, workdir: Path) -> str | None:
+    """What to say of a new run in `workdir` whose config file lies in a folder with checkpoints, of which it has none:
+    an import's config.toml, above all."""
+    folder = Path(file).parent
+    if not os.path.isfile(file) or not (folder / MARKER).exists() or folder.resolve() == workdir.resolve():
+        return None
+    steps = Checkpoints(folder / "checkpoints").steps()
+    if not steps:
+        return None
+    return f"begins with fresh weights; to go on from step {steps[-1]} of {folder}: --workdir {folder}"
 
 
 def check_renewal(changed: Iterable[str], processes: int) -> bool:
