@@ -75,7 +75,9 @@ def run_export(args: argparse.Namespace) -> dict[str, Any]:
     report = run(args.workdir, args.target, **options, quiet=args.quiet)
     result(
         args,
-        "{tensors:,} tensors of {family} at step {step} in {files} files of {dtype}".format(**report),
+        "{tensors:,} tensors of {family} at step {step} in {files} file{many} of {dtype}".format(
+            **report, many="s"[: report["files"] != 1]
+        ),
         f"{size(report['bytes'])} in {args.target}",
     )
     return report
