@@ -30,10 +30,10 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from orbax.checkpoint import v1 as ocp
 
 from moe_jax.config import Problem, Refused
+from moe_jax.terminal import run_wanted
 from moe_jax.workdir import COMPLETE, MARKER
 
 FORMAT = 1
-WHICH = "name the folder of a training run, its --workdir"
 SHOWN = 5  # mismatched leaves named in a message
 
 # Orbax logs dozens of lines a save through absl, and a traceback for each failure that is raised here anyway. Only its
@@ -124,9 +124,9 @@ def open_workdir(path: str | Path, name: str = "DIR") -> "Checkpoints":
     path = Path(path)
     if not path.is_dir():
         why = f"{path} is not a folder" if path.exists() else f"{path} does not exist"
-        raise _refuse(why, WHICH, name)
+        raise _refuse(why, run_wanted(path), name)
     if not (path / MARKER).exists():
-        raise _refuse(f"{path} holds no {MARKER}", WHICH, name)
+        raise _refuse(f"{path} holds no {MARKER}", run_wanted(path), name)
     _check_marker(path, name)
     checkpoints = Checkpoints(path / "checkpoints")
     if not checkpoints.steps():
@@ -314,6 +314,11 @@ class Checkpoints:
             _write(folder / COMPLETE, record | {"crc": _crc(record)})
             for old in self.steps()[: -self.keep] if self.keep else []:
                 _remove(self.folder / str(old))
+
+    def restate(self, step: int, info: dict) -> None:
+        """Other `info` for a complete step, whose arrays stay. Only the process that writes may call it."""
+        record = self._record(self._pick(step)) | {"info": json.loads(json.dumps(info, allow_nan=False))}
+        _write(self.folder / str(step) / COMPLETE, record | {"crc": _crc(record)})
 
     def wait(self) -> None:
         """Wait for the running save. Raises `CheckpointFailed`, once for each failure."""

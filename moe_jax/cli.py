@@ -244,7 +244,9 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
     mesh.prepare_devices(cfg.mesh, args.fake_devices, 1 if place is None else place.count)
     from moe_jax.train.loop import Run
 
-    report = Run(cfg, workdir, started=STARTED, quiet=args.quiet)()
+    run = Run(cfg, workdir, started=STARTED, quiet=args.quiet)
+    run.say_left_behind(args.config)
+    report = run()
     if report.get("eval_loss") is not None:
         loss = f"{report['eval_loss']:.4f} nats a token, {report['eval_bits_per_byte']:.4f} bits a byte"
         later = f"; moe-jax eval has that of step {report['step']}" if report["eval_step"] < report["step"] else ""

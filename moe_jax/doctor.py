@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_jax.terminal import folder, result, table
+from moe_jax.terminal import folder, result, run_wanted, table
 
 
 def add_doctor(doctor: argparse.ArgumentParser) -> None:
@@ -33,14 +33,17 @@ def opened(workdir: Path) -> tuple[Any, list[dict[str, Any]]]:
     from moe_jax.metrics import CONFIG, read_metrics
     from moe_jax.refused import Problem, Refused
 
-    which = "name the folder of a training run, its --workdir"
+    which = run_wanted(workdir)
     if not workdir.is_dir():
         why = f"{workdir} is not a folder" if workdir.exists() else f"{workdir} does not exist"
         raise Refused(Problem("DIR", why, which))
     path, log = workdir / CONFIG, workdir / "metrics.jsonl"
     if missing := [p.name for p in (path, log) if not p.exists()]:
-        remedy = f"{which}; a run of an older version writes them when it goes on"
-        raise Refused(Problem("DIR", f"{workdir} holds no {' and no '.join(missing)}", remedy))
+        if (workdir / "published").is_dir() and (workdir / "moe_jax.json").exists():
+            why = f"{workdir} holds imported weights, and nothing was trained here yet"
+            raise Refused(Problem("DIR", why, f"moe-jax trace {workdir} --file FILE tells the loads of their experts"))
+        older = "; a run of an older version writes them when it goes on" if (workdir / "moe_jax.json").exists() else ""
+        raise Refused(Problem("DIR", f"{workdir} holds no {' and no '.join(missing)}", which + older))
     try:
         tree = json.loads(path.read_text("utf-8"))
     except ValueError as e:

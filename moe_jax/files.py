@@ -36,6 +36,9 @@ def find(name: str, extended_by: Path | None = None) -> Path:
     for path in options:
         if os.path.isfile(path):  # False, and no error, for a name too long for the file system
             return path
+    inside = os.path.join(name, "config.toml")
+    if name and os.path.isfile(inside):
+        raise ConfigError(Problem(name, "is a folder, not a config", f"give {inside}"))
     names = config_names()
     hint = nearest(name, names) + f"the shipped configs are {', '.join(names)}; or give the path of a .toml file"
     origin = f"`extends` in {extended_by}" if extended_by is not None else ""

@@ -262,6 +262,8 @@ def save(figure: Any, path: Path) -> Path:
 # Where tokens went
 
 ROW = 48  # tokens side by side
+PALER = "a number is an expert; the paler its strip, the less its weight beside the token's largest"
+LEAST = 20  # as wide as so many is a picture of fewer, for its title
 
 
 def expert_colours(experts: int) -> np.ndarray:
@@ -294,8 +296,10 @@ def strips(layers: Sequence[Record], experts: int) -> tuple[np.ndarray, np.ndarr
     return expert, np.concatenate([expert_colours(experts)[expert], alpha[..., None]], -1)
 
 
-def _routes(ax: Any, expert: np.ndarray, colours: np.ndarray, names: Sequence[str], layers: Sequence[int]) -> None:
-    """One row of tokens: a column a token, a band a layer, a strip a choice with the number of its expert."""
+def _routes(
+    ax: Any, expert: np.ndarray, colours: np.ndarray, names: Sequence[str], layers: Sequence[int], wide: int
+) -> None:
+    """One row of at most `wide` tokens: a column a token, a band a layer, a strip a choice with its expert's number."""
     n, k, T = expert.shape
     ax.imshow(colours.reshape(n * k, T, 4), aspect="auto", interpolation="nearest", extent=(-0.5, T - 0.5, n, 0))
     for (layer, choice, t), e in np.ndenumerate(expert):
@@ -307,7 +311,7 @@ def _routes(ax: Any, expert: np.ndarray, colours: np.ndarray, names: Sequence[st
     turned = {"rotation": 60, "ha": "left"} if max(map(len, names)) > 3 else {}
     ax.set_xticks(np.arange(T), labels=names, fontsize=9, parse_math=False, **turned)
     ax.set_yticks(np.arange(n) + 0.5, labels=[str(i) for i in layers], fontsize=9)
-    ax.set_xlim(-0.5, ROW - 0.5)
+    ax.set_xlim(-0.5, wide - 0.5)
     ax.hlines(np.arange(1, n), -0.5, T - 0.5, color="white", linewidth=2)
     ax.tick_params(length=0)
     ax.xaxis.tick_top()
@@ -326,22 +330,25 @@ def draw_trace(report: Record, path: str | Path, *, title: str) -> Path:
 
     path, (expert, colours) = Path(path), strips(report["layers"], report["experts"])
     n, k, T = expert.shape
+    wide = min(ROW, max(T, LEAST))
+    across = INCHES[0] * (0.075 + 0.925 * wide / ROW)  # 0.075: the margins, which stay as wide as they are
     parts = [slice(i, min(i + ROW, T)) for i in range(0, T, ROW)]
-    tall = len(parts) * min(0.75 + 0.2 * n * k, 8.0) + 1.2  # inches
+    tall = len(parts) * min(0.75 + 0.2 * n * k, 8.0) + 1.45  # inches
     numbers = [x["layer"] for x in report["layers"]]
     how, factor = "dropless", report["capacity_factor"]
     if factor is not None:
         how = f"capacity factor {factor:g}: {report['dropped']} choices without a slot, in brackets"
     with styled():
-        figure = Figure(figsize=(INCHES[0], min(tall, 200.0)), dpi=DPI, facecolor="white")
+        figure = Figure(figsize=(across, min(tall, 200.0)), dpi=DPI, facecolor="white")
         FigureCanvasAgg(figure)
-        figure.text(0.024, 1 - 0.4 / tall, title, fontsize=19, fontweight="bold", va="center", parse_math=False)
+        left = 0.024 * INCHES[0] / across
+        figure.text(left, 1 - 0.4 / tall, title, fontsize=19, fontweight="bold", va="center", parse_math=False)
         told = f"{T} tokens, {n} MoE layers, {report['experts']} experts, {how}"
-        figure.text(0.024, 1 - 0.75 / tall, told, fontsize=12, color=GREY, va="center")
-        grid = figure.add_gridspec(
-            len(parts), 1, left=0.06, right=0.985, top=1 - 1.2 / tall, bottom=0.2 / tall, hspace=0.35
-        )
+        figure.text(left, 1 - 0.75 / tall, told, fontsize=12, color=GREY, va="center")
+        figure.text(left, 1 - 1.0 / tall, PALER, fontsize=12, color=GREY, va="center")
+        sides = {"left": 0.06 * INCHES[0] / across, "right": 1 - 0.015 * INCHES[0] / across}
+        grid = figure.add_gridspec(len(parts), 1, **sides, top=1 - 1.45 / tall, bottom=0.2 / tall, hspace=0.35)
         for ax, part in zip(grid.subplots(squeeze=False)[:, 0], parts, strict=True):
             names = [shown(t) for t in report["tokens"][part]]
-            _routes(ax, expert[:, :, part], colours[:, :, part], names, numbers)
+            _routes(ax, expert[:, :, part], colours[:, :, part], names, numbers, wide)
         return save(figure, path)

@@ -34,6 +34,13 @@ def add_processes(command: argparse.ArgumentParser) -> None:
     group.add_argument("--join-seconds", type=float, default=300.0, metavar="S", help=help)
 
 
+def run_wanted(path: Path) -> str:
+    """The remedy where `path` is not the folder of a run: what to name, or how published weights become one."""
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return f"these are published weights: moe-jax convert import {path} WORKDIR, and name that WORKDIR"
+    return "name the folder of a training run, its --workdir"
+
+
 def result(args: argparse.Namespace, *lines: str) -> None:
     """What was asked for: on standard output, or beside a JSON object, which holds the same, as progress is told."""
     if args.json:

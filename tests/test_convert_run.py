@@ -59,6 +59,48 @@ def test_a_workdir_is_that_of_a_run(tmp_path, text, call):
     assert sum(x.tobytes() != old[n].tobytes() for n, x in new.items()) > len(old) / 2
 
 
+def test_the_first_training_sets_its_data(tmp_path, text, call):
+    """Weights that were never trained take another text, batch and length; later they are a run like any other."""
+    source, run = tmp_path / "source", tmp_path / "run"
+    published.synthetic(source, {"vocab_size": 300})
+    data = [f"data.path={text}", "data.length=16", "data.batch=8", "train.eval_batches=1", "train.tensorboard=false"]
+    code, out, err = call("convert", "import", source, run, *data)
+    assert code == 0, err
+    words = f"trains on data.path={text}, data.batch=8, data.length=16, at train.optimizer.learning_rate=0.001"
+    assert words in out + err
+    check_refusal(*call("doctor", run), "doctor", "nothing was trained here yet", f"moe-jax trace {run} --file")
+    for argv in (["eval", source], ["generate", source, "--prompt", "a"], ["trace", source, "--text", "a"]):
+        check_refusal(*call(*argv), argv[0], f"moe-jax convert import {source} WORKDIR")
+    check_refusal(*call("doctor", source), "doctor", f"moe-jax convert import {source} WORKDIR")
+    other = tmp_path / "other.txt"
+    other.write_text("abcdefg " * 200)
+    train = ["train", run / "config.toml", "--workdir", run, "train.steps=1", "--json"]
+    check_refusal(*call(*train, "model.moe.capacity_factor=1.25"), "train", "import again with it into another WORKDIR")
+    elsewhere = ["train", run / "config.toml", "--workdir", tmp_path / "elsewhere", "train.steps=1", *data[2:]]
+    code, _, err = call(*elsewhere, f"data.path={text}")
+    assert code == 0 and f"begins with fresh weights; to go on from step 0 of {run}: --workdir {run}" in err
+    code, _, err = call(*elsewhere, f"data.path={text}")
+    assert code == 0 and "fresh weights" not in err, "it has checkpoints of its own"
+    held = (run / "tokens" / "train.bin").read_bytes()
+    short = [f"data.path={tmp_path / 'short.txt'}", "data.batch=4"]
+    (tmp_path / "short.txt").write_text("abc")
+    check_refusal(*call(*train, *short), "train", "data.path")
+    assert (run / "tokens" / "train.bin").read_bytes() == held, "the text of the import stays"
+    check_refusal(*call(*train, f"data.path={other}", "data.tokenizer=none.json"), "train", "data.tokenizer")
+    new = [f"data.path={other}", "data.batch=4", "data.length=8"]
+    code, before, err = call("eval", run, f"data.path={other}", "--json")
+    code, out, err = call(*train, *new)
+    assert code == 0 and out["step"] == 1, err
+    assert f"data.path: {str(text)!r} -> {str(other)!r}" in err and "data.batch: 8 -> 4" in err
+    assert set((run / "tokens" / "train.bin").read_bytes()) <= set(b"abcdefg \n\0\1"), "the new text alone"
+    assert out["tokens_per_second"] * out["step_seconds_median"] == pytest.approx(4 * 8)
+    code, after, err = call("eval", run, "--json")
+    assert code == 0 and after["text"] == str(other), err
+    assert out["first_eval_loss"] == pytest.approx(before["eval_loss"], rel=0.2), "from the published weights"
+    later = ["train.steps=2", "data.batch=8"]
+    check_refusal(*call(*train, *new, *later), "train", "data.batch: is 8, and that run began with 4")
+
+
 def test_the_tokenizer_comes_along(tmp_path, text, call):
     """tokenizer.json is copied, is the run's, and goes out again."""
     from tokenizers import Tokenizer, models, processors

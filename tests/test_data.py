@@ -18,6 +18,7 @@ from moe_jax.data import (
     load_tokenizer,
     open_prepared,
     prepare,
+    renew,
 )
 from moe_jax.data import sources as sources_module
 from moe_jax.data.split import choose, cut
@@ -349,6 +350,24 @@ def test_other_settings_are_refused_by_name(tmp_path):
         assert "is 3, and the corpus" in str(e.value) and "set data.seed=0" in str(e.value)
     use(DataConfig(path=cfg.path, length=8, batch=3, packing="pad"))  # these do not touch the tokens
     assert {p: p.read_bytes() for p in (tmp_path / "data").iterdir()} == before
+
+
+def test_a_corpus_gives_way_to_another_of_its_tokenizer(tmp_path):
+    """It is what a new folder would get; what is refused leaves the old one, and a killed draft hinders nothing."""
+    old, new, folder = many(tmp_path), tmp_path / "new.txt", tmp_path / "data"
+    new.write_text("\n\n".join(words(200, seed) for seed in range(9)))
+    first = prepare(DataConfig(path=old, length=16), folder)
+    other = DataConfig(path=str(new), tokenizer=save_bpe(tmp_path / "t.json", "</s>"), length=16)
+    for cfg in (other, DataConfig(path=str(new), length=10**6)):
+        with pytest.raises(Refused):
+            renew(cfg, folder)
+        assert open_prepared(folder, DataConfig(path=old, length=16)).fingerprint == first.fingerprint
+    (tmp_path / "data.new").mkdir()
+    (tmp_path / "data.new" / "half").write_text("x")
+    cfg = DataConfig(path=str(new), length=16)
+    got, want = renew(cfg, folder), prepare(cfg, tmp_path / "apart")
+    np.testing.assert_array_equal(got.train.tokens, want.train.tokens)
+    assert got.fingerprint == want.fingerprint != first.fingerprint and not (tmp_path / "data.new").exists()
 
 
 def test_a_changed_tokenizer_is_refused(tmp_path):

@@ -94,3 +94,9 @@ def test_missing_files(name):
     text = refusal(load, name)
     assert "no such config" in text and "tiny_switch" in text
     assert ("did you mean 'tiny_switch'?" in text) == (name == "tiny_swich")
+
+
+def test_a_folder_with_a_config(tmp_path):
+    """The workdir of an import has its config.toml, which is what a command wants."""
+    (tmp_path / "config.toml").write_text("name = 'x'")
+    assert f"give {tmp_path / 'config.toml'}" in refusal(load, str(tmp_path))

@@ -202,13 +202,13 @@ def test_another_run_in_the_same_folder_is_refused(train, whole, call, change, k
 
 def test_a_table_that_one_side_lacks_is_one_change():
     whole, dense = config.load("tiny_mixtral"), config.load("tiny_mixtral", ["model.moe="])
-    assert changes(config.to_dict(whole), whole) == []
+    assert changes({"config": config.to_dict(whole)}, whole) == {}
     for saved, now, words in (
         (whole, dense, "is unset, and that run began with a table of keys"),
         (dense, whole, "is a table of keys, and that run began with unset"),
     ):
         with pytest.raises(config.ConfigError) as e:
-            changes(config.to_dict(saved), now)
+            changes({"config": config.to_dict(saved)}, now)
         assert [p.reason.splitlines()[1:] for p in e.value.problems] == [[f"    model.moe: {words}"]]
 
 
@@ -217,7 +217,7 @@ def test_how_tokens_travel_may_change():
     before = config.load("tiny_gshard")
     keys = ["model.moe.exchange=shard_map", "model.attention_exchange=ring", "model.attention_kernel=xla"]
     now = config.load("tiny_gshard", [*keys, "mesh.data=4"])
-    assert [line.split(":")[0] for line in changes(config.to_dict(before), now)] == [
+    assert list(changes({"config": config.to_dict(before)}, now)) == [
         "mesh.data",
         "model.attention_exchange",
         "model.attention_kernel",
@@ -233,7 +233,7 @@ def test_how_a_text_begins_may_change():
 
 def test_of_many_changes_some_are_named():
     with pytest.raises(config.ConfigError) as e:
-        changes(config.to_dict(config.load("tiny_mixtral")), config.load("bench_small"))
+        changes({"config": config.to_dict(config.load("tiny_mixtral"))}, config.load("bench_small"))
     (problem,) = e.value.problems
     head, *named, more = problem.reason.splitlines()
     assert "a run of tiny_mixtral" in head and len(named) == 8 and re.fullmatch(r"    and \d+ more", more)

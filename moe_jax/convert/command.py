@@ -62,6 +62,9 @@ def run_import(args: argparse.Namespace) -> dict[str, Any]:
     else:
         lines.append(f"go on with: moe-jax generate {args.workdir} --prompt TEXT")
         lines.append(f"or with: moe-jax train {args.workdir / 'config.toml'} --workdir {args.workdir}")
+        trains = "    which trains on data.path={path}, data.batch={batch}, data.length={length}, at "
+        trains += "train.optimizer.learning_rate={learning_rate:g}: set there what is to be another"
+        lines.append(trains.format(**report["training"]))
     result(args, *lines)
     return report
 
@@ -77,7 +80,9 @@ def run_export(args: argparse.Namespace) -> dict[str, Any]:
     report = run(args.workdir, args.target, **options, quiet=args.quiet)
     result(
         args,
-        "{tensors:,} tensors of {family} at step {step} in {files} files of {dtype}".format(**report),
+        "{tensors:,} tensors of {family} at step {step} in {files} file{many} of {dtype}".format(
+            **report, many="s"[: report["files"] != 1]
+        ),
         f"{size(report['bytes'])} in {args.target}",
     )
     return report

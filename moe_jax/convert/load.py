@@ -324,6 +324,10 @@ def run(
         "processes": processes,
         "tokenizer": cfg.data.tokenizer,
         "text": corpus is not None,
+        "training": {
+            **{key: getattr(cfg.data, key) for key in ("path", "batch", "length")},
+            "learning_rate": cfg.train.optimizer.learning_rate,
+        },
         "seconds": time.perf_counter() - started,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,
     }

@@ -6,7 +6,7 @@ for batch in batches(windows, batch=32, seed=0, start_step=0): ...   # endless; 
 """
 
 from moe_jax.data.baseline import bigram_loss, unigram_loss
-from moe_jax.data.corpus import Corpus, TokenFile, open_prepared, prepare, wait_prepared, whole
+from moe_jax.data.corpus import Corpus, TokenFile, open_prepared, prepare, renew, wait_prepared, whole
 from moe_jax.data.pipeline import batches, heldout_batches
 from moe_jax.data.sources import Document, documents
 from moe_jax.data.tokenizer import (
@@ -38,6 +38,7 @@ __all__ = [
     "open_prepared",
     "opening",
     "prepare",
+    "renew",
     "unigram_loss",
     "wait_prepared",
     "whole",

@@ -104,6 +104,26 @@ def prepare(cfg: DataConfig, folder: Path) -> Corpus:
     return open_prepared(folder, cfg)
 
 
+def renew(cfg: DataConfig, folder: Path) -> Corpus:
+    """The corpus of `cfg` in place of the one in `folder`, which stays where the new one is refused.
+
+    Raises:
+        Refused: as `prepare`; another tokenizer than that of the corpus in `folder`.
+    """
+    folder = Path(os.path.realpath(folder))
+    if (folder / INDEX).exists():
+        known = json.loads((folder / INDEX).read_text("utf-8")).get("tokenizer")
+        if load_tokenizer(cfg.tokenizer).fingerprint() != known:
+            why = f"{cfg.tokenizer!r} is another one than that of the corpus in {folder}"
+            raise Refused(Problem("data.tokenizer", why, "set it back"))
+    draft = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
+    prepare(cfg, draft)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
+    return open_prepared(folder, cfg)
+
+
 def wait_prepared(folder: Path, cfg: DataConfig) -> Corpus:
     """The corpus that another process prepares in `folder`, once it is there. Raises `Refused` as `open_prepared`."""
     while not (folder / INDEX).exists():  # it is renamed into place when it is complete

@@ -18,14 +18,34 @@ from moe_jax import mesh as meshes
 from moe_jax.checkpoint import Checkpoints, check_workdir
 from moe_jax.config import Config, Problem, Refused
 from moe_jax.cost import for_training
-from moe_jax.data import Windows, batches, bigram_loss, continued, load_tokenizer, opening, prepare, wait_prepared
+from moe_jax.data import (
+    Corpus,
+    Windows,
+    batches,
+    bigram_loss,
+    continued,
+    load_tokenizer,
+    opening,
+    prepare,
+    renew,
+    wait_prepared,
+)
 from moe_jax.generate import Generator
 from moe_jax.health import Watch
 from moe_jax.mesh import fetch
 from moe_jax.metrics import MetricsLog, Progress, load_max_over_mean, read_metrics, write_config
 from moe_jax.picture import draw_run
 from moe_jax.train.evaluate import Evaluator, local_rows, to_devices
-from moe_jax.train.resume import AgreedStop, Stop, changes, check_shared, checkpoint_info, claimed
+from moe_jax.train.resume import (
+    AgreedStop,
+    Stop,
+    changes,
+    check_renewal,
+    check_shared,
+    checkpoint_info,
+    claimed,
+    left_behind,
+)
 from moe_jax.train.state import Model, State
 from moe_jax.train.step import lower_train_step, schedule
 from moe_jax.workdir import locked
@@ -59,9 +79,10 @@ class Run:
         check_workdir(workdir)
         self.checkpoints = Checkpoints(workdir / "checkpoints", cfg.train.keep)
         self.resumed_at = self.checkpoints.last()
-        self.changed: list[str] = []
+        self.changed: dict[str, str] = {}
         if self.resumed_at is not None:
-            self.changed = changes(self.checkpoints.info(self.resumed_at)["config"], cfg)
+            self.changed = changes(self.checkpoints.info(self.resumed_at), cfg)
+        self.renews = check_renewal(self.changed, jax.process_count())
         self.check_vocabulary()
         if self.main and self.resumed_at is not None and (workdir / "metrics.jsonl").exists():
             read_metrics(workdir / "metrics.jsonl")  # a damaged log is refused here, not after the data is read
@@ -79,8 +100,20 @@ class Run:
             with claimed(self.workdir):
                 stack.enter_context(locked(self.workdir))
                 check_shared(self.workdir)
-                self.corpus = prepare(self.cfg.data, self.workdir / "tokens")
+                self.corpus = self.renewed() if self.renews else prepare(self.cfg.data, self.workdir / "tokens")
             return self.run()
+
+    def say_left_behind(self, file: str) -> None:
+        """Say so where a new run leaves the checkpoints beside its config file."""
+        if self.resumed_at is None and (text := left_behind(file, self.workdir)) is not None:
+            self.say(text)
+
+    def renewed(self) -> Corpus:
+        """The text of this config in place of an import's, whose checkpoint says from now on that it is of this one."""
+        corpus = renew(self.cfg.data, self.workdir / "tokens")
+        origin = {"imported": self.checkpoints.info(0)["imported"]}
+        self.checkpoints.restate(0, checkpoint_info(self.cfg, corpus, 0) | origin)
+        return corpus
 
     def run(self) -> dict[str, Any]:
         """Everything after the text is at hand."""
@@ -225,8 +258,8 @@ class Run:
         note(f"text {self.cfg.data.path}: {len(self.corpus.train):,} tokens, {len(self.corpus.heldout):,} held out")
         if self.resumed_at is not None:
             note(f"goes on from the checkpoint at step {self.resumed_at}")
-        for line in self.changed:
-            note(f"changed since that checkpoint: {line}")
+        for key, change in self.changed.items():
+            note(f"changed since that checkpoint: {key}: {change}")
 
     def dispatch(self) -> str:
         """The dispatcher, the groups and why, in words."""

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from moe_jax import config
-from moe_jax.checkpoint import MARKER, agree, check_workdir, claim_workdir
+from moe_jax.checkpoint import MARKER, Checkpoints, agree, check_workdir, claim_workdir
 from moe_jax.config import Config, Problem, Refused
 from moe_jax.data import Corpus
 
@@ -40,6 +40,9 @@ FREE = (
 )
 """Keys that a resumed run may change: where and how it computes, not what it learns."""
 FIXED = ("train.seed", "train.optimizer.kind")  # but not these
+TEXT = ("data.path", "data.field", "data.heldout", "data.seed")  # what decides the prepared text, of one tokenizer
+FIRST = (*TEXT, *FIXED, "data.batch", "data.length", "data.packing")
+"""Keys that the first training of imported weights may change besides: no step of it has been made."""
 SHOWN = 8  # differing keys named in a message
 
 
@@ -189,19 +192,51 @@ def word(value: Any) -> str:
     return "unset" if value is None else repr(value)
 
 
-def changes(saved: dict, cfg: Config) -> list[str]:
-    """Keys in which a resumed run differs from the config saved with its checkpoint, in words.
+def changes(saved: dict[str, Any], cfg: Config) -> dict[str, str]:
+    """Keys in which a run that goes on differs from the config saved with its checkpoint, each with both values.
 
+    Args:
+        saved: the info of the checkpoint; published weights that were not trained yet are `imported`.
     Raises:
         ConfigError: keys that would make it another run, such as the model, the data or the seed.
     """
-    found = differences(config.to_dict(config.from_dict(saved)), config.to_dict(cfg))  # keys of today's, all of them
-    changed = {k: (word(before), word(now)) for k, (before, now) in found.items()}
+    before = config.from_dict(saved["config"])
+    found = differences(config.to_dict(before), config.to_dict(cfg))  # keys of today's, all of them
+    changed = {k: (word(was), word(now)) for k, (was, now) in found.items()}
+    imported = "imported" in saved
     fixed = [k for k in changed if not k.startswith(FREE) or k in FIXED]
+    if imported:
+        fixed = [k for k in fixed if k not in FIRST]
     if fixed:
-        lines = [f"{k}: is {changed[k][1]}, and that run began with {changed[k][0]}" for k in fixed[:SHOWN]]
+        began = "the import set" if imported else "that run began with"
+        lines = [f"{k}: is {changed[k][1]}, and {began} {changed[k][0]}" for k in fixed[:SHOWN]]
         lines += [f"and {len(fixed) - SHOWN} more"] if len(fixed) > SHOWN else []
-        why = "\n    ".join([f"this folder holds a run of {saved['name']}, and this would be another:", *lines])
-        remedy = f"set {'it' if len(fixed) == 1 else 'them'} back, or train in another --workdir"
-        raise config.ConfigError(Problem("--workdir", why, remedy))
-    return [f"{k}: {before} -> {now}" for k, (before, now) in changed.items() if k != "name"]
+        holds = "the imported weights of" if imported else "a run of"
+        why = "\n    ".join([f"this folder holds {holds} {before.name}, and this would be another:", *lines])
+        them = "it" if len(fixed) == 1 else "them"
+        # Another --workdir has none of the published weights, and would begin with fresh ones.
+        again = f"import again with {them} into another WORKDIR" if imported else "train in another --workdir"
+        raise config.ConfigError(Problem("--workdir", why, f"set {them} back, or {again}"))
+    return {k: f"{was} -> {now}" for k, (was, now) in changed.items() if k != "name"}
+
+
+def left_behind(file: str, workdir: Path) -> str | None:
+    """What to say of a new run in `workdir` whose config file lies in a folder with checkpoints, of which it has none:
+    an import's config.toml, above all."""
+    folder = Path(file).parent
+    if not os.path.isfile(file) or not (folder / MARKER).exists() or folder.resolve() == workdir.resolve():
+        return None
+    steps = Checkpoints(folder / "checkpoints").steps()
+    if not steps:
+        return None
+    return f"begins with fresh weights; to go on from step {steps[-1]} of {folder}: --workdir {folder}"
+
+
+def check_renewal(changed: Iterable[str], processes: int) -> bool:
+    """Whether an import's first training is of another text than was prepared. Raises `Refused` for several processes,
+    which wait for one prepared text and not for the next."""
+    keys = [k for k in changed if k in TEXT]
+    if keys and processes > 1:
+        remedy = "import again with it, or begin in one process: train.steps=1"
+        raise Refused(Problem(keys[0], f"{processes} processes train on the text that the import prepared", remedy))
+    return bool(keys)
