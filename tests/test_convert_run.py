@@ -126,9 +126,9 @@ def test_the_tokenizer_comes_along(tmp_path, text, call):
     moved = [tmp_path / "moved", f"data.tokenizer={tmp_path / 'moved' / 'published' / 'tokenizer.json'}"]
     code, out, err = call("generate", *moved, "--prompt", "abc", "--tokens", 2, "--json")
     assert code == 0 and out["text"].startswith("abc"), err
-    steps = ["train.steps=1", "train.eval_batches=1", "train.tensorboard=false", "data.batch=8"]
+    steps = ["train.steps=1", "train.eval_batches=1", "train.tensorboard=false", "data.bos=false"]
     code, out, err = call("train", moved[0] / "config.toml", "--workdir", *moved, *steps, "--quiet")
-    assert code == 2 and "data.batch" in err and "data.tokenizer" not in err, err
+    assert code == 2 and "data.bos" in err and "data.tokenizer" not in err, err
     code, out, err = call("train", moved[0] / "config.toml", "--workdir", *moved, *steps[:3], "--quiet")
     assert code == 0, err
     for name in ("tokenizer.json", "tokenizer_config.json"):
