@@ -228,7 +228,7 @@ def test_how_tokens_travel_may_change():
 def test_how_a_text_begins_may_change():
     """Which token a decoder begins with is asked by generation alone."""
     before, now = config.load("tiny_t5"), config.load("tiny_t5", ["model.encoder.start=0"])
-    assert changes({"config": config.to_dict(before)}, now) == {"model.encoder.start": ("unset", "0")}
+    assert changes({"config": config.to_dict(before)}, now) == {"model.encoder.start": "unset -> 0"}
 
 
 def test_of_many_changes_some_are_named():
