@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import ModelConfig
+from moe_jax.rules import platform
 
 
 def cached_axes(m: ModelConfig, repeats: int) -> tuple[str | None, ...]:
@@ -17,11 +18,13 @@ def cached_axes(m: ModelConfig, repeats: int) -> tuple[str | None, ...]:
 class LayerCache(NamedTuple):
     """Keys and values of one attention layer; of a stack of layers, with a leading axis, whose loop copies them.
 
-    Latent attention keeps as its one key [B, 1, M, C + P] the vector of width C that keys and values of all heads are
-    made from, with the part that turns; its values are empty, [B, 1, M, 0].
+    Latent attention keeps as its one value [B, 1, M, C + P] the vector of width C that keys and values of all heads are
+    made from, with the part that turns; its keys are empty, [B, 1, 0, M].
     """
 
-    k: jax.Array  # [B, J, M, N]: J key/value heads, M places
+    k: (
+        jax.Array
+    )  # [B, J, N, M]: J key/value heads, M places, side by side as scores are: nothing is turned to read them
     v: jax.Array  # [B, J, M, N]
     source_k: jax.Array | None = None  # the same of what an encoder read, from the first call on
     source_v: jax.Array | None = None
@@ -53,24 +56,29 @@ class Cached(NamedTuple):
 
 
 def empty_layer(m: ModelConfig, batch: int, places: int, repeats: int) -> LayerCache:
-    """Zeros: k and v [B, J, M, N] of one layer, [repeats, B, J, M, N] of several."""
-
-    def zeros(width: int) -> jax.Array:
-        leading = (repeats,) * (repeats > 1)
-        return jnp.zeros((*leading, batch, 1 if m.latent else m.resolved_kv_heads, places, width), m.dtype)
-
-    return LayerCache(*(zeros(n) for n in ((m.cached_width, 0) if m.latent else (m.key_dim, m.value_dim))))
+    """Zeros: k [B, J, N, M] and v [B, J, M, N] of one layer, with `repeats` in front of several."""
+    heads = (*((repeats,) * (repeats > 1)), batch, 1 if m.latent else m.resolved_kv_heads)
+    key, value = (0, m.cached_width) if m.latent else (m.key_dim, m.value_dim)
+    return LayerCache(jnp.zeros((*heads, key, places), m.dtype), jnp.zeros((*heads, places, value), m.dtype))
 
 
 def places(cache: Cache) -> int:
     """Places M of a cache."""
-    return cache.layers[0][0].k.shape[-2]
+    return cache.layers[0][0].v.shape[-2]
 
 
 def write(cache: LayerCache, k: jax.Array, v: jax.Array, place: jax.Array) -> LayerCache:
     """Store k and v [B, J, L, N] from `place` on."""
-    at = (0, 0, place, 0)
-    return cache._replace(
-        k=jax.lax.dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at),
-        v=jax.lax.dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at),
-    )
+
+    def put(both: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return (
+            jax.lax.dynamic_update_slice(both[0], k.swapaxes(2, 3).astype(cache.k.dtype), (0, 0, 0, place)),
+            jax.lax.dynamic_update_slice(both[1], v.astype(cache.v.dtype), (0, 0, place, 0)),
+        )
+
+    both = cache.k, cache.v
+    if platform() == "cpu":  # a loop of one turn: fused with each of its readers, a write would copy the cache for each
+        both = jax.lax.fori_loop(0, jnp.minimum(place + 1, 1), lambda _, both: put(both), both)
+    else:
+        both = put(both)
+    return cache._replace(k=both[0], v=both[1])

@@ -229,8 +229,8 @@ class Attention(nnx.Module):
         """x [B, L, D] -> ([B, L, D], cache).
 
         Args:
-            cache: k and v [B, J, M, N]; keys and values are written from `context.cached.place` on, and the tokens
-                attend to the places that `visible` shows there, or, where those are empty, to one another.
+            cache: k [B, J, N, M] and v [B, J, M, N]; keys and values are written from `context.cached.place` on, and
+                the tokens attend to the places that `visible` shows there, or, where those are empty, to one another.
         """
         m, rules, segments = self.m, self.rules, context.segments
         sinks = None if self.sinks is None else self.sinks[...]
@@ -243,7 +243,7 @@ class Attention(nnx.Module):
         if cache is not None and cached is not None:
             cache = write(cache, k, v, cached.place)
         if cache is not None and cached is not None and cached.visible is not None:
-            y = weighted_values(q, cache.k, cache.v, cached.within(self.window), scoring)
+            y = weighted_values(q, cache.k.swapaxes(2, 3), cache.v, cached.within(self.window), scoring)
         elif self.both_ways:
             y = fused(q, k, v, segments, segments, "both ways", scoring, m, rules)
             y = whole_attention(q, k, v, segments, segments, scoring) if y is None else y

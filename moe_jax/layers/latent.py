@@ -51,11 +51,11 @@ class LatentAttention(nnx.Module):
         cached = context.cached
         if cache is not None and cached is not None:
             token = jnp.concatenate([c, shared], -1)[:, None]  # [B,1,L,C+P]
-            cache = write(cache, token, token[..., :0], cached.place)
+            cache = write(cache, token[..., :0], token, cached.place)
         if cache is not None and cached is not None and cached.visible is not None:
             through = jnp.einsum("bhln,chn->bhlc", q[..., :N], self.w_key[...].astype(q.dtype))
             q = jnp.concatenate([through, turned], -1)[:, None]  # [B,1,H,L,C+P]
-            y = weighted_values(q, cache.k, cache.k[..., :C], cached.visible, scoring)[:, 0]  # [B,H,L,C]
+            y = weighted_values(q, cache.v, cache.v[..., :C], cached.visible, scoring)[:, 0]  # [B,H,L,C]
             y = jnp.einsum("bhlc,chv->bhlv", y, self.w_value[...].astype(y.dtype))
         else:
             k, v = (to_heads(c, w[...], "act_heads", rules) for w in (self.w_key, self.w_value))
