@@ -1,10 +1,13 @@
 """Layers taken apart for decoding: the same model, its stacks freed; and prefill, which is a call of the whole."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 
 from moe_jax import config, mesh
+from moe_jax.generate import Generator, Sampling
 from moe_jax.train.state import Model, unstack, unstacked
 
 SMALL = ["model.d_model=32", "model.d_ff=32", "model.vocab=64", "model.stack_above=0", "model.heads=2"]
@@ -88,3 +91,20 @@ def test_prefill_needs_an_empty_cache():
         first = fill(layers, module.empty_cache(8, 6))
         again = fill(layers, first.cache)
     assert np.isfinite(first.logits).all() and np.isnan(again.logits).all()
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_no_token_copies_a_cache(rows):
+    """In the compiled loop over new tokens, which on CPU once copied each cache three times a token."""
+    cfg = config.load("tiny_mixtral", [*SMALL, "model.layers=3", "mesh.data=1", "mesh.expert=1"])
+    model, built = Model.of(cfg), mesh.build_mesh(cfg.mesh, jax.devices()[:1])
+    weights = unstack(model, model.create(built).weights, built)
+    generator = Generator(unstacked(model), built, 64, 64, Sampling(temperature=0.0))
+    generator(weights, [np.arange(5)] * rows, 9)
+    ((_, decode),) = generator.programs.values()
+    loops = decode.as_text().split("\nENTRY ")[0]
+    m = cfg.model
+    sizes = {(rows, m.resolved_kv_heads, *last) for last in ((14, m.key_dim), (m.key_dim, 14))}
+    shapes = [re.escape(f"[{','.join(map(str, s))}]") for s in sizes]
+    assert any(re.search(shape, loops) for shape in shapes)
+    assert not re.findall(rf"\S+ = \S*(?:{'|'.join(shapes)})\S* copy\(.*", loops)
