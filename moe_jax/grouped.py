@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 BLOCK_LIMITS = 32, 160  # rows of one product: fewer run slower, more are wasted on the last block of each expert
-FEW = 32  # rows of each expert up to which all experts are multiplied at once
-LEVELS = 8, 32  # rows of the shorter blocks, without gradients
+LEVELS = 8, 32  # rows of shorter blocks, without gradients
+FEW = 32  # rows of each expert up to which all experts are multiplied at once, without gradients
 
 # [R, K] x [R, N] -> [E, K, N]: the ragged dimension is contracted.
 WEIGHT_GRADIENT = jax.lax.RaggedDotDimensionNumbers(
@@ -92,7 +92,7 @@ def block_rows(R: int, E: int) -> int:
     return min(R, max(least, min(most, even)))
 
 
-def over_blocks(sizes: jax.Array, R: int, init: Any, expert: Callable) -> Any:
+def over_blocks(sizes: jax.Array, R: int, init: Any, expert: Callable, levels: Sequence[int] = ()) -> Any:
     """Loop over the experts with rows and, inside, over the blocks of their rows.
 
     Args:
@@ -100,8 +100,10 @@ def over_blocks(sizes: jax.Array, R: int, init: Any, expert: Callable) -> Any:
         init: what the loop carries from expert to expert.
         expert: (e, carry, loop) -> carry. `loop(step, start)` runs step(carry, Block) -> carry over the blocks of
             expert e and returns the last carry.
+        levels: rows of shorter blocks, for what is left of an expert's.
     """
-    rows = block_rows(R, sizes.shape[0])
+    longest = block_rows(R, sizes.shape[0])
+    rows = [*(n for n in levels if n < longest), longest]
     ends = jnp.cumsum(sizes)
     order = jnp.argsort(sizes == 0, stable=True)  # experts with rows first
 
@@ -110,8 +112,16 @@ def over_blocks(sizes: jax.Array, R: int, init: Any, expert: Callable) -> Any:
         begin, end = ends[e] - sizes[e], ends[e]
 
         def loop(step: Callable, carry: Any) -> Any:
-            count = (sizes[e] + rows - 1) // rows
-            return jax.lax.fori_loop(0, count, lambda j, c: step(c, Block(begin + j * rows, end, rows, R)), carry)
+            if rows[0] == R:  # the block holds all that the expert may have
+                return step(carry, Block(begin, end, R, R))
+
+            def block(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+                first, carry = state
+                level = sum((end - first > n).astype(jnp.int32) for n in rows[:-1])
+                lengths = [lambda c, n=n: step(c, Block(first, end, n, R)) for n in rows]
+                return first + jnp.asarray(rows, jnp.int32)[level], jax.lax.switch(level, lengths, carry)
+
+            return jax.lax.while_loop(lambda state: state[0] < end, block, (begin, carry))[1]
 
         return expert(e, carry, loop)
 
@@ -134,15 +144,13 @@ def blocked(
     """The networks in blocks of rows; rows of no expert come out zero.
 
     Args:
-        keep: return the products of the way up too, which the gradients need.
+        keep: return the products of the way up too, which the gradients need; else blocks are as short as they can be.
         widen: multiply and write in float32, for processors without shorter types: there each write of a block into
             a shorter array would convert the whole array.
     Returns:
         [R, D], and those products.
     """
     R, dtype, up = x.shape[0], wide(x.dtype) if widen else x.dtype, weights.up
-    if not keep and dtype == x.dtype:
-        return without_gradients(x, sizes, weights, act), ()
 
     def expert(e: jax.Array, carry: Any, loop: Callable) -> Any:
         *mine, last = (w[e].astype(dtype) for w in weights.matrices)  # once for all blocks
@@ -159,7 +167,7 @@ def blocked(
         return loop(step, carry)
 
     kept = tuple(jnp.zeros_like(x, dtype, shape=(R, w.shape[2])) for w in up) if keep else ()
-    y, kept = over_blocks(sizes, R, (jnp.zeros_like(x, dtype), kept), expert)
+    y, kept = over_blocks(sizes, R, (jnp.zeros_like(x, dtype), kept), expert, () if keep else LEVELS)
     return y.astype(x.dtype), tuple(k.astype(x.dtype) for k in kept)
 
 
@@ -201,13 +209,16 @@ def few_rows(R: int, E: int) -> int | None:
     return rows if R >= E and rows <= FEW else None
 
 
-def without_gradients(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act) -> jax.Array:
-    """What `blocked` returns first: at once where every expert has few rows, else expert by expert."""
+def without_gradients(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, widen: bool = False) -> jax.Array:
+    """What `blocked` returns first: at once where every expert has few rows, else in blocks."""
     rows = few_rows(x.shape[0], sizes.shape[0])
-    if rows is None:
-        return by_need(x, sizes, weights, act)
-    few, many = partial(at_once, act=act, rows=rows), partial(by_need, act=act)
-    return jax.lax.cond(sizes.max() <= rows, few, many, x, sizes, weights)
+
+    def in_blocks() -> jax.Array:
+        return blocked(x, sizes, weights, act, widen, keep=False)[0]
+
+    if rows is None or (widen and wide(x.dtype) != x.dtype):  # blocks convert the matrices one by one
+        return in_blocks()
+    return jax.lax.cond(sizes.max() <= rows, lambda: at_once(x, sizes, weights, act, rows), in_blocks)
 
 
 def at_once(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, rows: int) -> jax.Array:
@@ -225,38 +236,6 @@ def at_once(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, rows: in
     place = row - begins.at[expert].get(mode="clip")
     out = y.at[jnp.minimum(expert, E - 1), jnp.minimum(place, rows - 1)].get(mode="promise_in_bounds")
     return jnp.where((expert < E)[:, None], out, jnp.zeros((), out.dtype))
-
-
-def by_need(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act) -> jax.Array:
-    """Expert by expert in blocks, the last of each as short as its rows allow."""
-    R, E = x.shape[0], sizes.shape[0]
-    longest = block_rows(R, E)
-    levels = [min(R, LEVELS[0])] if R <= LEVELS[0] else [*(n for n in LEVELS if n < longest), longest]
-    ends = jnp.cumsum(sizes)
-    order = jnp.argsort(sizes == 0, stable=True)  # experts with rows first
-
-    def network(rows: int, e: jax.Array, first: jax.Array, y: jax.Array) -> jax.Array:
-        block = Block(first, ends[e], rows, R)
-        ups, down = [None] * len(weights.up), None
-        if weights.biases:
-            *ups, down = (b[e][None] for b in weights.biases)
-        hidden = act(*(plus(times(block.take(x), w[e]), b) for w, b in zip(weights.up, ups, strict=True)))
-        return block.put(y, plus(times(hidden, weights.w_down[e]), down))
-
-    def expert(i: jax.Array, y: jax.Array) -> jax.Array:
-        e = order[i]
-        if len(levels) == 1 and levels[0] == R:  # one block holds all that it may have
-            return network(R, e, ends[e] - sizes[e], y)
-
-        def step(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            first, y = carry
-            level = sum((ends[e] - first > n).astype(jnp.int32) for n in levels[:-1])
-            y = jax.lax.switch(level, [partial(network, n) for n in levels], e, first, y)
-            return first + jnp.asarray(levels, jnp.int32)[level], y
-
-        return jax.lax.while_loop(lambda carry: carry[0] < ends[e], step, (ends[e] - sizes[e], y))[1]
-
-    return jax.lax.fori_loop(0, (sizes > 0).sum(dtype=jnp.int32), expert, jnp.zeros_like(x))
 
 
 def total_of(arrays: Iterable[jax.Array]) -> jax.Array:
@@ -289,11 +268,11 @@ def rows_of(bias: jax.Array, sizes: jax.Array, R: int) -> jax.Array:
     return bias.at[expert].get(mode="fill", fill_value=0)
 
 
-def ragged(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act, keep: bool = True) -> tuple[jax.Array, Products]:
+def ragged(x: jax.Array, sizes: jax.Array, weights: Weights, act: Act) -> tuple[jax.Array, Products]:
     """What `blocked` computes, by XLA's own grouped products."""
     biases = [rows_of(b, sizes, x.shape[0]) for b in weights.biases] or [None] * len(weights.matrices)
     kept = tuple(plus(ragged_dot(x, w, sizes), b) for w, b in zip(weights.up, biases[:-1], strict=True))
-    return plus(ragged_dot(act(*kept), weights.w_down, sizes), biases[-1]), kept if keep else ()
+    return plus(ragged_dot(act(*kept), weights.w_down, sizes), biases[-1]), kept
 
 
 def ragged_gradients(
@@ -313,18 +292,18 @@ def ragged_gradients(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def networks(act: Act, x: jax.Array, sizes: jax.Array, weights: Weights) -> jax.Array:
-    return by_platform(act, x, sizes, weights, keep=False)[0]
-
-
-def by_platform(act: Act, x: jax.Array, sizes: jax.Array, weights: Weights, keep: bool) -> tuple[jax.Array, Products]:
     """By the means of the platform that the program is compiled for."""
-    tpu, rest = partial(ragged, act=act, keep=keep), partial(blocked, act=act, keep=keep)
-    return jax.lax.platform_dependent(x, sizes, weights, tpu=tpu, cpu=partial(rest, widen=True), default=rest)
+    rest = partial(without_gradients, act=act)
+    cpu = partial(rest, widen=True)
+    return jax.lax.platform_dependent(
+        x, sizes, weights, tpu=lambda *given: ragged(*given, act)[0], cpu=cpu, default=rest
+    )
 
 
 def forward(act: Act, x: jax.Array, sizes: jax.Array, weights: Weights) -> tuple[jax.Array, Any]:
     """`networks`, and what its gradients need."""
-    y, kept = by_platform(act, x, sizes, weights, keep=True)
+    tpu, rest = partial(ragged, act=act), partial(blocked, act=act)
+    y, kept = jax.lax.platform_dependent(x, sizes, weights, tpu=tpu, cpu=partial(rest, widen=True), default=rest)
     return y, (x, sizes, weights, kept)
 
 
