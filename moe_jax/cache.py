@@ -22,12 +22,10 @@ class LayerCache(NamedTuple):
     made from, with the part that turns; its keys are empty, [B, 1, 0, M].
     """
 
-    k: (
-        jax.Array
-    )  # [B, J, N, M]: J key/value heads, M places, side by side as scores are: nothing is turned to read them
+    k: jax.Array  # [B, J, N, M]: J key/value heads; M places side by side, as scores are, which nothing turns then
     v: jax.Array  # [B, J, M, N]
-    source_k: jax.Array | None = None  # the same of what an encoder read, from the first call on
-    source_v: jax.Array | None = None
+    source_k: jax.Array | None = None  # [B, J, M, N] of what an encoder read, from the first call on
+    source_v: jax.Array | None = None  # [B, J, M, N]
 
 
 class Cache(NamedTuple):
@@ -77,8 +75,8 @@ def write(cache: LayerCache, k: jax.Array, v: jax.Array, place: jax.Array) -> La
         )
 
     both = cache.k, cache.v
-    if platform() == "cpu":  # a loop of one turn: fused with each of its readers, a write would copy the cache for each
-        both = jax.lax.fori_loop(0, jnp.minimum(place + 1, 1), lambda _, both: put(both), both)
-    else:
-        both = put(both)
-    return cache._replace(k=both[0], v=both[1])
+    if platform() != "cpu":
+        new = put(both)
+    else:  # a loop of one turn: fused with each of its readers, a write would copy the cache for each
+        new = jax.lax.fori_loop(0, jnp.minimum(place + 1, 1), lambda _, both: put(both), both)
+    return cache._replace(k=new[0], v=new[1])

@@ -102,6 +102,14 @@ def walk(part: "Transformer | Encoder", done: int) -> Iterator[tuple[int, Period
         done = mine.stop
 
 
+def layer_places(runs: Sequence[Run], prefix: str) -> list[tuple[str, int]]:
+    """Of each layer of an encoder or decoder, bottom first: where its leaves are, and its place in their first axis."""
+    out: list[tuple[str, int]] = []
+    for i, (kinds, repeats) in enumerate(runs):
+        out += [(f"{prefix}stacks.{i}.blocks.{j}.", r) for r in range(repeats) for j in range(len(kinds))]
+    return out
+
+
 def moe_layers(m: ModelConfig) -> Iterator[tuple[str, slice]]:
     """The path of each MoE layer of a period in the module, and which of all MoE layers its repeats are."""
     done = 0

@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_jax.config import Problem, Refused
 from moe_jax.convert.mxfp4 import Packed
+from moe_jax.model import layer_places
 from moe_jax.train.state import Model, Weights
 
 
@@ -127,14 +128,6 @@ def leaves(model: Model) -> dict[str, tuple[int, ...]]:
 def path_of(path: tuple) -> str:
     """`stacks.0.blocks.0.ffn.router`, of parameters and selection biases alike."""
     return jax.tree_util.keystr(path[1:], simple=True, separator=".")
-
-
-def layer_places(runs: Sequence[tuple[tuple[str, ...], int]], prefix: str) -> list[tuple[str, int]]:
-    """Of each layer of a stack, bottom first: where its leaves are, and its place in their first axis."""
-    out: list[tuple[str, int]] = []
-    for i, (kinds, repeats) in enumerate(runs):
-        out += [(f"{prefix}stacks.{i}.blocks.{j}.", r) for r in range(repeats) for j in range(len(kinds))]
-    return out
 
 
 class NameMap:

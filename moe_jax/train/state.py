@@ -1,6 +1,7 @@
 """The train state: abstract first, then created directly in its shards, a plain pytree throughout."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from moe_jax.axes import MESH_AXES
 from moe_jax.config import Config
 from moe_jax.conflicts import activations
 from moe_jax.layers.moe import SelectionBias
-from moe_jax.model import Transformer
+from moe_jax.model import Transformer, layer_places
 from moe_jax.rules import sharding, validate
 from moe_jax.train import optimizer
 
@@ -198,29 +199,27 @@ def unstack(model: Model, weights: Weights, mesh: Mesh) -> Weights:
     if target is model:
         return weights
     where, tree = jax.tree_util.tree_flatten_with_path(target.weight_shardings(mesh))
-    layout, stacks, found = dict(where), jax.tree_util.DictKey("stacks"), {}
-    m = model.cfg.model
+    m, layout, found = model.cfg.model, {full_path(path): sharding for path, sharding in where}, {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        if stacks not in path:
-            found[path] = leaf
+        name = full_path(path)
+        layer = re.match(r"(params|bias)\.((encoder\.)?stacks\.\d+\.blocks\.\d+\.)", name)
+        if layer is None:
+            found[name] = leaf
             continue
-        at = path.index(stacks) + 1  # then come the number of the stack, "blocks", and the layer in its period
-        runs = m.encoder_runs if jax.tree_util.DictKey("encoder") in path else m.runs
-        stack, layer = int(path[at].key), int(path[at + 2].key)
-        first = sum(len(kinds) * repeats for kinds, repeats in runs[:stack])
-        kinds, repeats = runs[stack]
-        names = [
-            (*path[:at], *map(jax.tree_util.DictKey, (str(first + r * len(kinds) + layer), "blocks", "0")))
-            + path[at + 3 :]
-            for r in range(repeats)
-        ]
-        rows = [leaf]
-        if repeats > 1:
-            with jax.set_mesh(mesh):
-                apart = jax.jit(
-                    lambda a: [a[r : r + 1] for r in range(a.shape[0])], out_shardings=[*map(layout.get, names)]
-                )
-                rows = jax.block_until_ready(apart(leaf))
-            leaf.delete()
-        found.update(zip(names, rows, strict=True))
-    return jax.tree.unflatten(tree, [found[path] for path, _ in where])
+        part, prefix = f"{layer[1]}.", layer[3] or ""
+        places = layer_places(m.encoder_runs if prefix else m.runs, prefix)
+        mine = [n for n, (stack, _) in enumerate(places) if stack == layer[2]]
+        names = [f"{part}{prefix}stacks.{n}.blocks.0.{name[layer.end() :]}" for n in mine]
+        if len(mine) == 1:
+            found[names[0]] = leaf
+            continue
+        with jax.set_mesh(mesh):
+            split = jax.jit(lambda a: [a[r : r + 1] for r in range(len(a))], out_shardings=[layout[n] for n in names])
+            found.update(zip(names, jax.block_until_ready(split(leaf)), strict=True))
+        leaf.delete()
+    return jax.tree.unflatten(tree, [found[full_path(path)] for path, _ in where])
+
+
+def full_path(path: tuple) -> str:
+    """`params.stacks.0.blocks.0.ffn.router`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
