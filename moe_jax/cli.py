@@ -273,7 +273,7 @@ def run_eval(args: argparse.Namespace) -> dict[str, Any]:
 
     evaluator = Evaluator(trained.model, trained.mesh, trained.text())
     report = evaluator.report(trained.weights, args.batches or sys.maxsize, at_capacity=True)
-    text = "held-out text" if trained.other is None else trained.other
+    text = f"held-out part of {trained.cfg.data.path}" if trained.other is None else trained.other
     lines = [f"{text}: loss {report['eval_loss']:.4f} nats a token, {report['bits_per_byte']:.4f} bits a byte"]
     if report.get("capacity_factor") is not None:
         lines.append(
@@ -357,7 +357,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
         from moe_jax.replicas import report as balance
 
         assert out.rows is not None
-        report["placement"] = balance(placed, out.rows)
+        report["placement"] = balance(placed, out.rows, generator.repeated(len(prompts)))
         say(args, *lines(report["placement"]))
     return report
 

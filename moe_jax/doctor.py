@@ -32,17 +32,19 @@ def opened(workdir: Path) -> tuple[Any, list[dict[str, Any]]]:
     from moe_jax import config
     from moe_jax.metrics import CONFIG, read_metrics
     from moe_jax.refused import Problem, Refused
+    from moe_jax.workdir import LOG, MARKER, PUBLISHED
 
     which = run_wanted(workdir)
     if not workdir.is_dir():
         why = f"{workdir} is not a folder" if workdir.exists() else f"{workdir} does not exist"
         raise Refused(Problem("DIR", why, which))
-    path, log = workdir / CONFIG, workdir / "metrics.jsonl"
+    path, log = workdir / CONFIG, workdir / LOG
     if missing := [p.name for p in (path, log) if not p.exists()]:
-        if (workdir / "published").is_dir() and (workdir / "moe_jax.json").exists():
+        ours = (workdir / MARKER).exists()
+        if ours and (workdir / PUBLISHED).is_dir():
             why = f"{workdir} holds imported weights, and nothing was trained here yet"
             raise Refused(Problem("DIR", why, f"moe-jax trace {workdir} --file FILE tells the loads of their experts"))
-        older = "; a run of an older version writes them when it goes on" if (workdir / "moe_jax.json").exists() else ""
+        older = "; a run of an older version writes them when it goes on" if ours else ""
         raise Refused(Problem("DIR", f"{workdir} holds no {' and no '.join(missing)}", which + older))
     try:
         tree = json.loads(path.read_text("utf-8"))

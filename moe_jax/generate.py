@@ -164,8 +164,7 @@ class Generator:
             remedy = f"ask for at most {room}" + ("" if reads else ", or shorten the prompt")
             raise Refused(Problem("--tokens", why, remedy))
         longest = max(longest, reads + last)  # an encoder reads a place of padding where there is nothing else
-        shards = self.model.cfg.mesh.over(self.model.cfg.rules.batch)
-        rows = -(-len(prompts) // shards) * shards  # rows that fill the last shard repeat a prompt and are not returned
+        rows = len(prompts) + self.repeated(len(prompts))
         tokens, lengths = np.zeros((rows, longest), np.int32), np.zeros(rows, np.int32)
         for i in range(rows):
             prompt = prompts[i % len(prompts)]
@@ -187,6 +186,10 @@ class Generator:
             int(steps) * len(prompts) / (end - filled),
             by_slot,
         )
+
+    def repeated(self, prompts: int) -> int:
+        """Rows that fill the last shard: they repeat a prompt, and are not returned."""
+        return -prompts % self.model.cfg.mesh.over(self.model.cfg.rules.batch)
 
     def compiled(self, weights: Weights, tokens: jax.Array, lengths: jax.Array, number: jax.Array, new: int) -> Any:
         """The programs of prefill and decoding for this shape."""

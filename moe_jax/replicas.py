@@ -258,12 +258,12 @@ class Applied(NamedTuple):
     placement: Placement
 
 
-def report(applied: Applied, rows: np.ndarray) -> dict[str, Any]:
+def report(applied: Applied, rows: np.ndarray, repeated: int = 0) -> dict[str, Any]:
     """How even the devices are, mean over maximum load, without replicas and with them: by the recorded loads, which
     are shared evenly, and as counted in the slots of all steps of a generation.
 
     Args:
-        rows: [layers, slots], of `Generated`.
+        rows: [layers, slots], of `Generated`. repeated: prompts among them that fill up the devices.
     """
     wish, loads, placement = applied
     E, n = placement.count.shape[1], placement.devices
@@ -282,7 +282,7 @@ def report(applied: Applied, rows: np.ndarray) -> dict[str, Any]:
     ]
     totals = {name: float(c.mean()) for name, c in columns.items()}
     head = {"slots": wish.slots, "devices": n, "nodes": wish.nodes, "loads": loads.source}
-    return head | totals | {"rows": int(rows.sum()), "layers": layers}
+    return head | totals | {"rows": int(rows.sum()), "repeated_prompts": repeated, "layers": layers}
 
 
 def lines(r: dict[str, Any]) -> list[str]:
@@ -299,10 +299,12 @@ def lines(r: dict[str, Any]) -> list[str]:
     ]
     words = f"{len(r['layers'][0]['replicas'])} experts in {r['slots']} slots on {r['devices']} devices"
     words += f" of {r['nodes']} nodes" if r["nodes"] > 1 else ""
+    repeated = f", with those of {r['repeated_prompts']} repeated prompts that fill the devices"
     return [
         f"{words}, placed by {r['loads']}",
         *table(head, body, numbers=True),
         "mean over maximum load of the devices: {} -> {} by those loads".format(*pair(r, ""))
         + ", {} -> {} counted here".format(*pair(r, "measured_"))
-        + f", on {r['rows']:,} rows",
+        + f", on {r['rows']:,} rows"
+        + repeated * (r["repeated_prompts"] > 0),
     ]

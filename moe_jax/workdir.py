@@ -17,6 +17,7 @@ MARKER = "moe_jax.json"
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
 LOG = "metrics.jsonl"
+PUBLISHED = "published"  # of an import: the small files of its source
 LOCK_SECONDS = 5.0  # for a process that dies to let the lock go
 
 

@@ -120,7 +120,8 @@ def test_eval_fits_the_batch_to_the_mesh(trained, call):
     loss, capacity, tokens = out.splitlines()
     want = call("eval", trained[0], "--json")[1]
     numbers = [
-        float(x) for x in re.fullmatch(r"held-out text: loss (.*) nats a token, (.*) bits a byte", loss).groups()
+        float(x)
+        for x in re.fullmatch(r"held-out part of \S*text.txt: loss (.*) nats a token, (.*) bits a byte", loss).groups()
     ]
     assert numbers == pytest.approx([want["eval_loss"], want["bits_per_byte"]], abs=2e-4)
     assert f"{want['dropped']:,} of {want['routed']:,} choices dropped" in capacity

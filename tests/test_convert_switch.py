@@ -4,13 +4,14 @@ and the text that a decoder begins by itself."""
 import shutil
 from dataclasses import replace
 
+import damage
 import numpy as np
 import published
 import pytest
-from commands import check_refusal, listing, write_text
+from commands import write_text
+from damage import change, rewrite
 from published import GOLDEN, needs_torch
 from test_convert import tensors
-from test_convert_refusals import change, cut_in_two, rewrite, truncated
 
 from moe_jax import config
 from moe_jax.convert import load, save
@@ -63,20 +64,7 @@ def test_the_published_model():
 
 
 DAMAGE = {
-    "a missing tensor": (lambda f: rewrite(f, lambda t: t.pop(ROUTER)), [ROUTER, "[4, 16]", "missing"]),
-    "an extra tensor": (
-        lambda f: rewrite(f, lambda t: t.update({"decoder.extra": np.ones((2, 3), np.float32)})),
-        ["decoder.extra", "[2, 3] F32", "not of this model"],
-    ),
-    "a wrong shape": (
-        lambda f: rewrite(f, lambda t: t.update({ROUTER: np.ones((4, 15), np.float32)})),
-        [ROUTER, "[4, 15]", "[4, 16]"],
-    ),
-    "a cut file": (lambda f: truncated(f, -100), ["model.safetensors", "ends at byte"]),
-    "an expert that the index lacks": (
-        lambda f: cut_in_two(f, lambda chart: chart.pop(EXPERT)),
-        [EXPERT, "model.safetensors.index.json"],
-    ),
+    **damage.usual(ROUTER, EXPERT),
     "another number of experts": (lambda f: change(f / "config.json", num_experts=5), [".expert_4.", "missing"]),
     "other sparse layers": (
         lambda f: change(f / "config.json", num_sparse_encoder_layers=4),
@@ -101,14 +89,9 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_refused(damage, folder, tmp_path, call):
-    """Exit code 2, what is wrong by its name, and no file made or changed."""
-    spoil, needles = DAMAGE[damage]
-    spoil(folder)
-    before = listing(tmp_path)
-    check_refusal(*call("convert", "import", folder, tmp_path / "run", "data.length=8"), "convert", *needles)
-    assert listing(tmp_path) == before
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_refused(name, folder, tmp_path, call):
+    damage.refused(*DAMAGE[name], folder, tmp_path, call)
 
 
 def test_further_names_of_a_tied_table(folder):

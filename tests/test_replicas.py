@@ -206,7 +206,7 @@ def test_devices_share_what_a_skewed_router_sends():
     told = report(Applied(wish, Loads(load, "a call"), p), text.rows)
     assert told["before"] == told["measured_before"] == pytest.approx(1 / 4)
     assert told["after"] == pytest.approx(5 / 6) and told["measured_after"] > 0.75  # ten such slots: 3, 3, 2 and 2
-    assert told["rows"] == text.rows.sum() and len(told["layers"]) == 2
+    assert told["rows"] == text.rows.sum() and len(told["layers"]) == 2 and "repeated" not in lines(told)[-1]
     for layer, row in zip(told["layers"], text.rows, strict=True):
         devices = row.reshape(4, 4).sum(1)
         assert layer["measured_after"] == pytest.approx(devices.mean() / devices.max())
@@ -318,6 +318,7 @@ def test_from_the_command_line(tmp_path, call):
     assert 0 < told["before"] < told["after"] <= 1 and 0 < told["measured_after"] <= 1
     assert f"{counted['tokens']:,} tokens of held-out text" in told["loads"]
     assert f"mean over maximum load of the devices: {told['before']:.3f} -> {told['after']:.3f}" in err
+    assert told["repeated_prompts"] == 3 and "with those of 3 repeated prompts that fill the devices" in err
     code, same, err = call(*asked, "--slots", 12, "--loads", file)
     names = ("before", "after", "measured_before", "measured_after", "rows", "layers")
     assert code == 0 and [same["placement"][x] for x in names] == [told[x] for x in names], err

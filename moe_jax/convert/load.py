@@ -36,9 +36,8 @@ from moe_jax.train.loop import RSS_UNIT
 from moe_jax.train.resume import check_shared, checkpoint_info
 from moe_jax.train.state import Model, Weights
 from moe_jax.train.upcycling import check_new
-from moe_jax.workdir import CHECKPOINTS, MARKER, drop, locked
+from moe_jax.workdir import CHECKPOINTS, MARKER, PUBLISHED, drop, locked
 
-PUBLISHED = "published"  # the folder of a workdir with the small files of the source
 DTYPES = "dtypes.json"
 UNREAD = "unread.safetensors"  # tensors that no parameter is read from, for the export
 SMALL = 100_000_000  # bytes of a file that is kept beside the weights

@@ -21,7 +21,7 @@ from moe_jax.checkpoint import Checkpoints, open_workdir
 from moe_jax.config import MeshConfig, ModelConfig, Problem, Refused
 from moe_jax.convert.families import FAMILIES, family_of, model_keys
 from moe_jax.convert.folder import CONFIG, INDEX, ONE, read_json
-from moe_jax.convert.load import DTYPES, PUBLISHED, UNREAD, widened
+from moe_jax.convert.load import DTYPES, UNREAD, widened
 from moe_jax.convert.mxfp4 import MXFP4
 from moe_jax.convert.names import NameMap, Piece, path_of
 from moe_jax.convert.progress import Bar
@@ -29,6 +29,7 @@ from moe_jax.convert.tensors import DTYPES as KINDS
 from moe_jax.convert.tensors import Stored, Writing, read_header, write
 from moe_jax.train.resume import differences
 from moe_jax.train.state import Model, Weights, placed
+from moe_jax.workdir import PUBLISHED
 
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 TYPES = {kind: name for name, kind in NAMES.items()}
